@@ -1,0 +1,161 @@
+"""Background HTTP transfers for asyncio programs in enterprise networks: durable, resumable, with two identities per job.
+
+    path = await bits_async.download("https://host/file.iso", "file.iso")
+
+Names are loaded when they are first used; importing the package loads neither aiohttp nor spnego, aiosqlite, cryptography, typer or rich.
+
+The map of the package; imports point from a lower line to a higher one only:
+
+    errors.py           what can go wrong: every BITS code, context, transient or not; one table from status or exception to them
+    clock.py            what time it is, and waiting
+    identity/           WHO
+      tokens.py         Token, TokenPair, flags, levels; impersonate(), current_token(), revert_to_self()
+      logon.py          how tokens are made
+      threads.py        TokenExecutor: threads born in a token
+      kernel.py         Linux system calls on the identity of one thread
+      posix.py          per-thread identities, and file calls relative to directory descriptors
+      windows.py        the same names on Windows
+    auth/               PROVE IT
+      challenge.py      WWW-/Proxy-Authenticate text <-> values
+      policy.py         which credentials may go where
+      tickets.py        ticket-granting tickets, one private cache per credential
+      schemes.py        Basic, Digest, NTLM, Negotiate: challenge in, header out; channel binding
+    transport/          FETCH
+      ranges.py         slices, validators, range headers
+      answers.py        judging every status and header set
+      proxies.py        proxy settings -> route per URL
+      timeouts.py       how long the wire may be silent
+      tls.py            contexts and certificates
+      connector.py      opens a lane's connection: TCP, CONNECT legs, TLS
+      lane.py           requests on that connection, auth included; the pool of lanes
+    files.py            KEEP: part file, positional writes by the file token's threads, digests while writing, commit
+    jobs/               DECIDE
+      model.py          what a job is; the transition table
+      secrets.py        secrets at rest
+      store.py          durable job journal: SQLite
+      scheduler.py      who runs next, and when a failed job tries again
+      transfer.py       one attempt at one job: the only place where a lane meets a file
+      notify.py         what happened: events and the streams that carry them
+      engine.py         the jobs in memory, commands on them, the loop that starts and ends attempts
+      manager.py        BitsManager, Job handles, download(): the API; the access check at the door
+    testing.py          what applications need to test against us without a network
+    cli/                app, download, progress: the command line, over the same API
+
+Two lines run straight through it. A byte: socket -> connector -> lane -> transfer -> files. A token: impersonate() ->
+TokenOptions.set_helper_token() -> TokenPair.acting_for() -> TokenExecutor -> a security context or a file.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .auth.policy import AuthCredentials as AuthCredentials
+    from .auth.policy import AuthScheme as AuthScheme
+    from .auth.policy import AuthTarget as AuthTarget
+    from .errors import AccessDenied as AccessDenied
+    from .errors import AuthFailed as AuthFailed
+    from .errors import BitsError as BitsError
+    from .errors import ErrorCode as ErrorCode
+    from .errors import ErrorContext as ErrorContext
+    from .errors import ImpersonationFailed as ImpersonationFailed
+    from .errors import InvalidArgument as InvalidArgument
+    from .errors import InvalidState as InvalidState
+    from .errors import JobCancelled as JobCancelled
+    from .errors import LocalFileError as LocalFileError
+    from .errors import ManagerClosed as ManagerClosed
+    from .errors import NetworkError as NetworkError
+    from .errors import NotFound as NotFound
+    from .errors import RemoteFileError as RemoteFileError
+    from .errors import StoreError as StoreError
+    from .errors import TokenRequired as TokenRequired
+    from .errors import ValidationFailed as ValidationFailed
+    from .identity.threads import run_as as run_as
+    from .identity.tokens import HelperTokenFlags as HelperTokenFlags
+    from .identity.tokens import ImpersonationLevel as ImpersonationLevel
+    from .identity.tokens import Token as Token
+    from .identity.tokens import current_token as current_token
+    from .identity.tokens import impersonate as impersonate
+    from .identity.tokens import revert_to_self as revert_to_self
+    from .jobs.manager import BitsManager as BitsManager
+    from .jobs.manager import FileInfo as FileInfo
+    from .jobs.manager import Job as Job
+    from .jobs.manager import JobFile as JobFile
+    from .jobs.manager import TokenOptions as TokenOptions
+    from .jobs.manager import download as download
+    from .jobs.model import FileProgress as FileProgress
+    from .jobs.model import JobPriority as JobPriority
+    from .jobs.model import JobProgress as JobProgress
+    from .jobs.model import JobState as JobState
+    from .jobs.model import Waiting as Waiting
+    from .jobs.model import WaitingReason as WaitingReason
+    from .jobs.notify import Event as Event
+    from .jobs.notify import EventsLost as EventsLost
+    from .jobs.notify import EventStream as EventStream
+    from .jobs.notify import FileRestarted as FileRestarted
+    from .jobs.notify import FileTransferred as FileTransferred
+    from .jobs.notify import JobChanged as JobChanged
+    from .jobs.notify import Progress as Progress
+    from .jobs.notify import Retrying as Retrying
+    from .jobs.scheduler import Limits as Limits
+    from .transport.proxies import ProxySettings as ProxySettings
+    from .transport.proxies import ProxyUsage as ProxyUsage
+    from .transport.timeouts import Timeouts as Timeouts
+
+_HOMES: Final = {
+    "auth.policy": ("AuthCredentials", "AuthScheme", "AuthTarget"),
+    "errors": (
+        "AccessDenied",
+        "AuthFailed",
+        "BitsError",
+        "ErrorCode",
+        "ErrorContext",
+        "ImpersonationFailed",
+        "InvalidArgument",
+        "InvalidState",
+        "JobCancelled",
+        "LocalFileError",
+        "ManagerClosed",
+        "NetworkError",
+        "NotFound",
+        "RemoteFileError",
+        "StoreError",
+        "TokenRequired",
+        "ValidationFailed",
+    ),
+    "identity.threads": ("run_as",),
+    "identity.tokens": ("HelperTokenFlags", "ImpersonationLevel", "Token", "current_token", "impersonate", "revert_to_self"),
+    "jobs.manager": ("BitsManager", "FileInfo", "Job", "JobFile", "TokenOptions", "download"),
+    "jobs.model": ("FileProgress", "JobPriority", "JobProgress", "JobState", "Waiting", "WaitingReason"),
+    "jobs.notify": (
+        "Event",
+        "EventStream",
+        "EventsLost",
+        "FileRestarted",
+        "FileTransferred",
+        "JobChanged",
+        "Progress",
+        "Retrying",
+    ),
+    "jobs.scheduler": ("Limits",),
+    "transport.proxies": ("ProxySettings", "ProxyUsage"),
+    "transport.timeouts": ("Timeouts",),
+}
+_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - one table says where each name lives; tests/test_public_api.py holds the exact list
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        home = _HOME_OF[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

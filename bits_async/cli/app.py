@@ -1,0 +1,136 @@
+"""What can be typed: the commands of `bits-async` and their options.
+
+Nothing is done here, and nothing heavy is imported: a command loads its own module when it runs, so that `--help` answers at
+once. No option takes a secret, because every user of the machine can read a command line.
+"""
+
+import enum
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from .. import __version__
+from ..errors import show_text, show_url
+
+USAGE: Final = 2
+INTERRUPTED: Final = 130
+
+_URL: Final = re.compile(r"https?://[^\s'\"]+", re.IGNORECASE)
+
+app: Final = typer.Typer(
+    help="Background HTTP transfers: durable, resumable, with two identities per job.",
+    add_completion=False,
+    rich_markup_mode=None,  # plain text reads the same in a terminal, a pipe and a log
+    pretty_exceptions_enable=False,  # its tracebacks show local variables, which may be secrets
+)
+
+
+class HelperFor(enum.Enum):
+    """The values of --helper-for."""
+
+    LOCAL_FILE = "local-file"
+    NETWORK = "network"
+    BOTH = "both"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bits-async {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The options before a command."""
+
+
+EPILOG: Final = """\b
+Where credentials come from:
+No option takes a password. Servers and proxies are shown Kerberos credentials
+from --keytab or --ccache, in answer to a Negotiate challenge of the URL's host
+or the proxy, never of a redirect. Without these options nothing is sent; your
+own tickets are sent if you name them: --ccache "$KRB5CCNAME". Programs can
+set other credentials through the Python API.
+
+\b
+Exit codes:
+0 the destination holds the whole file; 1 it does not, standard error says why;
+2 the command line is wrong; 130 Ctrl-C, 143 SIGTERM: run it again to continue.
+"""
+
+
+@app.command(epilog=EPILOG)
+def download(
+    url: Annotated[str, typer.Argument(metavar="URL", help="http or https, without user name and password.", show_default=False)],
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="The file to write, not a directory.", show_default=False)],
+    proxy: Annotated[str | None, typer.Option(metavar="URL", help="Ask this proxy, not the environment's.")] = None,
+    no_proxy: Annotated[bool, typer.Option("--no-proxy", help="Ask the server directly.")] = False,
+    user: Annotated[str | None, typer.Option(metavar="NAME", help="Write the file as this local user.")] = None,
+    keytab: Annotated[str | None, typer.Option(metavar="FILE", help="Kerberos keys; goes with --principal.")] = None,
+    principal: Annotated[str | None, typer.Option(metavar="P", help="Whose keys: name@REALM.")] = None,
+    ccache: Annotated[str | None, typer.Option(metavar="NAME", help="Kerberos tickets: a file, or TYPE:NAME.")] = None,
+    helper_user: Annotated[str | None, typer.Option(metavar="NAME", help="The helper is this local user.")] = None,
+    helper_keytab: Annotated[str | None, typer.Option(metavar="FILE", help="The helper's Kerberos keys.")] = None,
+    helper_principal: Annotated[str | None, typer.Option(metavar="P", help="Whose keys: name@REALM.")] = None,
+    helper_ccache: Annotated[str | None, typer.Option(metavar="NAME", help="The helper's Kerberos tickets.")] = None,
+    helper_for: Annotated[HelperFor | None, typer.Option(help="Where the helper acts instead of the owner.")] = None,
+    sha256: Annotated[str | None, typer.Option(metavar="HEX", help="Refuse a file with another digest.")] = None,
+    retry_for: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Give up after so long without a byte.")] = 300.0,
+    cacert: Annotated[Path | None, typer.Option(metavar="FILE", help="Trust these certificate authorities only (PEM).")] = None,
+    store: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the journal here, not in a private place.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Write events to standard output, one JSON object a line.")] = False,
+) -> None:
+    """Download URL to DEST; run again after a kill or an error, it continues.
+
+    The owner of the transfer (--user, --keytab or --ccache; else you) does everything, unless a helper does its part: so a
+    service may write where only it may write, and show the server and the proxy somebody with fewer rights; or the other way
+    round.
+    """
+    from .download import Identity, Order, run
+
+    order = Order(
+        url=url,
+        dest=dest,
+        proxy=proxy,
+        no_proxy=no_proxy,
+        owner=Identity("--", user, keytab, principal, ccache),
+        helper=Identity("--helper-", helper_user, helper_keytab, helper_principal, helper_ccache),
+        helper_for=None if helper_for is None else helper_for.value,
+        sha256=sha256,
+        retry_for=retry_for,
+        cacert=cacert,
+        store=store,
+        json=json,
+    )
+    contradiction = order.contradiction()
+    if contradiction is not None:
+        _complain(f"{contradiction}. Try 'bits-async download --help'.")
+        raise typer.Exit(USAGE)
+    raise typer.Exit(run(order))
+
+
+def main() -> int:
+    """The console script; returns the exit code."""
+    try:
+        result: Any = app(args=sys.argv[1:] or ["--help"], prog_name="bits-async", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED  # before the transfer began, or after it ended
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # what click, or typer's own copy of it, refuses
+        if message is None:
+            raise
+        _complain(f"{message()} Try 'bits-async --help'.")
+        return USAGE
+    return result if isinstance(result, int) else 0
+
+
+def _complain(text: str) -> None:
+    """One line; arguments that it quotes may hold a signed URL or a terminal's escape codes (T14)."""
+    typer.echo("bits-async: " + show_text(_URL.sub(lambda found: show_url(found[0]), text), 1000), err=True)

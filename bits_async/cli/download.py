@@ -1,0 +1,253 @@
+"""`bits-async download`: options become arguments of `bits_async.download`, its outcome becomes an exit code and a line.
+
+Signal handlers belong here and not in the library. The first signal cancels the call, which suspends the transfer at a durable
+point; a second Ctrl-C ends the process at once, which is as safe as any kill.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import ssl
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import typer
+
+from ..errors import BitsError, ErrorCode, ErrorContext, InvalidArgument, error_from_os, make_error, show_text
+from ..identity.tokens import HelperTokenFlags, Token
+from ..jobs.manager import download
+from ..transport.proxies import ProxySettings
+from .progress import Reporter, reporter
+
+if TYPE_CHECKING:
+    import spnego
+
+DONE: Final = 0
+FAILED: Final = 1
+SIGNALLED: Final = 128  # and the signal's number
+
+HELPER_FLAGS: Final = {
+    None: HelperTokenFlags.NONE,
+    "local-file": HelperTokenFlags.LOCAL_FILE,
+    "network": HelperTokenFlags.NETWORK,
+    "both": HelperTokenFlags.LOCAL_FILE | HelperTokenFlags.NETWORK,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The options that name one identity; `prefix` is how they begin."""
+
+    prefix: str
+    user: str | None = None
+    keytab: str | None = None
+    principal: str | None = None
+    ccache: str | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether any of the options was used."""
+        return any(value is not None for value in (self.user, self.keytab, self.principal, self.ccache))
+
+    def contradiction(self) -> str | None:
+        """Why the options cannot be meant."""
+        if (self.keytab is None) != (self.principal is None):
+            return f"{self.prefix}keytab and {self.prefix}principal go together"
+        if self.keytab is not None and self.ccache is not None:
+            return f"{self.prefix}keytab and {self.prefix}ccache exclude each other"
+        return None
+
+    async def token(self) -> Token | None:
+        """The token; None: no option was used.
+
+        Raises:
+            ImpersonationFailed: as `Token.for_user`. InvalidArgument: a credential that cannot be used.
+        """
+        network = self._credential()
+        if self.user is not None:
+            return await Token.for_user(self.user, network=network)
+        return None if network is None else Token.for_network(network)
+
+    def _credential(self) -> "spnego.Credential | None":
+        if self.keytab is None and self.ccache is None:
+            return None
+        import spnego
+
+        if self.keytab is not None:
+            return spnego.KerberosKeytab(_absolute(self.keytab), self.principal)
+        assert self.ccache is not None
+        return spnego.KerberosCCache(_absolute(self.ccache))
+
+
+def _absolute(name: str) -> str:
+    """A keytab's or cache's name that means the same in every directory: run again elsewhere, the owner is the same."""
+    kind, colon, rest = name.partition(":")
+    if not colon or "/" in kind:
+        return os.path.abspath(name)
+    return f"{kind}:{os.path.abspath(rest)}" if kind in ("FILE", "DIR") and rest else name
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The command line, typed but not yet believed."""
+
+    url: str
+    dest: str
+    owner: Identity
+    helper: Identity
+    proxy: str | None = None
+    no_proxy: bool = False
+    helper_for: str | None = None
+    sha256: str | None = None
+    retry_for: float = 300.0
+    cacert: Path | None = None
+    store: Path | None = None
+    json: bool = False
+
+    def contradiction(self) -> str | None:
+        """Why the options cannot be meant together; None: they can."""
+        if self.proxy is not None and self.no_proxy:
+            return "--proxy and --no-proxy exclude each other"
+        if self.helper.given and self.helper_for is None:
+            return "a helper needs --helper-for: local-file, network or both"
+        if self.helper_for is not None and not self.helper.given:
+            return "--helper-for needs a helper: --helper-user, --helper-keytab or --helper-ccache"
+        return self.owner.contradiction() or self.helper.contradiction()
+
+    @property
+    def proxies(self) -> ProxySettings | None:
+        """Of the options; None: the environment's."""
+        if self.no_proxy:
+            return ProxySettings.no_proxy()
+        return None if self.proxy is None else ProxySettings.override([self.proxy])
+
+    def destination(self) -> Path:
+        """DEST, which must name a file: no name is taken from the URL, because its server would choose what is overwritten.
+
+        Raises:
+            LocalFileError: it can only be a directory. (One that exists is found out by the identity that writes.)
+        """
+        path = Path(os.path.abspath(self.dest))
+        if os.path.basename(self.dest) in ("", ".", ".."):
+            raise make_error(ErrorCode.ERROR_FILE_EXISTS, ErrorContext.LOCAL_FILE, "the destination is a directory", path=path)
+        return path
+
+    def tls(self) -> ssl.SSLContext | None:
+        """The authorities of --cacert, and no others.
+
+        Raises:
+            LocalFileError: the file cannot be read. InvalidArgument: there is no certificate in it.
+        """
+        if self.cacert is None:
+            return None
+        try:
+            return ssl.create_default_context(cafile=self.cacert)
+        except ssl.SSLError:
+            raise InvalidArgument("--cacert takes a file of certificates in PEM format", path=self.cacert) from None
+        except OSError as exc:
+            raise error_from_os(exc, path=self.cacert, identity=None, doing="read") from exc
+
+
+def run(order: Order) -> int:
+    """Download, report, return the exit code."""
+    _log_to_stderr()
+    stop = Stop()
+    try:
+        with reporter(os.path.basename(order.dest), as_json=order.json) as report:
+            return _outcome(order, report, stop)
+    except OSError as exc:  # from our own writing alone: the library raises BitsErrors
+        _give_up_output()
+        _say(f"cannot write to standard output: {exc.strerror}; run the same command again to continue")
+        return FAILED
+
+
+def _outcome(order: Order, report: Reporter, stop: "Stop") -> int:
+    try:
+        path = asyncio.run(_fetch(order, report, stop))
+    except BitsError as error:
+        report.failed(error)
+        _say(str(error))
+        return FAILED
+    except (asyncio.CancelledError, KeyboardInterrupt):  # KeyboardInterrupt: where loops have no signal handlers (Windows)
+        received = stop.received or signal.SIGINT
+        report.interrupted(received.name)
+        _say(f"interrupted by {received.name}; run the same command again to continue")
+        return SIGNALLED + received
+    report.done(path)
+    return DONE
+
+
+async def _fetch(order: Order, report: Reporter, stop: "Stop") -> Path:
+    stop.listen(report)
+    path, context = order.destination(), order.tls()
+    owner, helper = await order.owner.token(), await order.helper.token()
+    return await download(
+        order.url,
+        path,
+        proxy=order.proxies,
+        owner=owner,
+        helper=helper,
+        helper_flags=HELPER_FLAGS[order.helper_for],
+        sha256=order.sha256,
+        progress=report.progress,
+        retry_for=order.retry_for,
+        store=order.store,
+        ssl=context,
+    )
+
+
+class Stop:
+    """The first signal cancels the task that listens; a second Ctrl-C ends the process."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def listen(self, report: Reporter) -> None:
+        """From now on, in the running task."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            each = getattr(signal, name, None)
+            if each is None or signal.getsignal(each) is signal.SIG_IGN:  # nohup, a shell's background job: meant to go on
+                continue
+            with contextlib.suppress(NotImplementedError):  # Windows: asyncio.run() makes Ctrl-C a KeyboardInterrupt
+                loop.add_signal_handler(each, self._on_signal, each, task, report)
+
+    def _on_signal(self, each: signal.Signals, task: "asyncio.Task[Path]", report: Reporter) -> None:
+        if self.received is None:
+            self.received = each
+            report.stopping()
+            task.cancel()
+        elif each is signal.SIGINT:  # only Ctrl-C is impatience: service managers send SIGTERM and SIGHUP together
+            os._exit(SIGNALLED + each)
+
+
+# -- standard error ---------------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it; the exit code is left
+        typer.echo("bits-async: " + show_text(text, 4000), err=True)
+
+
+class _OneLine(logging.Handler):
+    """Warnings of the package, a line each. No tracebacks: they may quote what peers sent (T14)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.getMessage())
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("bits_async")
+    log.addHandler(_OneLine(logging.WARNING))
+    log.propagate = False
+
+
+def _give_up_output() -> None:
+    """Nothing is flushed to a closed pipe at exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,1118 @@
+"""KEEP: the part file of one download, from its creation beside the destination to the rename over it.
+
+Knows neither the states of jobs nor the network: it is given bytes and positions, or a socket and a number of bytes. Which
+identity touches the file is a parameter, the `TokenExecutor`; nothing here ever runs as somebody else.
+
+**Names.** The directory is opened once and every call is relative to that descriptor. A name in it is nobody's promise: somebody
+else may have put another file there. So device and inode decide whether a file is ours, before it is reopened, replaced, renamed
+or deleted, and once more after the rename (T15, T17). No finalizer touches a path.
+
+**Threads.** Each call is one hop to a thread of the token, and a cancel waits for that thread. A thread that does not come back
+in time is given up on together with the part file: its descriptors stay open until the thread leaves them (`_Handles`), every
+later call fails, and this process does not reopen the file meanwhile. So the calls that own a descriptor or change a file go
+through `TokenExecutor.run`. aiofiles, on the executor's own pool, carries those that only look (`length`, free space): it returns
+from a cancel at once, and what it leaves behind does no harm. Its file objects are not used: their position is state between two
+hops, and `async with` closes them on another thread.
+"""
+
+import asyncio
+import errno
+import hashlib
+import os
+import secrets
+import selectors
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar, TypeVarTuple
+from uuid import UUID
+
+import aiofiles.os
+
+from .errors import (
+    BitsError,
+    ErrorCode,
+    ErrorContext,
+    InvalidArgument,
+    InvalidState,
+    LocalFileError,
+    error_from_os,
+    make_error,
+    scrub,
+)
+from .identity import native
+
+if sys.platform != "win32":
+    import grp
+    import pwd
+
+if TYPE_CHECKING:
+    from .identity.threads import TokenExecutor
+    from .identity.tokens import Token
+    from .transport.ranges import Detached, Slice
+
+RESERVE_AHEAD: Final = 64 << 20
+"""Bytes that preallocation may run ahead of what was received (T18)."""
+
+PUBLIC_MODE: Final = 0o644
+"""A finished file's mode before the umask and the mode of the file it replaces."""
+
+_REREAD: Final = 8 << 20  # bytes hashed in one hop: a cancel waits no longer than that takes
+_READ: Final = 1 << 20
+_RECEIVE: Final = 1 << 20
+_RECEIVE_LIMITED: Final = 64 << 10  # a debt bucket keeps its rate only with small bites
+_GLANCE: Final = 0.1  # seconds between two looks at the stop flag while nothing arrives
+_IDLE: Final = 60.0
+_PATIENCE: Final = 10.0  # seconds a cancel waits for the thread that receives
+_DONTWAIT: Final[int] = getattr(socket, "MSG_DONTWAIT", 0)
+_SUFFIX: Final = ".bits-part"
+
+if sys.platform == "win32":
+    Directory = Path  # Windows has no calls relative to a descriptor
+else:
+    Directory = int
+    _statvfs = aiofiles.os.wrap(os.statvfs)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+Chunk = bytes | bytearray | memoryview
+
+
+class Limiter(Protocol):
+    """A token bucket as a thread sees it."""
+
+    def acquire(self, count: int, /) -> float:
+        """Take `count` bytes; the seconds to wait before taking more."""
+        ...
+
+
+class Stop(Protocol):
+    """What `threading.Event` offers a reader."""
+
+    def is_set(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """What the journal keeps of a part file: enough to know it again (T15). `uid` None: the platform has no such owner."""
+
+    directory: str
+    name: str
+    dir_device: int
+    dir_inode: int
+    device: int
+    inode: int
+    uid: int | None
+
+    @property
+    def path(self) -> Path:
+        """Where it was made."""
+        return Path(self.directory, self.name)
+
+    def is_file(self, found: os.stat_result) -> bool:
+        """Whether that is our file, whatever its name."""
+        return (found.st_dev, found.st_ino) == (self.device, self.inode)
+
+    def is_directory(self, found: os.stat_result) -> bool:
+        """Whether that is the directory we made it in."""
+        return (found.st_dev, found.st_ino) == (self.dir_device, self.dir_inode)
+
+
+# -- descriptors and who is using them -------------------------------------------------------------------------------------------
+
+
+_given_up: set[tuple[int, int]] = set()
+"""Part files (device, inode) that a lost thread may still write: `reopen` leaves them alone. Each use is one atomic call."""
+
+
+class _Closed(Exception):
+    """The handles were released."""
+
+
+class _Handles:
+    """The descriptors of a part file and its directory, closed by whoever leaves them last.
+
+    The fault it answers: a thread that was given up on still uses its descriptors. Closed under it, their numbers would go to
+    other files, and its next write would go there.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._released = False
+        self.directory: Directory | None = None
+        self.file: int | None = None
+        self.record: PartRecord | None = None
+        self.committed = False
+
+    def __enter__(self) -> "_Handles":
+        with self._lock:
+            if self._released:
+                raise _Closed
+            self._inside += 1
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._lock:
+            self._inside -= 1
+        self.finish()
+
+    @property
+    def released(self) -> bool:
+        """Nobody may enter any more."""
+        return self._released
+
+    def opened(self) -> tuple[Directory, int]:
+        """Directory and file, for those inside."""
+        assert self.directory is not None, "opened before the part file is handed out"
+        assert self.file is not None, "opened before the part file is handed out"
+        return self.directory, self.file
+
+    def publish(self, record: PartRecord) -> bool:
+        """The file exists and is known to be `record`. False: nobody waits for it any more, whoever made it removes it."""
+        with self._lock:
+            if not self._released:
+                self.record = record
+            return not self._released
+
+    def release(self) -> None:
+        """Let nobody in any more."""
+        with self._lock:
+            self._released = True
+
+    def give_up(self) -> None:
+        """A thread is lost in there."""
+        self.release()
+        if self.record is not None:
+            _given_up.add((self.record.device, self.record.inode))
+        self.finish()  # it may have left a moment ago
+
+    def finish(self) -> None:
+        """Close what is released and unused. May be called any number of times, from any thread: closing needs no identity."""
+        with self._lock:
+            if not self._released or self._inside:
+                return
+            opened = [each for each in (self.file, self.directory) if isinstance(each, int)]
+            self.file = self.directory = None
+        for each in opened:
+            with suppress(OSError):  # what a late write-back has to say was said by the sync before
+                os.close(each)
+        if self.record is not None:
+            _given_up.discard((self.record.device, self.record.inode))
+
+
+@contextmanager
+def _local_errors(files: "TokenExecutor", path: Path, doing: str) -> Iterator[None]:
+    """The seam: what file calls raise becomes a LOCAL_FILE error that names the path and the identity."""
+    who = files.token.name
+    try:
+        yield
+    except LocalFileError as error:
+        raise error.located(path=path, identity=who) from error.__cause__
+    except BitsError:
+        raise
+    except _Closed:
+        raise LocalFileError(f"cannot {doing} the file: its part file is closed", path=path, identity=who) from None
+    except OSError as exc:
+        raise error_from_os(exc, path=path, identity=who, doing=doing) from scrub(exc)
+    except RuntimeError as exc:
+        if type(exc) is not RuntimeError:
+            raise
+        raise LocalFileError(f"cannot {doing} the file: {exc}", path=path, identity=who) from None  # the executor was closed
+    except OverflowError as exc:
+        message = f"cannot {doing} the file: the position is out of range"
+        raise make_error(ErrorCode.ERROR_FILE_TOO_LARGE, ErrorContext.LOCAL_FILE, message, path=path, identity=who) from scrub(
+            exc
+        )
+    except ValueError as exc:
+        message = f"cannot {doing} the file: the operating system cannot use that name"
+        raise make_error(ErrorCode.E_INVALIDARG, ErrorContext.LOCAL_FILE, message, path=path, identity=who) from scrub(exc)
+
+
+class _Call(Generic[T]):
+    """One hop to a thread: what a cancelled task must know of it."""
+
+    def __init__(self, handles: _Handles, func: Callable[[], T]) -> None:
+        self._lock = threading.Lock()
+        self._handles = handles
+        self._func = func
+        self._begun = self._ended = self._void = False
+
+    def __call__(self) -> T:
+        with self._lock:
+            if self._void:
+                raise _Closed
+            self._begun = True
+        try:
+            with self._handles:
+                return self._func()
+        finally:
+            self._ended = True
+
+    def abandon(self) -> None:
+        """Nobody waits any more: if it has not begun it never will; if it has not ended, its thread is lost, the handles too."""
+        with self._lock:
+            self._void = not self._begun
+        if self._begun and not self._ended:
+            self._handles.give_up()
+
+
+async def _run(
+    files: "TokenExecutor", handles: _Handles, path: Path, doing: str, func: Callable[[_Handles, *Ts], T], *args: *Ts
+) -> T:
+    """`func(handles, *args)` in a thread of the token, which has left the handles when a cancel goes on."""
+    call = _Call(handles, lambda: func(handles, *args))
+    with _local_errors(files, path, doing):
+        try:
+            return await files.run(call)
+        except asyncio.CancelledError:
+            call.abandon()
+            raise
+
+
+async def _close(files: "TokenExecutor", handles: _Handles) -> None:
+    """Close the handles in a thread of the token, or here when its threads are gone."""
+    handles.release()
+    try:
+        if handles.file is not None or handles.directory is not None:
+            await files.run(handles.finish)
+    except (BitsError, RuntimeError):
+        pass  # no thread of the token is left; closing needs no identity
+    finally:
+        handles.finish()
+
+
+# -- digests and preallocation: what is known about the bytes --------------------------------------------------------------------
+
+
+class _RunningDigests:
+    """Hashes of [0, position), fed by the writes themselves as long as these come in order.
+
+    A write behind the position makes them worthless: position None. Writes may come from several threads at once (slices), hence
+    the lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hashes: dict[str, hashlib._Hash] = {}
+        self.position: int | None = None
+
+    def begin(self, algorithms: Sequence[str]) -> None:
+        """Start at 0. The hash objects are made here, on the caller's thread: OpenSSL loads what it needs the first time."""
+        hashes = {name: _new_hash(name) for name in algorithms}
+        with self._lock:
+            self._hashes = hashes
+            self.position = 0
+
+    def rewrite(self, offset: int) -> None:
+        """Bytes from `offset` on will change."""
+        with self._lock:
+            if self.position is not None and offset < self.position:
+                self.position = None
+
+    def feed(self, offset: int, chunks: Sequence[Chunk]) -> None:
+        """These bytes are in the file."""
+        with self._lock:
+            if offset != self.position:
+                return
+            for chunk in chunks:
+                for each in self._hashes.values():
+                    each.update(chunk)
+                self.position += len(chunk)
+
+    def hexdigest(self, algorithm: str) -> str:
+        with self._lock:
+            if self.position is None or algorithm not in self._hashes:
+                raise InvalidState(f"no running digest {algorithm} covers what was written: start_digest comes first")
+            return self._hashes[algorithm].hexdigest()
+
+
+def _new_hash(algorithm: str) -> "hashlib._Hash":
+    try:
+        fresh = hashlib.new(algorithm)
+    except ValueError:
+        fresh = None
+    if fresh is None or not fresh.digest_size:  # SHAKE has no length of its own
+        code, context = ErrorCode.BG_E_INVALID_HASH_ALGORITHM, ErrorContext.NONE
+        raise InvalidArgument(f"no digest algorithm {algorithm!r}", code=code, context=context)
+    return fresh
+
+
+class _Reservation:
+    """Bytes preallocated and not yet written, as [start, end) pairs: never more than `RESERVE_AHEAD` in all (T18)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ahead: list[list[int]] = []
+
+    def claim(self, offset: int, length: int, free: int) -> tuple[int, int]:
+        """What may be preallocated of [offset, offset + length) with `free` bytes to spare: where it starts, how long it is."""
+        with self._lock:
+            mine = next((each for each in self._ahead if each[0] <= offset <= each[1]), None)
+            start = mine[1] if mine else offset
+            room = RESERVE_AHEAD - sum(end - begin for begin, end in self._ahead)
+            count = max(0, min(offset + length - start, room, free))
+            if count and mine:
+                mine[1] += count
+            elif count:
+                self._ahead.append([start, start + count])
+            return start, count
+
+    def consume(self, start: int, end: int) -> None:
+        """These bytes were written."""
+        with self._lock:
+            for each in self._ahead:
+                if start <= each[0] < end:
+                    each[0] = min(end, each[1])
+            self._ahead = [each for each in self._ahead if each[0] < each[1]]
+
+    def clear(self) -> bool:
+        """The file was cut, which frees what lies beyond its end. Whether there was any."""
+        with self._lock:
+            some = bool(self._ahead)
+            self._ahead = []
+            return some
+
+
+# -- blocking calls, made by a thread of the token -------------------------------------------------------------------------------
+
+
+def _part_name(name: str, job_id: UUID, longest: int) -> str:
+    """A new name that starts with a dot, tells the destination and the job, and fits the directory."""
+    tail = f".{job_id.hex}.{secrets.token_hex(8)}{_SUFFIX}"
+    told = name.encode("utf-8", "replace")  # the journal keeps the part's name as text, so it is text
+    room = max(0, longest - len(tail) - 1)
+    if len(told) > room:
+        while room and told[room] & 0xC0 == 0x80:  # not in the middle of a character
+            room -= 1
+        told = told[:room]
+    return f".{told.decode()}{tail}"
+
+
+def _open(path: Path) -> Directory:
+    if "\0" in str(path):
+        raise ValueError("embedded null character")  # a system call would take it for the end of the path
+    return native.open_directory(path)
+
+
+def _find(directory: Directory, name: str) -> os.stat_result | None:
+    try:
+        return native.stat_at(directory, name)
+    except FileNotFoundError:
+        return None
+
+
+def _destination_name(destination: Path) -> str:
+    if destination.name in ("", ".", ".."):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return destination.name
+
+
+def _replaceable(directory: Directory, destination: Path) -> os.stat_result | None:
+    """What the file will replace: a regular file, a link that leads to no directory, or nothing. All else is refused."""
+    found = _find(directory, _destination_name(destination))
+    if found is None or stat.S_ISREG(found.st_mode):
+        return found
+    if stat.S_ISDIR(found.st_mode) or (stat.S_ISLNK(found.st_mode) and destination.is_dir()):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISLNK(found.st_mode):
+        raise FileExistsError(errno.EEXIST, "The destination is a device, a pipe or a socket")
+    return found
+
+
+def _uid(token: "Token") -> int | None:
+    """The local user a token acts as; None where users have no number."""
+    kind, _, number = token.local.key.partition(":")
+    if kind == "uid" and number.isdecimal():
+        return int(number)
+    return None if sys.platform == "win32" else os.geteuid()
+
+
+def _guarded(token: "Token", allow_shared: bool) -> int | None:
+    """Whose directory it has to be: privileged tokens do not write where others could swap the file (T15). None: anybody's."""
+    uid = _uid(token)
+    return uid if not allow_shared and (token.elevated or uid == 0) else None
+
+
+def _refuse_shared(directory: Directory, uid: int | None) -> None:
+    if uid is None:
+        return
+    found = os.stat(directory)
+    if found.st_uid not in (0, uid):
+        why = "another user owns the directory"
+    elif not found.st_mode & stat.S_ISVTX and _others_may_write(directory, found, uid):
+        why = "other users may write in the directory, and it is not sticky"
+    else:
+        return
+    raise make_error(
+        ErrorCode.ERROR_DIRECTORY,
+        ErrorContext.LOCAL_FILE,
+        f"a privileged identity does not write there: {why} and could swap the file",
+    )
+
+
+def _others_may_write(directory: Directory, found: os.stat_result, uid: int) -> bool:
+    if found.st_mode & stat.S_IWOTH:
+        return True
+    if not found.st_mode & stat.S_IWGRP:
+        return False
+    return _has_acl(directory) or not any(_is_private_group(each, found.st_gid) for each in {found.st_uid, uid})
+
+
+def _is_private_group(uid: int, gid: int) -> bool:
+    """Whether the group is one user's own, as most distributions make them (their umask of 002 relies on it)."""
+    if sys.platform == "win32":
+        return False
+    try:
+        user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
+    except (KeyError, OSError):
+        return False
+    return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+
+
+def _has_acl(directory: Directory) -> bool:
+    """With an ACL the group bits of the mode are its mask, and speak of users that the mode does not name."""
+    if sys.platform != "linux":
+        return False
+    try:
+        return bool(os.getxattr(directory, "system.posix_acl_access"))
+    except OSError:  # none, or no such thing on this file system
+        return False
+
+
+def _make(handles: _Handles, destination: Path, job_id: UUID, guard: int | None) -> PartRecord:
+    """Open the directory, look at the destination, make the part file."""
+    try:
+        handles.directory = directory = _open(destination.parent)
+        _refuse_shared(directory, guard)
+        _replaceable(directory, destination)
+        name, handles.file = _create_new(directory, destination.name, job_id)
+        where, made = os.stat(directory), os.fstat(handles.file)
+        uid = None if sys.platform == "win32" else made.st_uid
+        parent = str(destination.parent)
+        record = PartRecord(parent, name, where.st_dev, where.st_ino, made.st_dev, made.st_ino, uid)
+        if not handles.publish(record):
+            _unlink(directory, record)
+        return record
+    except BaseException:
+        handles.release()
+        raise
+
+
+def _create_new(directory: Directory, name: str, job_id: UUID) -> tuple[str, int]:
+    longest = native.max_name(directory)
+    while True:
+        part_name = _part_name(name, job_id, longest)
+        with suppress(FileExistsError):  # once in 2**64, or somebody's guess
+            return part_name, native.create_exclusive(directory, part_name)
+
+
+def _take_up(handles: _Handles, destination: Path, record: PartRecord, guard: int | None) -> bool:
+    """Open the directory and the part file that was left there; False: odd, the handles are released."""
+    try:
+        handles.directory = directory = _open(destination.parent)
+        _refuse_shared(directory, guard)
+        taken = record.is_directory(os.stat(directory)) and _open_known(handles, directory, record) and handles.publish(record)
+    except BaseException:
+        handles.release()
+        raise
+    if not taken:
+        handles.release()
+    return taken
+
+
+def _open_known(handles: _Handles, directory: Directory, record: PartRecord) -> bool:
+    """Open the part file if it is what we left: looked at before it is opened, because opening a device may do something."""
+    found = _find(directory, record.name)
+    if found is None or not _as_left(found, record):
+        return False
+    try:
+        handles.file = native.open_existing(directory, record.name)
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EACCES, errno.EPERM):
+            return False  # replaced in this moment, or no longer ours to write
+        raise
+    return _as_left(os.fstat(handles.file), record)
+
+
+def _as_left(found: os.stat_result, record: PartRecord) -> bool:
+    return (
+        stat.S_ISREG(found.st_mode)
+        and record.is_file(found)
+        and found.st_nlink == 1
+        and (record.uid is None or (found.st_uid == record.uid and not found.st_mode & 0o022))
+    )
+
+
+def _unlink(directory: Directory, record: PartRecord) -> bool:
+    """Delete the part file, if its name still leads to it; whether nothing has the name now."""
+    found = _find(directory, record.name)
+    if found is None:
+        return True
+    if not record.is_file(found):
+        return False
+    with suppress(FileNotFoundError):
+        native.unlink_at(directory, record.name)
+    return True
+
+
+def _discard(handles: _Handles) -> bool:
+    assert handles.record is not None, "published before anybody can discard"
+    return _unlink(handles.opened()[0], handles.record)
+
+
+def _discard_recorded(handles: _Handles, record: PartRecord) -> bool:
+    handles.release()  # closed as soon as this thread leaves
+    try:
+        handles.directory = directory = _open(Path(record.directory))
+    except FileNotFoundError:
+        return True
+    return record.is_directory(os.stat(directory)) and _unlink(directory, record)
+
+
+def _look_for_committed(handles: _Handles, destination: Path, record: PartRecord) -> int | None:
+    handles.release()
+    handles.directory = directory = _open(destination.parent)
+    if not record.is_directory(os.stat(directory)) or _find(directory, record.name) is not None:
+        return None
+    found = _find(directory, _destination_name(destination))
+    if found is None or not stat.S_ISREG(found.st_mode) or not record.is_file(found):
+        return None
+    return found.st_size if record.uid in (None, found.st_uid) else None
+
+
+def _read_at(fd: int, count: int, offset: int) -> bytes:
+    if sys.platform == "win32":
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, count)
+    return os.pread(fd, count, offset)
+
+
+def _cut(handles: _Handles, length: int) -> None:
+    os.ftruncate(handles.opened()[1], length)
+
+
+def _sync(handles: _Handles) -> None:
+    native.datasync(handles.opened()[1])
+
+
+def _trim_and_sync(handles: _Handles, trim: bool) -> None:
+    _, file = handles.opened()
+    if trim:
+        os.ftruncate(file, os.fstat(file).st_size)  # gives back what was preallocated beyond the end
+    native.datasync(file)
+
+
+def _preallocate(handles: _Handles, offset: int, length: int) -> None:
+    try:
+        native.preallocate(handles.opened()[1], offset, length)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a help, not a promise: the write will say it
+            raise
+
+
+# -- the rename ------------------------------------------------------------------------------------------------------------------
+
+
+def _commit(handles: _Handles, destination: Path, mtime: float | None) -> None:
+    """Give the file its mode and time, and its name. Runs again after a failure: what was done is not done twice."""
+    directory, file = handles.opened()
+    record = handles.record
+    assert record is not None, "published before anybody can commit"
+    if not handles.committed:
+        _refuse_moved(directory, destination, record)
+        replaced = _replaceable(directory, destination)
+        mode = _dress(directory, file, destination.name, replaced)
+        if mtime is not None:
+            _set_time(file, mtime)
+        native.set_mode(file, mode | 0o600)  # its owner must be able to open it again if the rename fails
+        native.rename_at(directory, record.name, destination.name)
+        if not _is_renamed(directory, destination, record):
+            message = "somebody else changed the directory during the rename"
+            raise make_error(ErrorCode.BG_E_LOCAL_FILE_CHANGED, ErrorContext.LOCAL_FILE, message)
+        handles.committed = True
+        _unlink(directory, record)  # still there if both names were links to our file: such a rename does nothing
+        if mode | 0o600 != mode:
+            native.set_mode(file, mode)
+    native.sync_directory(directory)
+
+
+def _is_renamed(directory: Directory, destination: Path, record: PartRecord) -> bool:
+    found = _find(directory, _destination_name(destination))
+    return found is not None and record.is_file(found)
+
+
+def _refuse_moved(directory: Directory, destination: Path, record: PartRecord) -> None:
+    """The rename would still be a rename in our directory; it would not put the file where it was asked for."""
+    there, here = os.stat(destination.parent), os.stat(directory)
+    if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
+        message = "the directory was replaced by another one during the transfer"
+        raise make_error(ErrorCode.BG_E_LOCAL_FILE_CHANGED, ErrorContext.LOCAL_FILE, message)
+    found = _find(directory, record.name)
+    if found is None or not record.is_file(found):
+        message = f"the part file {record.name} was removed or replaced during the transfer"
+        raise make_error(ErrorCode.BG_E_LOCAL_FILE_CHANGED, ErrorContext.LOCAL_FILE, message)
+
+
+def _dress(directory: Directory, file: int, name: str, replaced: os.stat_result | None) -> int:
+    """The mode the file shall have: 0644 less the umask, and nothing that a replaced regular file did not allow (T16).
+
+    That file's access list is put on ours. Without it, or with another group, its group bits spoke of other people than ours
+    would: the group may then do what everybody may.
+    """
+    mode = PUBLIC_MODE & ~native.process_umask()
+    if replaced is None or not stat.S_ISREG(replaced.st_mode):
+        return mode
+    mode &= replaced.st_mode
+    if replaced.st_gid != os.fstat(file).st_gid or not _keep_acl(directory, file, name, replaced):
+        mode &= ~0o070 | (mode & 0o007) << 3
+    return mode
+
+
+def _keep_acl(directory: Directory, file: int, name: str, replaced: os.stat_result) -> bool:
+    """Copy the access list, or its absence. False: not done, because it cannot be read or is not our owner's word.
+
+    Where everybody may make files, a stranger's list would let him read ours.
+    """
+    if sys.platform == "win32":
+        return True  # a new file has the directory's list, as BITS documents it
+    if replaced.st_uid not in (0, os.fstat(file).st_uid):
+        return False
+    try:
+        source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except OSError:
+        return False
+    try:
+        found = os.fstat(source)
+        if (found.st_dev, found.st_ino) != (replaced.st_dev, replaced.st_ino):
+            return False
+        native.copy_acl(source, file)
+    except OSError:
+        return False
+    finally:
+        os.close(source)
+    return True
+
+
+def _set_time(file: int, mtime: float) -> None:
+    try:
+        native.set_times(file, round(mtime * 1e9))
+    except (OverflowError, ValueError):
+        pass  # a server's date that this system cannot write down is not worth failing for
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, getattr(errno, "EOVERFLOW", errno.EINVAL)):
+            raise
+
+
+# -- receiving -------------------------------------------------------------------------------------------------------------------
+
+
+class _Intake:
+    """The loop that moves a socket's bytes into a file, run by one thread of the token from begin to end."""
+
+    def __init__(
+        self, store: Callable[[int, Sequence[Chunk]], None], piece: "Slice", limiter: Limiter | None, stop: Stop | None
+    ) -> None:
+        self._store = store
+        self._piece = piece
+        self._limiter = limiter
+        self._stop = stop
+        self._halt = threading.Event()  # set when the task that waits for us is cancelled
+        self.moved = 0
+
+    def halt(self) -> None:
+        self._halt.set()
+
+    @property
+    def _stopped(self) -> bool:
+        return self._halt.is_set() or (self._stop is not None and self._stop.is_set())
+
+    def run(self, detached: "Detached", idle: float) -> int:
+        """Move until all is there or somebody says stop."""
+        total = detached.length if self._piece.remaining is None else min(detached.length, self._piece.remaining)
+        self._keep(memoryview(detached.already)[:total])
+        if self.moved >= total or self._stopped:
+            return self.moved
+        connection = detached.socket
+        assert isinstance(connection, socket.socket)
+        size = min(total - self.moved, _RECEIVE if self._limiter is None else _RECEIVE_LIMITED)
+        buffer = memoryview(bytearray(size))
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection, selectors.EVENT_READ)
+            while self.moved < total:
+                count = self._receive(connection, selector, buffer[: total - self.moved], idle)
+                if not count:
+                    break
+                self._keep(buffer[:count])
+        return self.moved
+
+    def _keep(self, view: memoryview) -> None:
+        if not view:
+            return
+        self._store(self._piece.written, [view])
+        self._piece.advance(len(view))
+        self.moved += len(view)
+        if self._limiter is not None:
+            self._rest(self._limiter.acquire(len(view)))
+
+    def _rest(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stopped and (left := until - time.monotonic()) > 0:
+            self._halt.wait(min(left, _GLANCE))
+
+    def _receive(self, connection: socket.socket, selector: selectors.BaseSelector, buffer: memoryview, idle: float) -> int:
+        """Some bytes, as soon as there are any; 0: stopped."""
+        until = time.monotonic() + idle
+        while not self._stopped:
+            try:
+                if selector.select(min(_GLANCE, idle)):
+                    count = connection.recv_into(buffer, 0, _DONTWAIT)
+                    if count:
+                        return count
+                    raise _broken(ErrorCode.BG_E_CONNECTION_CLOSED, "the connection ended before the file did")
+            except (BlockingIOError, TimeoutError):
+                pass  # ready, and then not: seen with checksum errors, or the socket has a timeout of its own
+            except OSError as exc:
+                raise _broken(ErrorCode.BG_E_CONNECTION_CLOSED, "the connection was cut") from scrub(exc)
+            if time.monotonic() >= until:
+                raise _broken(ErrorCode.ERROR_WINHTTP_TIMEOUT, f"no byte for {idle:g} seconds")
+        return 0
+
+
+def _broken(code: ErrorCode, message: str) -> BitsError:
+    return make_error(code, ErrorContext.GENERAL_TRANSPORT, message)
+
+
+async def _outlast(future: "asyncio.Future[T]", seconds: float) -> None:
+    """Wait for a thread that was told to stop, through any further cancel."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    while not future.done() and (left := until - loop.time()) > 0:
+        with suppress(asyncio.CancelledError):  # the caller raises the one it already has
+            await asyncio.wait({future}, timeout=left)
+    if future.done() and not future.cancelled():
+        future.exception()  # seen: the cancel is what is reported
+
+
+# -- the part file ---------------------------------------------------------------------------------------------------------------
+
+
+class PartFile:
+    """The open part file of one download, made or reopened as one token.
+
+    Every method that touches the file raises `LocalFileError` when that fails (path and identity in its fields) or when the file
+    is closed, and what the executor raises when the identity is gone (`ImpersonationFailed`, `TokenRequired`). A cancelled method
+    has finished, or never began, when the cancel goes on; if its thread did not come back, the part file is closed for good.
+
+    Attributes:
+        destination: the name it will get.
+        record: what the journal keeps of it.
+        path: where it is now.
+        written_to: one past the last byte of the write that ended last; a failed write does not move it.
+    """
+
+    record: PartRecord
+
+    def __init__(self, files: "TokenExecutor", destination: Path, handles: _Handles) -> None:
+        """Use `create` or `reopen`."""
+        self._files = files
+        self._handles = handles
+        self._digests = _RunningDigests()
+        self._reservation = _Reservation()
+        self._discarded = False
+        self.destination = destination
+        self.written_to = 0
+
+    def __repr__(self) -> str:
+        return f"<PartFile of {self.destination}>"
+
+    @property
+    def committed(self) -> bool:
+        """The file has its final name."""
+        return self._handles.committed
+
+    @property
+    def path(self) -> Path:
+        """The part file, or the destination once it has that name."""
+        return self.destination if self.committed else self.destination.with_name(self.record.name)
+
+    @property
+    def digest_position(self) -> int | None:
+        """How far the running digests reach; None: there are none, or a write behind their position has made them worthless."""
+        return self._digests.position
+
+    # -- making and finding --
+
+    @classmethod
+    async def create(
+        cls, files: "TokenExecutor", destination: Path, job_id: UUID, *, allow_shared_directory: bool = False
+    ) -> "PartFile":
+        """Make a new, empty part file of mode 0600 beside the destination.
+
+        Args:
+            files: the threads of the token that shall own the file.
+            destination: absolute path of the file to come.
+            job_id: part of the name, for people who find it.
+            allow_shared_directory: let a privileged token write where other users could swap the file (T15).
+
+        Raises:
+            LocalFileError: the directory is missing, not writable, or not fit for a privileged token; or the destination is a
+            directory,
+                a device, a pipe or a socket. Nothing was made.
+        """
+        part = cls(files, destination, _Handles())
+        try:
+            part.record = await part._run("create", _make, destination, job_id, _guarded(files.token, allow_shared_directory))
+        except BaseException:
+            await part._unmake()
+            raise
+        return part
+
+    @classmethod
+    async def reopen(
+        cls, files: "TokenExecutor", destination: Path, record: PartRecord, *, allow_shared_directory: bool = False
+    ) -> "PartFile | None":
+        """Open a part file again.
+
+        Returns:
+            None when directory or file are not exactly what was left (another inode, owner or kind, a second link, others may
+            write to it), or a lost thread of this process may still write to it: make a new one. Nothing was unlinked.
+
+        Raises:
+            LocalFileError: the directory cannot be opened, or is not fit for a privileged token (see `create`).
+        """
+        if (record.device, record.inode) in _given_up:
+            return None
+        part = cls(files, destination, _Handles())
+        try:
+            taken = await part._run("open", _take_up, destination, record, _guarded(files.token, allow_shared_directory))
+        except BaseException:
+            await part.close()
+            raise
+        if not taken:
+            return None
+        part.record = record
+        return part
+
+    # -- looking --
+
+    async def length(self) -> int:
+        """Bytes in the file, holes counted; preallocated bytes are not."""
+        with _local_errors(self._files, self.destination, "look at"), self._handles as handles:
+            return (await aiofiles.os.stat(handles.opened()[1], executor=self._files.pool)).st_size
+
+    async def _free(self) -> int:
+        """Bytes that the volume has left for this identity."""
+        if sys.platform == "win32":
+            return RESERVE_AHEAD  # its twin preallocates nothing
+        with _local_errors(self._files, self.destination, "look at"), self._handles as handles:
+            volume = await _statvfs(handles.opened()[1], executor=self._files.pool)
+        return volume.f_bavail * volume.f_frsize
+
+    # -- writing --
+
+    async def write(self, offset: int, chunks: Sequence[Chunk]) -> None:
+        """Put these bytes at `offset`: all of them when it returns, perhaps some when it raises. One hop for the whole batch."""
+        if any(chunks):
+            await self._run("write", self._store, offset, chunks)
+
+    async def receive(
+        self, detached: "Detached", piece: "Slice", limiter: Limiter | None, stop: Stop | None, *, idle: float = _IDLE
+    ) -> int:
+        """Put the rest of a body at `piece.written`, read from its socket by one thread of the token.
+
+        The thread advances `piece` as it goes; it never writes beyond the piece's end or the body's length. The socket stays the
+        caller's.
+
+        Args:
+            detached: a plain socket, the bytes already read from it, and the length of both together.
+            piece: where they go.
+            limiter: asked after each read how long to rest; None: no limit.
+            stop: looked at several times a second; None: only a cancel stops it.
+            idle: seconds without a byte after which the connection counts as dead.
+
+        Returns:
+            The bytes moved: all of them, or fewer when it was stopped.
+
+        Raises:
+            NetworkError: the connection ended early or fell silent; `piece` counts what came before.
+            LocalFileError: a write failed.
+        """
+        handles = self._handles
+        intake = _Intake(lambda offset, chunks: self._store(handles, offset, chunks), piece, limiter, stop)
+
+        call = _Call(handles, lambda: intake.run(detached, idle))
+        with _local_errors(self._files, self.destination, "write"):
+            future = self._files.spawn(call)
+            try:
+                await asyncio.wait({future})
+            except asyncio.CancelledError:
+                intake.halt()
+                await _outlast(future, _PATIENCE)
+                call.abandon()
+                raise
+            return future.result()
+
+    def _store(self, handles: _Handles, offset: int, chunks: Sequence[Chunk]) -> None:
+        """In a thread: the bytes, then all that is known of them."""
+        _, file = handles.opened()
+        end = offset + sum(map(len, chunks))
+        self._digests.rewrite(offset)
+        native.pwrite_all(file, chunks, offset)
+        self._digests.feed(offset, chunks)
+        self._reservation.consume(offset, end)
+        self.written_to = end
+
+    async def reserve(self, offset: int, length: int, *, keep_free: int = 0) -> None:
+        """Preallocate what will be written from `offset` on, at most `RESERVE_AHEAD` ahead of what was written (T18).
+
+        The length of the file stays as it is. Does less, or nothing, where the volume is short of space: a write says when it is
+        full.
+
+        Args:
+            offset: where the next byte will go.
+            length: bytes expected there.
+            keep_free: bytes of the volume that preallocation must leave to others.
+        """
+        start, count = self._reservation.claim(offset, length, await self._free() - keep_free)
+        if count:
+            await self._run("write", _preallocate, start, count)
+
+    async def sync(self) -> None:
+        """What was written survives a loss of power when it returns."""
+        await self._run("write", _sync)
+
+    async def truncate(self, length: int) -> None:
+        """Cut the file to `length` bytes."""
+        self._digests.rewrite(length)
+        await self._run("write", _cut, length)
+        self._reservation.clear()
+        self.written_to = min(self.written_to, length)
+
+    # -- digests --
+
+    async def start_digest(self, algorithms: Sequence[str], upto: int) -> None:
+        """Keep running digests (names of hashlib): of [0, upto), read again now, and of what is written from there on in order.
+
+        Raises:
+            InvalidArgument: an algorithm is unknown.
+            LocalFileError: the file cannot be read or ends before `upto`.
+        """
+        self._digests.begin(algorithms)
+        position = 0
+        while position < upto:
+            count = await self._run("read", self._reread, position, min(_REREAD, upto - position))
+            if not count:
+                message = f"the part file ends at {position}, before {upto}"
+                code, context = ErrorCode.BG_E_LOCAL_FILE_CHANGED, ErrorContext.LOCAL_FILE
+                raise make_error(code, context, message, path=self.destination, identity=self._files.token.name)
+            position += count
+
+    def _reread(self, handles: _Handles, offset: int, length: int) -> int:
+        _, file = handles.opened()
+        position = offset
+        while position < offset + length:
+            chunk = _read_at(file, min(_READ, offset + length - position), position)
+            if not chunk:
+                break
+            self._digests.feed(position, [chunk])
+            position += len(chunk)
+        return position - offset
+
+    async def digest(self, algorithm: str) -> str:
+        """The digest of [0, `digest_position`) in hexadecimal digits.
+
+        Raises:
+            InvalidState: there is none: `start_digest` was not called for it, or bytes were written behind its position.
+        """
+        return await self._run("read", lambda _: self._digests.hexdigest(algorithm))
+
+    # -- ends --
+
+    async def commit(self, *, mtime: float | None) -> Path:
+        """Make the file durable and give it its name, mode and time (T15, T16); the handles stay open until `close`.
+
+        The mode is 0644 less the process's umask; of a regular file that is replaced, its mode limits that further and its ACL is
+        kept. May be called again after an error.
+
+        Args:
+            mtime: seconds since the epoch; None: when it was written.
+
+        Raises:
+            LocalFileError: also when directory, part file or destination are no longer what they were. The part file is where it
+            was,
+                unless somebody else has moved it.
+        """
+        await self._run("write", _trim_and_sync, self._reservation.clear())
+        await self._run("replace", _commit, self.destination, mtime)
+        return self.destination
+
+    async def discard(self) -> None:
+        """Delete the part file, if its name still leads to it, and close. A committed file stays.
+
+        Raises:
+            LocalFileError: it cannot be deleted; it is closed nevertheless.
+        """
+        if self._discarded:
+            return
+        try:
+            if not self.committed:
+                await self._run("remove", _discard)
+            self._discarded = True
+        finally:
+            await self.close()
+
+    async def _run(self, doing: str, func: Callable[[_Handles, *Ts], T], *args: *Ts) -> T:
+        return await _run(self._files, self._handles, self.destination, doing, func, *args)
+
+    async def close(self) -> None:
+        """Let go of the descriptors; the file stays. May be called again, and in any state."""
+        await _close(self._files, self._handles)
+
+    async def _unmake(self) -> None:
+        """What an interrupted `create` has made goes away again: nobody knows of it."""
+        try:
+            if self._handles.record is not None and not self._handles.released:
+                with suppress(BitsError):  # the first error is the one to report
+                    await self._run("remove", _discard)
+        finally:
+            await self.close()
+
+
+async def discard_part(files: "TokenExecutor", destination: Path, record: PartRecord) -> bool:
+    """Delete a part file that is not open, as the token that made it (T17).
+
+    Returns:
+        True: nothing has its name any more. False: directory or file are not those of the record; nothing was touched.
+
+    Raises:
+        LocalFileError: it cannot be looked for or deleted.
+    """
+    handles = _Handles()
+    try:
+        return await _run(files, handles, destination, "remove", _discard_recorded, record)
+    finally:
+        await _close(files, handles)
+
+
+async def committed_length(files: "TokenExecutor", destination: Path, record: PartRecord) -> int | None:
+    """The length of the destination if it is the recorded part file, renamed by a process that died before it could journal it.
+
+    The inode number alone does not prove that nobody has written another file there since: compare the length, and the digest if
+    any.
+
+    Raises:
+        LocalFileError: the directory cannot be opened.
+    """
+    handles = _Handles()
+    try:
+        return await _run(files, handles, destination, "look at", _look_for_committed, destination, record)
+    finally:
+        await _close(files, handles)

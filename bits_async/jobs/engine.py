@@ -1,0 +1,711 @@
+"""The queue at work: the jobs in memory, the commands on them, and the loop that starts and ends their attempts.
+
+The engine knows tokens only as values to hand on; who may open a job is decided at the door (`manager`). Every change of a job is in the
+journal before it is told to anybody. A command on a job first holds it (nothing picks it up), stops its attempt at a durable point, and then
+moves it along the table of `model`.
+
+Races this module answers: a command and the end of an attempt (commands wait for the attempt's supervisor, then look at the state again);
+two commands on one job (`Entry.lock`); a cancelled caller (the journal's transaction is shielded by the store; `Entry.lock` is released).
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+from ..clock import Clock
+from ..errors import BitsError, ErrorCode, ErrorContext, ImpersonationFailed, InvalidState, ManagerClosed, TokenRequired, make_error, show_url
+from ..files import PartFile, committed_length, discard_part
+from ..identity.threads import TokenExecutor, TokenExecutors
+from ..identity.tokens import HelperTokenFlags, Token, TokenPair
+from ..transport.lane import Party
+from .model import (
+    Change,
+    Command,
+    FileRecord,
+    GrantRecord,
+    JobProgress,
+    JobRecord,
+    JobRemoved,
+    JobState,
+    Outcome,
+    StoredJob,
+    Waiting,
+    WaitingReason,
+    advance,
+)
+from .notify import Event, EventStream, FileRestarted, FileTransferred, JobChanged, Progress, Retrying
+from .scheduler import TIME_SLICE, Candidate, Limits, choose, may_retry, retry_delay
+from .store import Store
+from .transfer import Attempt, Workshop
+
+log = logging.getLogger("bits_async.jobs")
+
+LONG_SLEEP: Final = 3600.0
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """One job in memory: its records, its tokens and its running attempt."""
+
+    job: JobRecord
+    files: list[FileRecord]
+    grants: list[GrantRecord]
+    owner: Token | None = None
+    helper: Token | None = None
+    positions: dict[int, int] = field(default_factory=dict)  # bytes written, by file
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    held: int = 0  # commands at work: the scheduler leaves the job alone
+    work: asyncio.Task[None] | None = None
+    supervisor: asyncio.Task[None] | None = None
+    turn: int = 0
+    started: float = 0.0  # monotonic, of the running attempt
+    retry_due: float | None = None  # monotonic
+    failing_since: float | None = None  # monotonic, of the first transient error without progress
+    paused_by: BitsError | None = None  # why the owner's token could not be had
+
+    def __post_init__(self) -> None:
+        for file in self.files:
+            self.positions.setdefault(file.index, file.slices[0].durable if file.slices else 0)
+
+    @property
+    def pair(self) -> TokenPair:
+        """The tokens as they are now."""
+        return TokenPair(self.owner, self.helper, self.job.helper_flags)
+
+    @property
+    def progress(self) -> JobProgress:
+        """Over all files."""
+        sizes = [file.size for file in self.files]
+        total = None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)
+        done = sum(1 for file in self.files if file.transferred)
+        return JobProgress(total, sum(self.positions.get(file.index, 0) for file in self.files), len(self.files), done)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a file is still to be fetched."""
+        return any(not file.transferred for file in self.files)
+
+
+class _Report:
+    """An attempt's recorder: journals through the engine and tells the listeners."""
+
+    def __init__(self, engine: "Engine", entry: Entry) -> None:
+        self._engine = engine
+        self._entry = entry
+
+    @property
+    def job(self) -> JobRecord:
+        return self._entry.job
+
+    @property
+    def files(self) -> Sequence[FileRecord]:
+        return self._entry.files
+
+    async def keep(self, file: FileRecord) -> None:
+        await self._engine.save(file)
+        self._entry.files[file.index] = file
+
+    def answered(self) -> None:
+        if self._entry.job.state is JobState.CONNECTING:
+            self._engine.move_in_memory(self._entry, Outcome.ANSWERED)
+
+    def moved(self, index: int, position: int) -> None:
+        entry = self._entry
+        if position > entry.positions.get(index, 0):
+            entry.failing_since = None
+        entry.positions[index] = position
+        self._engine.publish_progress(entry)
+
+    def restarted(self, index: int, reason: str) -> None:
+        file = self._entry.files[index]
+        now, job = self._engine.clock.now(), self._entry.job.id
+        self._engine.publish(FileRestarted(time=now, job_id=job, url=show_url(file.url), path=file.path, reason=reason))
+
+    def retrying(self, number: int, delay: float, error: BitsError) -> None:
+        now, job = self._engine.clock.now(), self._entry.job.id
+        self._engine.publish(Retrying(time=now, job_id=job, number=number, delay=delay, error=error))
+
+    def transferred(self, index: int) -> None:
+        entry, file = self._entry, self._entry.files[index]
+        entry.positions[index] = file.size or 0
+        now, url, size = self._engine.clock.now(), show_url(file.url), file.size or 0
+        self._engine.publish(FileTransferred(time=now, job_id=entry.job.id, url=url, path=file.path, size=size))
+
+
+class Engine:
+    """All jobs of one journal.
+
+    Args:
+        store: the journal; opened by `start`, closed by its owner after `stop`.
+        shop: what attempts work with.
+        limits: how much may run at once.
+        run: False: jobs can be edited, nothing is transferred.
+        party: the network side of a job, for the token that acts there and its security threads.
+        find_owner: asks for the token of a job whose owner has none in this process; None: not to be had now.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        shop: Workshop,
+        limits: Limits,
+        run: bool,
+        party: Callable[[Entry, Token, TokenExecutor], Party],
+        find_owner: Callable[[Entry], Awaitable[Token | None]],
+        time_slice: float = TIME_SLICE,
+    ) -> None:
+        self.entries: dict[UUID, Entry] = {}
+        self.clock: Clock = shop.clock
+        self.failure: BitsError | None = None
+        self.closed = False
+        self._store = store
+        self._shop = shop
+        self._limits = limits
+        self._run = run
+        self._party = party
+        self._find_owner = find_owner
+        self._time_slice = time_slice
+        self._streams: set[EventStream] = set()
+        self._changed: set[asyncio.Future[None]] = set()
+        self._wake = asyncio.Event()
+        self._turns = 0
+        self._loop_task: asyncio.Task[None] | None = None
+        self._searches: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def executors(self) -> TokenExecutors:
+        """The threads that act as the tokens."""
+        return self._shop.executors
+
+    # -- life -----------------------------------------------------------------------------------------------------------------------
+
+    async def start(self, adopt: Callable[[StoredJob], Awaitable[Token | None]], *, hold: bool = False) -> None:
+        """Open the journal and put its jobs back in the queue, or with `hold` let them wait for a resume.
+
+        `adopt` says for whom the process may stand in.
+
+        Raises:
+            StoreError: the journal cannot be used.
+        """
+        await self._store.open()
+        for stored in await self._store.load():
+            await self._restore(stored, await adopt(stored), hold=hold)
+        if self._run:
+            self._loop_task = self.task(self._loop(), "bits-engine")
+
+    async def _restore(self, stored: StoredJob, owner: Token | None, *, hold: bool) -> None:
+        """After a restart: running jobs are queued again, and a job that needs a helper token has lost it (BG_E_TOKEN_REQUIRED)."""
+        job = stored.job
+        entry = Entry(job, list(stored.files), list(stored.grants), owner=owner)
+        self.entries[job.id] = entry
+        if job.helper_flags is not HelperTokenFlags.NONE and not job.state.is_settled:
+            error = TokenRequired("the helper token did not survive the restart", job_id=job.id)
+            await self._refuse_restored(entry, error)
+        elif job.id in self._store.lost_secrets and not job.state.is_settled:
+            message = "the journal's key file was lost or replaced, and a secret of this job cannot be read"
+            code = ErrorCode.BG_E_INVALID_CREDENTIALS
+            await self._refuse_restored(entry, make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=job.id))
+        elif hold and not job.state.is_settled:
+            entry.job = replace(job, state=JobState.SUSPENDED, retry_at=None)
+        elif job.state.is_active:
+            entry.job = replace(job, state=advance(job.state, Outcome.REOPENED))
+        elif job.state is JobState.TRANSIENT_ERROR:
+            left = 0.0 if job.retry_at is None else (job.retry_at - self.clock.now()).total_seconds()
+            entry.retry_due = self.clock.monotonic() + min(max(left, 0.0), job.minimum_retry_delay)
+            entry.failing_since = self.clock.monotonic() - job.stalled
+
+    async def _refuse_restored(self, entry: Entry, error: BitsError) -> None:
+        job = entry.job
+        entry.job = replace(job, state=JobState.ERROR, error=error, error_count=job.error_count + 1, retry_at=None)
+        await self._store.save(entry.job)
+
+    async def stop(self, grace: float) -> None:
+        """Stop every attempt at a durable point; attempts that do not stop within `grace` seconds are left behind.
+
+        The journal is closed by its owner, the manager, afterwards.
+        """
+        self.closed = True
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            await asyncio.wait({self._loop_task})
+        for task in self._searches.values():
+            task.cancel()
+        supervisors = {entry.supervisor for entry in self.entries.values() if entry.supervisor is not None}
+        for entry in self.entries.values():
+            if entry.work is not None:
+                entry.work.cancel()
+        waiting = supervisors | set(self._searches.values())
+        if waiting:
+            _, late = await asyncio.wait(waiting, timeout=grace)
+            for task in late:
+                log.warning("an attempt did not stop within %.1f s", grace)
+                task.cancel()
+        for stream in list(self._streams):
+            stream.finish(self.failure)
+        self._tell_waiters()
+
+    def fail(self, error: BitsError) -> None:
+        """The journal broke: nothing more is transferred, and everybody who waits hears of it."""
+        if self.failure is None:
+            self.failure = error
+            log.error("the engine has stopped: %s", error)
+            for entry in self.entries.values():
+                if entry.work is not None:
+                    entry.work.cancel()
+        self._wake.set()
+        self._tell_waiters()
+
+    def check(self) -> None:
+        """Raise what every call must hear first: the engine failed, or is closed."""
+        if self.failure is not None:
+            raise self.failure.located()
+        if self.closed:
+            raise ManagerClosed
+
+    def task(self, coro: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """A task of the engine's own, in an empty context: no caller's identity leaks into it."""
+        return asyncio.get_running_loop().create_task(coro, name=name, context=contextvars.Context())
+
+    # -- the journal and the listeners ------------------------------------------------------------------------------------------------
+
+    async def save(self, *changes: Change) -> None:
+        """One durable transaction.
+
+        Raises:
+            StoreError: it was not; the engine has stopped.
+        """
+        self.check_failure()
+        try:
+            await self._store.save(*changes)
+        except BitsError as error:
+            self.fail(error)
+            raise
+
+    def check_failure(self) -> None:
+        """Raise the engine's failure, if it has failed."""
+        if self.failure is not None:
+            raise self.failure.located()
+
+    async def change(self, entry: Entry, *, files: Sequence[FileRecord] = (), **fields: Any) -> None:
+        """Journal new values of a job (and of files of it), then show them."""
+        job = replace(entry.job, modified=self.clock.now(), **fields)
+        before = entry.job.state
+        await self.save(job, *files)
+        entry.job = job
+        for file in files:
+            entry.files[file.index : file.index + 1] = [file]
+        if job.state is not before or "retry_at" in fields:
+            self.announce(entry)
+        self._wake.set()
+
+    def move_in_memory(self, entry: Entry, event: Outcome) -> None:
+        """A change of state that need not be journalled, because a restart maps both states to QUEUED."""
+        entry.job = replace(entry.job, state=advance(entry.job.state, event))
+        self.announce(entry)
+
+    def announce(self, entry: Entry) -> None:
+        """Tell everybody how the job stands."""
+        self.publish(self.snapshot(entry))
+        self._tell_waiters()
+
+    def snapshot(self, entry: Entry) -> JobChanged:
+        """The job as it is."""
+        job = entry.job
+        error = job.error if job.state in (JobState.ERROR, JobState.TRANSIENT_ERROR) else None
+        now = self.clock.now()
+        return JobChanged(
+            time=now, job_id=job.id, state=job.state, waiting=self.waiting(entry), error=error, progress=entry.progress
+        )
+
+    def publish_progress(self, entry: Entry) -> None:
+        """Tell the listeners how far the job is."""
+        if not self._streams:
+            return
+        p = entry.progress
+        self.publish(
+            Progress(
+                time=self.clock.now(),
+                job_id=entry.job.id,
+                state=entry.job.state,
+                bytes_total=p.bytes_total,
+                bytes_transferred=p.bytes_transferred,
+                files_total=p.files_total,
+                files_transferred=p.files_transferred,
+            )
+        )
+
+    def publish(self, event: Event) -> None:
+        """Hand an event to every stream."""
+        for stream in list(self._streams):
+            stream.publish(event)
+
+    def stream(self, wants: Callable[[UUID], bool], ends: Callable[[JobState], bool]) -> EventStream:
+        """A new reader."""
+
+        def snapshot(job_id: UUID) -> JobChanged | None:
+            entry = self.entries.get(job_id)
+            return None if entry is None else self.snapshot(entry)
+
+        stream = EventStream(wants=wants, snapshot=snapshot, ends=ends, closed=self._streams.discard)
+        self._streams.add(stream)
+        return stream
+
+    def waiting(self, entry: Entry) -> Waiting | None:
+        """Why nothing moves."""
+        job = entry.job
+        if job.state is JobState.TRANSIENT_ERROR:
+            return Waiting(WaitingReason.RETRY, job.retry_at, f"{job.retry_number}: {_short(job.error)}")
+        if job.state is JobState.SUSPENDED:
+            return Waiting(WaitingReason.SUSPENDED)
+        if job.state is not JobState.QUEUED:
+            return None
+        if not self._run:
+            return Waiting(WaitingReason.MANAGER_CLOSED)
+        if entry.owner is None:
+            return Waiting(WaitingReason.NO_OWNER_TOKEN, detail=str(entry.paused_by.message) if entry.paused_by else "")
+        return Waiting(WaitingReason.QUEUE)
+
+    async def until(self, done: Callable[[], bool]) -> None:
+        """Wait until `done()`; it is asked again after every change of any job.
+
+        Raises:
+            StoreError: the engine failed. ManagerClosed: it was closed.
+        """
+        while not done():
+            self.check()
+            future = asyncio.get_running_loop().create_future()
+            self._changed.add(future)
+            try:
+                await future
+            finally:
+                self._changed.discard(future)
+
+    def _tell_waiters(self) -> None:
+        for future in self._changed:
+            if not future.done():
+                future.set_result(None)
+
+    # -- commands ---------------------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def command(self, entry: Entry) -> Any:
+        """Hold the job: one command at a time, and the scheduler leaves it alone."""
+        self.check()
+        async with entry.lock:
+            entry.held += 1
+            try:
+                self.check()
+                if entry.job.state.is_final:
+                    raise InvalidState(f"the job is {entry.job.state.name} and has left the queue", job_id=entry.job.id)
+                yield
+            finally:
+                entry.held -= 1
+                self._wake.set()
+
+    async def halt(self, entry: Entry) -> None:
+        """Stop the running attempt at a durable point; the job is then QUEUED, or where the attempt's end brought it."""
+        if entry.supervisor is not None:
+            if entry.work is not None:
+                entry.work.cancel()
+            await asyncio.wait({entry.supervisor})
+
+    async def add(self, job: JobRecord, owner: Token, files: Sequence[FileRecord] = (), grants: Sequence[GrantRecord] = ()) -> Entry:
+        """Put a new job into the journal."""
+        await self.save(job, *files, *grants)
+        entry = Entry(job, list(files), list(grants), owner=owner)
+        self.entries[job.id] = entry
+        self.announce(entry)
+        return entry
+
+    async def add_files(self, entry: Entry, files: Sequence[FileRecord]) -> None:
+        """Append files in one transaction."""
+        await self.change(entry, files=files)
+
+    async def resume(self, entry: Entry, bind: Callable[[Entry], Sequence[GrantRecord]]) -> None:
+        """Back into the queue. `bind` gives the grants their origins at the first resume (T19)."""
+        async with self.command(entry):
+            if not entry.files:
+                raise make_error(ErrorCode.BG_E_EMPTY, ErrorContext.NONE, "a job without files cannot be resumed", job_id=entry.job.id)
+            event = Command.RESUME_UNFINISHED if entry.unfinished else Command.RESUME
+            state = advance(entry.job.state, event)
+            if not entry.unfinished and state is JobState.QUEUED:
+                state = JobState.TRANSFERRED
+            if entry.job.state in (JobState.SUSPENDED, JobState.ERROR, JobState.TRANSIENT_ERROR) or state is not entry.job.state:
+                await self._queue_again(entry, state, bind)
+
+    async def _queue_again(self, entry: Entry, state: JobState, bind: Callable[[Entry], Sequence[GrantRecord]]) -> None:
+        if not entry.job.resumed:
+            bound = bind(entry)
+            await self.save(*bound)
+            entry.grants[:] = bound
+        entry.retry_due = entry.failing_since = None
+        files = [replace(file, restarts=0) for file in entry.files if file.restarts]
+        fresh: dict[str, Any] = {"error": None, "error_file": None, "retry_number": 0, "retry_at": None, "stalled": 0.0}
+        await self.change(entry, files=files, state=state, resumed=True, **fresh)
+
+    async def suspend(self, entry: Entry) -> None:
+        """No byte is written after it returns."""
+        async with self.command(entry):
+            advance(entry.job.state, Command.SUSPEND)
+            await self.halt(entry)
+            if entry.job.state is JobState.SUSPENDED:
+                return
+            entry.retry_due = entry.failing_since = None
+            await self.change(entry, state=advance(entry.job.state, Command.SUSPEND), retry_at=None)
+
+    async def cancel(self, entry: Entry) -> None:
+        """The job leaves the queue; its part files are gone."""
+        async with self.command(entry):
+            await self.halt(entry)
+            state = advance(entry.job.state, Command.CANCEL)
+            await self._discard_parts(entry, [file for file in entry.files if not file.committed])
+            await self._leave(entry, state)
+
+    async def complete(self, entry: Entry, *, partial: bool) -> list[Path]:
+        """Rename finished part files to their destinations; the job leaves the queue.
+
+        Raises:
+            InvalidState: not TRANSFERRED and not `partial`.
+            LocalFileError: a file could not be renamed; the job keeps its state, renamed files are available, and it can be called again.
+            TokenRequired: the token that must do it is gone.
+        """
+        async with self.command(entry):
+            if not partial and entry.job.state is not JobState.TRANSFERRED:
+                raise InvalidState(f"a job in state {entry.job.state.name} is not transferred", job_id=entry.job.id)
+            await self.halt(entry)
+            state = advance(entry.job.state, Command.COMPLETE)
+            for file in [file for file in entry.files if file.transferred and not file.committed]:
+                await self._commit(entry, file)
+            await self._discard_parts(entry, [file for file in entry.files if not file.transferred])
+            await self._leave(entry, state)
+            return [file.path for file in entry.files if file.committed]
+
+    async def _commit(self, entry: Entry, file: FileRecord) -> None:
+        token = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
+        assert file.part is not None
+        with self.executors.lease(token, "files") as files:
+            part = await PartFile.reopen(files, file.path, file.part)
+            if part is None:
+                if await committed_length(files, file.path, file.part) != file.size:
+                    await self.change(entry, files=[replace(file, transferred=False, part=None, slices=(), validator=None)])
+                    message = "the part file was changed or removed; resume fetches the file anew"
+                    code = ErrorCode.BG_E_LOCAL_FILE_CHANGED
+                    raise make_error(code, ErrorContext.LOCAL_FILE, message, path=file.path, identity=token.name, job_id=entry.job.id)
+            else:
+                try:
+                    modified = file.validator.modified if file.validator else None
+                    await part.commit(mtime=modified.timestamp() if modified else None)
+                finally:
+                    await part.close()
+        await self.change(entry, files=[replace(file, committed=True)])
+
+    async def _discard_parts(self, entry: Entry, files: Sequence[FileRecord]) -> None:
+        """Delete part files as the token that acts on local files; without it they stay, and are named (BG_S_UNABLE_TO_DELETE_FILES)."""
+        for file in files:
+            if file.part is None:
+                continue
+            left = Path(file.part.directory, file.part.name)
+            try:
+                token = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
+                with self.executors.lease(token, "files") as executor:
+                    gone = await discard_part(executor, file.path, file.part)
+            except (TokenRequired, ImpersonationFailed) as error:
+                log.warning("job %s: BG_S_UNABLE_TO_DELETE_FILES %s: %s", entry.job.id, left, error)
+            else:
+                if not gone:
+                    log.warning("job %s: %s is not the job's part file any more and was left alone", entry.job.id, left)
+
+    async def _leave(self, entry: Entry, state: JobState) -> None:
+        await self.save(JobRemoved(entry.job.id))
+        entry.job = replace(entry.job, state=state, modified=self.clock.now(), error=None)
+        entry.grants.clear()
+        self.announce(entry)
+        self.entries.pop(entry.job.id, None)
+        entry.owner = entry.helper = None
+        self._wake.set()
+
+    # -- the loop ---------------------------------------------------------------------------------------------------------------------
+
+    async def _loop(self) -> None:
+        """Start, end and retry attempts until cancelled. Woken by every change, else by the next deadline."""
+        try:
+            while self.failure is None:
+                self._wake.clear()
+                await self._retry_due()
+                self._search_owners()
+                self._schedule()
+                await self._sleep_until_woken(self._next_deadline())
+        except BitsError as error:
+            self.fail(error)
+
+    async def _sleep_until_woken(self, delay: float) -> None:
+        loop = asyncio.get_running_loop()
+        tasks = {loop.create_task(self._wake.wait()), loop.create_task(self._timer(delay))}
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _timer(self, delay: float) -> None:
+        await self.clock.sleep(delay)
+
+    async def _retry_due(self) -> None:
+        now = self.clock.monotonic()
+        for entry in list(self.entries.values()):
+            due = entry.retry_due is not None and entry.retry_due <= now
+            if due and not entry.held and entry.job.state is JobState.TRANSIENT_ERROR:
+                entry.retry_due = None
+                await self.change(entry, state=advance(entry.job.state, Outcome.RETRY_DUE), retry_at=None)
+
+    def _next_deadline(self) -> float:
+        now = self.clock.monotonic()
+        due = [entry.retry_due for entry in self.entries.values() if entry.retry_due is not None]
+        due += [entry.started + self._time_slice for entry in self.entries.values() if entry.work is not None]
+        return min((max(0.0, moment - now) for moment in due if moment > now), default=LONG_SLEEP)
+
+    def _search_owners(self) -> None:
+        """Ask once per owner for the token of queued jobs that have none."""
+        for entry in self.entries.values():
+            if entry.job.state is JobState.QUEUED and entry.owner is None and entry.job.owner.sid not in self._searches:
+                self._searches[entry.job.owner.sid] = self.task(self._search(entry), "bits-owner")
+
+    async def _search(self, entry: Entry) -> None:
+        try:
+            token = await self._find_owner(entry)
+        except BitsError as error:
+            entry.paused_by = error
+            log.warning("job %s: no token for its owner %s: %s", entry.job.id, entry.job.owner.name, error)
+            self.announce(entry)
+            return
+        if token is not None:
+            self.owner_found(entry, token)
+        else:
+            self.announce(entry)
+
+    def owner_found(self, entry: Entry, token: Token) -> None:
+        """A token that matches the owner key: every job of that very owner has its owner again."""
+        for other in self.entries.values():
+            if other.owner is None and other.job.owner == entry.job.owner:
+                other.owner, other.paused_by = token, None
+                self.announce(other)
+        self._wake.set()
+
+    def _schedule(self) -> None:
+        now = self.clock.monotonic()
+        choice = choose([self._candidate(entry, now) for entry in self.entries.values() if not entry.held], self._limits)
+        for job_id in choice.yield_:
+            entry = self.entries[job_id]
+            if entry.work is not None:
+                entry.work.cancel()
+        for job_id in choice.start:
+            self._start(self.entries[job_id])
+
+    def _candidate(self, entry: Entry, now: float) -> Candidate:
+        job = entry.job
+        over = entry.work is not None and now - entry.started >= self._time_slice
+        return Candidate(job.id, job.state, job.priority, entry.turn, entry.owner is not None, over)
+
+    def _start(self, entry: Entry) -> None:
+        self._turns += 1
+        entry.turn = self._turns
+        entry.started = self.clock.monotonic()
+        self.move_in_memory(entry, Outcome.PICKED)
+        entry.work = self.task(self._work(entry), f"bits-attempt-{entry.job.id}")
+        entry.supervisor = self.task(self._supervise(entry, entry.work), f"bits-supervisor-{entry.job.id}")
+
+    async def _work(self, entry: Entry) -> None:
+        def party(token: Token, security: TokenExecutor) -> Party:
+            return self._party(entry, token, security)
+
+        await Attempt(self._shop, _Report(self, entry), entry.pair, party).run()
+
+    async def _supervise(self, entry: Entry, work: asyncio.Task[None]) -> None:
+        """Wait for the attempt and say what becomes of the job; never cancelled itself, so that the outcome survives."""
+        await asyncio.wait({work})
+        entry.work = None
+        try:
+            await self._settle(entry, work)
+        except BitsError as error:
+            self.fail(error)
+        finally:
+            entry.supervisor = None
+            self._wake.set()
+
+    async def _settle(self, entry: Entry, work: asyncio.Task[None]) -> None:
+        active = entry.job.active + self.clock.monotonic() - entry.started
+        if work.cancelled():
+            if self.failure is None:
+                await self.change(entry, state=advance(entry.job.state, Outcome.YIELDED), active=active)
+            return
+        failure = work.exception()
+        if failure is None:
+            now = self.clock.now()
+            state = advance(entry.job.state, Outcome.ALL_FILES_DONE)
+            await self.change(entry, state=state, active=active, completed=now, error=None, retry_number=0, stalled=0.0)
+        elif self.failure is None:
+            await self._failed(entry, self._understand(entry, failure), active)
+
+    def _understand(self, entry: Entry, failure: BaseException) -> BitsError:
+        if isinstance(failure, BitsError):
+            return failure.located(job_id=entry.job.id)
+        log.error("job %s: a defect in bits_async ended the attempt", entry.job.id, exc_info=failure)
+        message = f"a defect in bits_async ended the attempt ({type(failure).__name__}); its log has the details"
+        return make_error(ErrorCode.E_FAIL, ErrorContext.UNKNOWN, message, job_id=entry.job.id)
+
+    async def _failed(self, entry: Entry, error: BitsError, active: float) -> None:
+        job, now = entry.job, self.clock.monotonic()
+        count = job.error_count + 1
+        if error.transient and entry.failing_since is None:
+            entry.failing_since = now
+        stalled = 0.0 if entry.failing_since is None else now - entry.failing_since
+        delay = retry_delay(job.minimum_retry_delay, error)
+        if may_retry(error, stalled=stalled, delay=delay, no_progress_timeout=job.no_progress_timeout):
+            number = 1 if stalled == 0.0 else job.retry_number + 1
+            entry.retry_due = now + delay
+            until: datetime = self.clock.now() + timedelta(seconds=delay)
+            state = advance(job.state, Outcome.FAILED_FOR_NOW)
+            fields: dict[str, Any] = {"retry_number": number, "retry_at": until, "stalled": stalled}
+            await self.change(entry, state=state, error=error, error_count=count, active=active, **fields)
+            return
+        if error.transient and job.no_progress_timeout > 0:
+            error = _no_progress(error, job.no_progress_timeout)
+        entry.retry_due = entry.failing_since = None
+        fields = {"retry_at": None, "stalled": 0.0, "active": active}
+        await self.change(entry, state=advance(job.state, Outcome.FAILED), error=error, error_count=count, **fields)
+
+    # -- tokens -----------------------------------------------------------------------------------------------------------------------
+
+    async def token_lost(self, entry: Entry, token: Token) -> None:
+        """A token of the job was replaced or removed: its lanes are closed at once (T25)."""
+        await self._shop.network.forget(token)
+
+    def jobs(self) -> Iterator[Entry]:
+        """Every job in the queue."""
+        yield from list(self.entries.values())
+
+
+def _short(error: BitsError | None) -> str:
+    if error is None:
+        return ""
+    return f"HTTP {error.http_status}" if error.http_status is not None else error.message
+
+
+def _no_progress(error: BitsError, timeout: float) -> BitsError:
+    """BG_E_NO_PROGRESS, in the context of the error that kept the job from moving, whose sentence it repeats."""
+    fields = error.fields()
+    for name in ("code", "context", "message", "transient", "advice", "retry_after"):
+        del fields[name]
+    message = f"no byte for {timeout:g} s; the last error: {error.message}"
+    made = make_error(ErrorCode.BG_E_NO_PROGRESS, error.context, message, transient=False, **fields)
+    made.__cause__ = error
+    return made

@@ -1,0 +1,1105 @@
+"""The API: `BitsManager`, the handles `Job`, `JobFile` and `TokenOptions`, and `download`, one call from create to complete.
+
+Here stands the door. The access check happens once, when a handle is obtained (`get_job`, `token_options`), as BITS does since Windows 7;
+a handle is a capability, and afterwards the ambient identity no longer matters. The ambient identity is read at the call itself, by the
+functions that say so and by no others.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import hashlib
+import inspect
+import math
+import os
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from ssl import SSLContext
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, final
+from uuid import UUID, uuid4
+
+from ..auth.policy import AuthCredentials, AuthRules, AuthScheme, AuthTarget, Origin, Refusals, Seat, choose_offers, credential_fingerprint
+from ..clock import Clock, SystemClock
+from ..errors import (
+    AccessDenied,
+    BitsError,
+    ErrorCode,
+    ErrorContext,
+    ImpersonationFailed,
+    InvalidArgument,
+    InvalidState,
+    JobCancelled,
+    LocalFileError,
+    ManagerClosed,
+    NotFound,
+    StoreError,
+    ValidationFailed,
+    make_error,
+)
+from ..identity import native
+from ..identity.threads import TokenExecutor, TokenExecutors
+from ..identity.tokens import HelperTokenFlags, ImpersonationLevel, Token, current_token, impersonation
+from ..transport.answers import check_url
+from ..transport.lane import Lanes, Network, Party
+from ..transport.proxies import ProxySettings, resolve, route
+from ..transport.timeouts import Timeouts
+from ..transport.tls import TlsSettings
+from .engine import Engine, Entry
+from .model import (
+    RETRY_DELAY_FLOOR,
+    FileProgress,
+    FileRecord,
+    GrantRecord,
+    GrantRemoved,
+    JobPriority,
+    JobProgress,
+    JobRecord,
+    JobState,
+    OwnerKey,
+    StoredJob,
+    Waiting,
+)
+from .notify import EventStream, JobChanged, Progress
+from .scheduler import Limits
+from .store import SqliteStore
+from .transfer import Workshop
+
+if TYPE_CHECKING:
+    from yarl import URL
+
+StrPath = str | os.PathLike[str]
+
+DISPLAY_NAME_LENGTH: Final = 256
+PROGRESS_INTERVAL: Final = 0.5
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A file to add: from where, to where, and optionally the SHA-256 (hexadecimal) that it must have."""
+
+    url: "str | URL"
+    path: StrPath
+    sha256: str | None = None
+
+    def __init__(self, url: "str | URL", path: StrPath, *, sha256: str | None = None) -> None:
+        object.__setattr__(self, "url", url)
+        object.__setattr__(self, "path", path)
+        object.__setattr__(self, "sha256", sha256)
+
+
+@dataclass(frozen=True, slots=True)
+class Seams:
+    """What `bits_async.testing` puts in place of the network and the time."""
+
+    network: Network
+    clock: Clock
+
+
+seams: contextvars.ContextVar[Seams | None] = contextvars.ContextVar("bits_async_seams", default=None)
+
+
+@final
+class JobFile:
+    """One file of a job; the values are as new as your last await."""
+
+    def __init__(self, entry: Entry, index: int) -> None:
+        self._entry = entry
+        self._index = index
+
+    @property
+    def _record(self) -> FileRecord:
+        return self._entry.files[self._index]
+
+    @property
+    def remote_name(self) -> str:
+        """The URL, with its query."""
+        return self._record.url
+
+    @property
+    def local_name(self) -> Path:
+        """The destination."""
+        return self._record.path
+
+    @property
+    def progress(self) -> FileProgress:
+        """How far it is; `completed`: it stands at its destination."""
+        record = self._record
+        return FileProgress(record.size, self._entry.positions.get(self._index, 0), record.committed)
+
+    def __repr__(self) -> str:
+        return f"<JobFile {self.local_name}>"
+
+
+@final
+class Job:
+    """A handle on a job, and the right to use it: who holds it may do everything, under any ambient identity.
+
+    No property does I/O. Every method raises ManagerClosed when the manager is closed, StoreError when the journal fails, InvalidState when
+    the job has left the queue, and RuntimeError from another event loop.
+    """
+
+    def __init__(self, manager: "BitsManager", entry: Entry) -> None:
+        self._manager = manager
+        self._entry = entry
+        self.id: Final[UUID] = entry.job.id
+        self.display_name: Final[str] = entry.job.display_name
+        self.owner: Final[str] = entry.job.owner.sid
+        self.owner_name: Final[str] = entry.job.owner.name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Job) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.display_name!r} {self.state.name}>"
+
+    # -- how it stands ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> JobState:
+        """Where it is in its life cycle."""
+        return self._entry.job.state
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """Why nothing moves; None when something does, or nothing will."""
+        engine = self._manager._engine
+        return None if engine is None else engine.waiting(self._entry)
+
+    @property
+    def error(self) -> BitsError | None:
+        """In ERROR and TRANSIENT_ERROR what went wrong, else None."""
+        job = self._entry.job
+        return job.error if job.state in (JobState.ERROR, JobState.TRANSIENT_ERROR) else None
+
+    @property
+    def progress(self) -> JobProgress:
+        """Over all files."""
+        return self._entry.progress
+
+    @property
+    def files(self) -> Sequence[JobFile]:
+        """In the order in which they were added."""
+        return tuple(JobFile(self._entry, file.index) for file in self._entry.files)
+
+    @property
+    def priority(self) -> JobPriority:
+        """Which jobs go first."""
+        return self._entry.job.priority
+
+    @property
+    def minimum_retry_delay(self) -> float:
+        """Seconds between a transient error and the next attempt."""
+        return self._entry.job.minimum_retry_delay
+
+    @property
+    def no_progress_timeout(self) -> float:
+        """Seconds without a byte after which a transient error is fatal; 0: every error is."""
+        return self._entry.job.no_progress_timeout
+
+    @property
+    def proxy_settings(self) -> ProxySettings:
+        """How the job reaches its servers."""
+        return self._entry.job.proxy
+
+    # -- files and properties -------------------------------------------------------------------------------------------------------------
+
+    async def add_file(self, url: "str | URL", path: StrPath, *, sha256: str | None = None) -> JobFile:
+        """Add one file; durable when it returns.
+
+        Raises:
+            InvalidArgument: not an http(s) URL, user information in it, a relative path, not a SHA-256.
+        """
+        (file,) = await self.add_file_set([FileInfo(url, path, sha256=sha256)])
+        return file
+
+    async def add_file_set(self, files: Iterable[FileInfo]) -> Sequence[JobFile]:
+        """Add files, all or none, in one transaction.
+
+        Raises:
+            InvalidArgument: as `add_file`; AccessDenied (BG_E_TOO_MANY_FILES_IN_JOB): more than `Limits.files_per_job`.
+        """
+        engine, checked = self._manager._ready(), [_checked(file) for file in files]
+        entry = self._entry
+        async with engine.command(entry):
+            most = self._manager._limits.files_per_job
+            if most is not None and len(entry.files) + len(checked) > most:
+                code = ErrorCode.BG_E_TOO_MANY_FILES_IN_JOB
+                raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"a job may have {most} files", job_id=self.id)
+            first = len(entry.files)
+            records = [_file_record(self.id, first + n, file) for n, file in enumerate(checked)]
+            await engine.add_files(entry, records)
+        return tuple(JobFile(entry, record.index) for record in records)
+
+    async def set_proxy_settings(self, settings: ProxySettings) -> None:
+        """How the job reaches its servers, from the next attempt on. A later proxy needs its credentials set again (T19)."""
+        await self._set(proxy=resolve(settings, os.environ))
+
+    async def set_priority(self, priority: JobPriority) -> None:
+        """Which jobs go first."""
+        if not isinstance(priority, JobPriority):
+            raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
+        await self._set(priority=priority)
+
+    async def set_minimum_retry_delay(self, seconds: float) -> None:
+        """Seconds between a transient error and the next attempt, 5 at least (smaller values are raised to it, as BITS does)."""
+        await self._set(minimum_retry_delay=max(_seconds("minimum_retry_delay", seconds), RETRY_DELAY_FLOOR))
+
+    async def set_no_progress_timeout(self, seconds: float) -> None:
+        """Seconds without a byte, from the first transient error on, after which the job fails; 0: every error is fatal."""
+        await self._set(no_progress_timeout=_seconds("no_progress_timeout", seconds))
+
+    async def _set(self, **fields: Any) -> None:
+        engine = self._manager._ready()
+        async with engine.command(self._entry):
+            await engine.change(self._entry, **fields)
+
+    async def set_credentials(
+        self, target: AuthTarget, scheme: AuthScheme, user_name: str | None, password: str | None
+    ) -> None:
+        """What the job may answer a challenge with; None, None: the acting token's own credentials (NTLM and NEGOTIATE only).
+
+        Kept encrypted until the job leaves the queue. Bound to the origins that the job names when it is first resumed, or names now if it
+        was (T19). Replaces what was set for the same target and scheme.
+
+        Raises:
+            InvalidArgument: exactly one of user name and password is None; BASIC or DIGEST without them; too long.
+        """
+        engine = self._manager._ready()
+        checked = AuthCredentials(target, scheme, user_name, password)
+        async with engine.command(self._entry):
+            await self._manager._save_grants(self._entry, [checked])
+
+    async def remove_credentials(self, target: AuthTarget, scheme: AuthScheme) -> bool:
+        """Forget what was set; its connections are closed at once. False: nothing was set."""
+        engine, entry = self._manager._ready(), self._entry
+        async with engine.command(entry):
+            rest = [grant for grant in entry.grants if (grant.target, grant.scheme) != (target, scheme)]
+            if len(rest) == len(entry.grants):
+                return False
+            await engine.save(GrantRemoved(self.id, target, scheme))
+            entry.grants[:] = rest
+            await self._manager._forget_network(entry)
+            return True
+
+    def token_options(self) -> "Coroutine[Any, Any, TokenOptions]":
+        """The helper token of the job. The access check happens here, once, for the identity that calls (COM: QueryInterface).
+
+        Raises:
+            AccessDenied: the ambient identity may not open the job.
+        """
+        return self._token_options(current_token())
+
+    async def _token_options(self, caller: Token) -> "TokenOptions":
+        self._manager._ready()
+        self._manager._admit(caller, self._entry)
+        return TokenOptions(self._manager, self._entry, caller)
+
+    # -- commands -------------------------------------------------------------------------------------------------------------------------
+
+    async def resume(self) -> None:
+        """Put the job into the queue; it has left SUSPENDED, ERROR and TRANSIENT_ERROR when it returns.
+
+        Raises:
+            InvalidState: the job has no file (BG_E_EMPTY).
+        """
+        await self._manager._ready().resume(self._entry, self._manager._bind)
+
+    async def suspend(self) -> None:
+        """No byte is written after it returns.
+
+        Raises:
+            InvalidState: the job is TRANSFERRED.
+        """
+        await self._manager._ready().suspend(self._entry)
+
+    async def cancel(self) -> None:
+        """The job leaves the queue; its part files are gone when it returns (finished ones too, unless completed before)."""
+        await self._manager._ready().cancel(self._entry)
+
+    async def complete(self, *, partial: bool = False) -> Sequence[Path]:
+        """Put the files in their places, in one rename each; the job leaves the queue. Returns the paths.
+
+        `partial` is BITS's Complete: in any state, keeps the finished files and drops the rest.
+
+        Raises:
+            InvalidState: not TRANSFERRED, and not `partial`.
+            LocalFileError: a file could not be put in place; the job stays, files that were are available; call it again or cancel.
+            TokenRequired: the identity that must do it has no token.
+        """
+        return tuple(await self._manager._ready().complete(self._entry, partial=partial))
+
+    async def wait(self, *, transient: bool = False) -> None:
+        """Return when the job is TRANSFERRED or ACKNOWLEDGED. Cancelling stops the waiting, never the job.
+
+        Raises:
+            BitsError: the job is in ERROR (with `transient` also in TRANSIENT_ERROR): a new instance of its error.
+            JobCancelled: it was cancelled. InvalidState: it was never resumed. ManagerClosed: the manager closed.
+        """
+        engine = self._manager._ready()
+        job = self._entry.job
+        if job.state is JobState.SUSPENDED and not job.resumed:
+            raise InvalidState("the job was never resumed", job_id=self.id)
+
+        def settled() -> bool:
+            state = self.state
+            return state.is_settled or (transient and state is JobState.TRANSIENT_ERROR)
+
+        await engine.until(settled)
+        if self.state is JobState.CANCELLED:
+            raise JobCancelled(job_id=self.id)
+        if self.error is not None:
+            raise self.error.located(job_id=self.id)
+
+    def events(self, *, follow: bool = False) -> EventStream:
+        """What happens from now on; the first item is a `JobChanged` with the job as it is.
+
+        The stream ends after TRANSFERRED, ERROR or a final state, with `follow` after a final state only.
+        """
+        engine = self._manager._ready()
+
+        def ends(state: JobState) -> bool:
+            return state.is_final if follow else state.is_settled
+
+        stream = engine.stream(lambda job_id: job_id == self.id, ends)
+        stream.publish(engine.snapshot(self._entry))
+        return stream
+
+
+@final
+class TokenOptions:
+    """The helper token of a job (IBitsTokenOptions). It works under any ambient identity: who may use it was decided when it was obtained."""
+
+    def __init__(self, manager: "BitsManager", entry: Entry, caller: Token) -> None:
+        self._manager = manager
+        self._entry = entry
+        self._caller = caller
+
+    @property
+    def helper_token_flags(self) -> HelperTokenFlags:
+        """Where the helper acts."""
+        return self._entry.job.helper_flags
+
+    @property
+    def helper_token_sid(self) -> str | None:
+        """Whose token it is; None: no helper."""
+        return None if self._entry.helper is None else self._entry.helper.sid
+
+    def set_helper_token(self) -> Coroutine[Any, Any, None]:
+        """Take the token of the enclosing `impersonate()` as the job's helper, in place of any other, from the next attempt on.
+
+        Raises:
+            ImpersonationFailed: there is no enclosing `impersonate()`, or its token's level is below IMPERSONATE.
+            AccessDenied: the token is elevated and the caller of `token_options()` was not.
+        """
+        return self._set_helper(impersonation())
+
+    async def _set_helper(self, token: Token | None) -> None:
+        engine = self._manager._ready()
+        if token is None:
+            raise ImpersonationFailed("set_helper_token() takes the token of an enclosing impersonate(); there is none", job_id=self._entry.job.id)
+        self._manager._check_helper(token, self._caller)
+        async with engine.command(self._entry):
+            before, self._entry.helper = self._entry.helper, token
+            if before is not None and before is not token:
+                await engine.token_lost(self._entry, before)
+
+    async def set_helper_token_flags(self, flags: HelperTokenFlags) -> None:
+        """Where the helper acts, from the next attempt on. Kept on the job, with or without a token; NONE: the owner does everything.
+
+        Raises:
+            InvalidArgument: not a HelperTokenFlags. AccessDenied: the helper is elevated and the caller of `token_options()` was not.
+        """
+        engine = self._manager._ready()
+        checked = _flags(flags)
+        if self._entry.helper is not None:
+            self._manager._check_helper(self._entry.helper, self._caller)
+        async with engine.command(self._entry):
+            await engine.change(self._entry, helper_flags=checked)
+
+    async def clear_helper_token(self) -> None:
+        """Drop the helper token; the flags stay."""
+        engine = self._manager._ready()
+        async with engine.command(self._entry):
+            before, self._entry.helper = self._entry.helper, None
+            if before is not None:
+                await engine.token_lost(self._entry, before)
+
+
+class BitsManager(AbstractAsyncContextManager["BitsManager"]):
+    """The queue. Transfers run while it is open, and only then; what is unfinished continues when it is opened again.
+
+    For one event loop and one use, not thread-safe: a call from another loop, or before entering, raises RuntimeError.
+
+    Args:
+        store: the journal's file; None: the user's own queue (in the user's state directory).
+        ssl: for every TLS connection; None: `ssl.create_default_context()`. Never modified, never stored.
+        limits: how much may run at once.
+        timeouts: seconds, of the connections.
+        run: False: jobs can be edited, nothing is transferred.
+        logon: asked once per owner whose token a restart has lost; a token that does not match the job's owner is not used.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: StrPath | None = None,
+        ssl: SSLContext | None = None,
+        limits: Limits = Limits(),  # noqa: B008 - a frozen value
+        timeouts: Timeouts = Timeouts(),  # noqa: B008 - a frozen value
+        run: bool = True,
+        logon: Callable[[Job], Awaitable[Token | None]] | None = None,
+    ) -> None:
+        self._path = None if store is None else Path(os.path.abspath(os.fspath(store)))
+        self._tls = TlsSettings(ssl)
+        self._limits = limits
+        self._timeouts = timeouts
+        self._run = run
+        self._logon = logon
+        self._seams = seams.get()
+        self._hold = False  # for download(): found jobs wait until their owner and helper are set
+        self._private = False  # a journal of download(): removed when nothing is left to continue
+        self._engine: Engine | None = None
+        self._network: Network | None = None
+        self._executors: TokenExecutors | None = None
+        self._store: SqliteStore | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._destinations: set[Path] = set()
+        self._refusals = Refusals()
+
+    # -- life -------------------------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._loop is not None:
+            raise RuntimeError("a BitsManager is entered once")
+        self._loop = asyncio.get_running_loop()
+        clock = self._seams.clock if self._seams else SystemClock()
+        self._executors = TokenExecutors()
+        self._store = SqliteStore(self._path or default_store())
+        with self._executors.lease(Token.for_process(), "files") as files:
+            boot_id = await files.run(native.boot_id)
+            if self._path is None or self._private:
+                await files.run(_make_state_directories, self._store.path.parent)
+        self._network = self._seams.network if self._seams else Lanes(
+            self._limits.connections_per_host, refusals=self._refusals
+        )
+        shop = Workshop(self._network, self._executors, clock, boot_id)
+        engine = Engine(
+            store=self._store, shop=shop, limits=self._limits, run=self._run, party=self._party, find_owner=self._find_owner
+        )
+        try:
+            await engine.start(self._adopt, hold=self._hold)
+        except BaseException:
+            await self._close_parts()
+            raise
+        self._engine = engine
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+        failure = self._engine.failure if self._engine else None
+        if failure is not None and exc is None:
+            raise failure.located()
+
+    async def aclose(self, *, grace: float = 10.0) -> None:
+        """Stop every transfer at a durable point and close the journal; what leaving `async with` does. Completes and cancels no job.
+
+        Args:
+            grace: seconds to wait for transfers to stop.
+        """
+        if self._engine is None or self._engine.closed:
+            return
+        try:
+            await self._engine.stop(grace)
+        finally:
+            await self._close_parts()
+
+    async def _close_parts(self) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            if self._executors is not None:
+                stack.push_async_callback(self._executors.aclose)
+            if self._store is not None:
+                stack.push_async_callback(self._close_store, self._store)
+            if self._network is not None:
+                stack.push_async_callback(self._network.aclose)
+
+    async def _close_store(self, store: SqliteStore) -> None:
+        if self._private and self._engine is not None and not self._engine.entries and self._engine.failure is None:
+            await store.remove()  # nothing is left to continue
+        else:
+            await store.close()
+
+    def _ready(self) -> Engine:
+        """The engine, for a call of this loop while the manager is open."""
+        if self._engine is None:
+            raise RuntimeError("the BitsManager is not open: use it in `async with`")
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError("a BitsManager and its jobs belong to the event loop in which it was entered")
+        self._engine.check()
+        return self._engine
+
+    # -- jobs -------------------------------------------------------------------------------------------------------------------------
+
+    def create_job(
+        self, display_name: str, *, priority: JobPriority = JobPriority.NORMAL, owner: Token | None = None
+    ) -> Coroutine[Any, Any, Job]:
+        """A new job, SUSPENDED and without files, durable when it returns.
+
+        Args:
+            display_name: for people, 1 to 256 characters.
+            priority: which jobs go first.
+            owner: whose job it is; None: the ambient identity at this call.
+
+        Raises:
+            InvalidArgument: a name or priority that is not allowed. AccessDenied: more jobs than `Limits.jobs_per_user`.
+        """
+        return self._create_job(display_name, priority, current_token() if owner is None else owner)
+
+    async def _create_job(self, display_name: str, priority: JobPriority, owner: Token) -> Job:
+        engine = self._ready()
+        return Job(self, await engine.add(self._new_record(display_name, priority, owner), owner))
+
+    def _new_record(self, display_name: str, priority: JobPriority, owner: Token) -> JobRecord:
+        if not isinstance(display_name, str) or not 1 <= len(display_name) <= DISPLAY_NAME_LENGTH:
+            raise InvalidArgument(f"a display name has 1 to {DISPLAY_NAME_LENGTH} characters")
+        if not isinstance(priority, JobPriority):
+            raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
+        engine = self._ready()
+        key = self._owner_key(self._usable(owner))
+        most = self._limits.jobs_per_user
+        if most is not None and not owner.elevated and sum(e.job.owner.sid == key.sid for e in engine.jobs()) >= most:
+            message = f"{key.name} has {most} unfinished jobs"
+            raise make_error(ErrorCode.BG_E_TOO_MANY_JOBS_PER_USER, ErrorContext.GENERAL_QUEUE_MANAGER, message, identity=key.name)
+        now, proxy = engine.clock.now(), resolve(ProxySettings.preconfig(), os.environ)
+        return JobRecord(
+            id=uuid4(), display_name=display_name, owner=key, created=now, modified=now, priority=priority, proxy=proxy
+        )
+
+    def get_job(self, job_id: UUID | str) -> Coroutine[Any, Any, Job]:
+        """The access check: a handle on an unfinished job, for the ambient identity at this call.
+
+        From the owner, the job has its owner's token again.
+
+        Raises:
+            NotFound: no such job, or it has left the queue. AccessDenied: this identity may not open it. InvalidArgument: not an id.
+        """
+        return self._get_job(job_id, current_token())
+
+    async def _get_job(self, job_id: UUID | str, caller: Token) -> Job:
+        engine = self._ready()
+        try:
+            key = job_id if isinstance(job_id, UUID) else UUID(job_id)
+        except (ValueError, AttributeError, TypeError):
+            raise InvalidArgument(f"a job's id is a UUID, not {str(job_id)[:50]!r}") from None
+        entry = engine.entries.get(key)
+        if entry is None:
+            raise NotFound(job_id=key)
+        self._admit(caller, entry)
+        if entry.owner is None and self._is_owner(caller, entry.job.owner):
+            engine.owner_found(entry, caller)
+        return Job(self, entry)
+
+    def enum_jobs(self, *, all_users: bool = False) -> AsyncIterator[Job]:
+        """The unfinished jobs of the ambient identity at this call, oldest first; with `all_users` everybody's, for elevated callers only.
+
+        Raises:
+            AccessDenied: `all_users` without being elevated.
+        """
+        return self._enum_jobs(current_token(), all_users)
+
+    async def _enum_jobs(self, caller: Token, all_users: bool) -> AsyncIterator[Job]:
+        engine = self._ready()
+        if all_users and not caller.elevated:
+            raise AccessDenied("only an elevated identity may list the jobs of all users", identity=caller.name)
+        for entry in engine.jobs():
+            if all_users or self._is_owner(caller, entry.job.owner):
+                yield Job(self, entry)
+
+    def events(self) -> EventStream:
+        """Events of every job that the ambient identity at this call may open, those made later too, until the manager closes."""
+        engine, caller = self._ready(), current_token()
+
+        def wants(job_id: UUID) -> bool:
+            entry = engine.entries.get(job_id)
+            return entry is not None and self._may_open(caller, entry.job.owner)
+
+        return engine.stream(wants, lambda _: False)
+
+    async def join(self) -> None:
+        """Return when no job is QUEUED, CONNECTING, TRANSFERRING or TRANSIENT_ERROR.
+
+        Raises:
+            ManagerClosed: the manager closed first. StoreError: the journal failed.
+        """
+        engine = self._ready()
+        await engine.until(lambda: all(e.job.state.is_settled or e.job.state is JobState.SUSPENDED for e in engine.jobs()))
+
+    # -- who may ------------------------------------------------------------------------------------------------------------------------
+
+    def _usable(self, token: Token) -> Token:
+        """A token that jobs of this manager may carry."""
+        if not isinstance(token, Token):
+            raise InvalidArgument(f"a token is a Token, not {type(token).__name__}")
+        if token.fake and self._seams is None:
+            raise ImpersonationFailed("a fake_token works with bits_async.testing.FakeNetwork only", identity=token.name)
+        if token.level.value < ImpersonationLevel.IMPERSONATE.value:
+            raise ImpersonationFailed(f"a token of level {token.level.name} cannot act", identity=token.name)
+        return token
+
+    def _check_helper(self, token: Token, caller: Token) -> None:
+        self._usable(token)
+        if token.elevated and not caller.elevated:
+            raise AccessDenied("an elevated helper token may be set by an elevated caller only", identity=token.name)
+
+    def _owner_key(self, token: Token) -> OwnerKey:
+        return OwnerKey(
+            sid=token.sid,
+            name=token.name,
+            local=token.local.key,
+            principal=token.principal,
+            proof=self._proof(token),
+            process=token.local.is_process and not token.has_credentials and not token.fake,
+            elevated=token.elevated,
+        )
+
+    def _proof(self, token: Token) -> str | None:
+        """The keyed fingerprint of the secret behind a token's principal: nobody else checked that name (T7)."""
+        assert self._store is not None
+        if not token.has_credentials or token.network is None:
+            return None
+        return credential_fingerprint(token.network, self._store.fingerprint_key)
+
+    def _is_owner(self, token: Token, key: OwnerKey) -> bool:
+        """Exactly the identity that made the job: the same local user, the same principal, proved by the same secret."""
+        if token.level is ImpersonationLevel.ANONYMOUS:
+            return False
+        return (token.local.key, token.principal, self._proof(token)) == (key.local, key.principal, key.proof)
+
+    def _may_open(self, token: Token, key: OwnerKey) -> bool:
+        return self._is_owner(token, key) or (token.elevated and token.level is not ImpersonationLevel.ANONYMOUS)
+
+    def _admit(self, caller: Token, entry: Entry) -> None:
+        if caller.fake and self._seams is None:
+            raise ImpersonationFailed("a fake_token works with bits_async.testing.FakeNetwork only", identity=caller.name)
+        if not self._may_open(caller, entry.job.owner):
+            raise AccessDenied(f"the job belongs to {entry.job.owner.name}", job_id=entry.job.id, identity=caller.name)
+
+    async def _adopt(self, stored: StoredJob) -> Token | None:
+        """The token of an owner for whom the process may stand in after a restart (T13), else None."""
+        key, process = stored.job.owner, Token.for_process()
+        if key.process:
+            return process if key.local == process.local.key else None
+        if key.principal is not None or key.proof is not None or process.local.key not in ("uid:0", key.local):
+            return None
+        try:
+            token = await Token.for_user(key.name)
+        except BitsError:
+            return None  # the user is gone, or may not be taken: the job waits for a token and says so
+        return token if token.local.key == key.local and token.name == key.name else None
+
+    async def _find_owner(self, entry: Entry) -> Token | None:
+        if self._logon is None:
+            return None
+        token = await self._logon(Job(self, entry))
+        if token is None:
+            return None
+        if not self._is_owner(self._usable(token), entry.job.owner):
+            raise AccessDenied(f"logon() gave a token of {token.name}, not the owner's", identity=token.name, job_id=entry.job.id)
+        return token
+
+    # -- credentials --------------------------------------------------------------------------------------------------------------------
+
+    def _party(self, entry: Entry, token: Token, security: TokenExecutor) -> Party:
+        return Party(
+            token=token,
+            grants=tuple(grant.grant() for grant in entry.grants),
+            proxy=entry.job.proxy,
+            tls=self._tls,
+            rules=AuthRules(),
+            timeouts=self._timeouts,
+            security=security,
+        )
+
+    def _bind(self, entry: Entry) -> Sequence[GrantRecord]:
+        """Grants without origins get those that the job names now (T19)."""
+        return [
+            grant if grant.origins is not None else replace(grant, origins=_origins(entry, grant.target)) for grant in entry.grants
+        ]
+
+    async def _save_grants(self, entry: Entry, credentials: Iterable[AuthCredentials]) -> None:
+        records = [
+            GrantRecord(
+                job_id=entry.job.id,
+                target=given.target,
+                scheme=given.scheme,
+                user_name=given.user_name,
+                password=given.password,
+                origins=_origins(entry, given.target) if entry.job.resumed else None,
+            )
+            for given in credentials
+        ]
+        engine = self._ready()
+        await engine.save(*records)
+        fresh = {(record.target, record.scheme) for record in records}
+        entry.grants[:] = [grant for grant in entry.grants if (grant.target, grant.scheme) not in fresh] + records
+        self._forgive(entry, records)
+        await self._forget_network(entry)
+
+    def _forgive(self, entry: Entry, records: Iterable[GrantRecord]) -> None:
+        """Credentials that were set anew may be offered again where they were refused (T26)."""
+        token = entry.helper if HelperTokenFlags.NETWORK in entry.job.helper_flags else entry.owner
+        if token is None:
+            return
+        for record in records:
+            seat = Seat.PROXY if record.target is AuthTarget.PROXY else Seat.ORIGIN
+            origins = record.origins or _origins(entry, record.target)
+            for origin in origins:
+                for offer in choose_offers(seat, origin, [replace(record, origins=origins).grant()], token):
+                    self._refusals.forget(offer.fingerprint)
+
+    async def _forget_network(self, entry: Entry) -> None:
+        """A credential was replaced or removed: connections that used the old one are closed at once (T25)."""
+        for token in (entry.owner, entry.helper):
+            if token is not None:
+                await self._ready().token_lost(entry, token)
+
+    # -- one call -----------------------------------------------------------------------------------------------------------------------
+
+    def download(
+        self,
+        url: "str | URL",
+        path: StrPath,
+        *,
+        proxy: ProxySettings | str | None = None,
+        credentials: Iterable[AuthCredentials] | None = None,
+        owner: Token | None = None,
+        helper: Token | None = None,
+        helper_flags: HelperTokenFlags = HelperTokenFlags.NONE,
+        sha256: str | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        priority: JobPriority = JobPriority.FOREGROUND,
+        retry_for: float = 300.0,
+    ) -> Coroutine[Any, Any, Path]:
+        """Fetch one file, from create to complete. See `bits_async.download`, which is this on a manager of its own."""
+        order = _Order.checked(url, path, proxy, credentials, owner, helper, helper_flags, sha256, progress, priority, retry_for)
+        return self._download(order)
+
+    async def _download(self, order: "_Order") -> Path:
+        self._ready()
+        if order.file.path in self._destinations:
+            raise locked(order.file.path)
+        self._destinations.add(order.file.path)
+        try:
+            entry = await self._prepare(order)
+            return await self._see_through(entry, order)
+        finally:
+            self._destinations.discard(order.file.path)
+
+    async def _prepare(self, order: "_Order") -> Entry:
+        """The job of an earlier call for the same owner, path and URL, or a new one; with owner, helper and settings of this call."""
+        engine = self._ready()
+        entry = await self._found(order)
+        if entry is None:
+            record = self._new_record(order.display_name, order.priority, order.owner)
+            entry = await engine.add(record, order.owner, [_file_record(record.id, 0, order.file)])
+        elif not entry.job.state.is_settled and entry.job.state is not JobState.SUSPENDED:
+            await engine.suspend(entry)
+        if order.helper is not None:
+            self._check_helper(order.helper, Token.for_process())
+        async with engine.command(entry):
+            entry.owner, entry.helper = order.owner, order.helper
+            file = replace(entry.files[0], sha256=order.file.sha256)
+            await engine.change(
+                entry,
+                files=[file],
+                priority=order.priority,
+                proxy=order.proxy,
+                helper_flags=order.helper_flags,
+                minimum_retry_delay=RETRY_DELAY_FLOOR,
+                no_progress_timeout=order.retry_for,
+            )
+            for old in list(entry.grants):
+                await engine.save(GrantRemoved(entry.job.id, old.target, old.scheme))
+            entry.grants.clear()
+            await self._save_grants(entry, order.granted())
+        return entry
+
+    async def _found(self, order: "_Order") -> Entry | None:
+        engine = self._ready()
+        for entry in engine.jobs():
+            mine = entry.job.display_name == order.display_name and self._is_owner(order.owner, entry.job.owner)
+            if mine and len(entry.files) == 1 and entry.files[0].path == order.file.path:
+                if entry.files[0].original_url == order.file.url:
+                    return entry
+                await engine.cancel(entry)  # another file for that path: the old part goes
+        return None
+
+    async def _see_through(self, entry: Entry, order: "_Order") -> Path:
+        engine, job = self._ready(), Job(self, entry)
+        try:
+            await job.resume()
+            if order.progress is not None:
+                await _show(job, order.progress, engine.clock)
+            await job.wait()
+            (path,) = await job.complete()
+        except BitsError as error:
+            if not entry.job.state.is_final and engine.failure is None and not engine.closed and _nothing_to_keep(entry, error):
+                await engine.cancel(entry)
+            raise
+        except BaseException:
+            # a cancel, or what the progress function raised: the job is suspended, and a later call goes on
+            await asyncio.shield(engine.task(_leave_suspended(engine, entry), "bits-suspend"))
+            raise
+        return path
+
+
+async def _leave_suspended(engine: Engine, entry: Entry) -> None:
+    with contextlib.suppress(InvalidState, ManagerClosed):  # finished, or closed, in the meantime
+        await engine.suspend(entry)
+
+
+def _nothing_to_keep(entry: Entry, error: BitsError) -> bool:
+    """After an error the part is kept when durable bytes are in it, and thrown away when they are wrong."""
+    durable = any(piece.durable > piece.start for file in entry.files for piece in file.slices)
+    return isinstance(error, ValidationFailed) or not durable
+
+
+async def _show(job: Job, progress: Callable[[Progress], None], clock: Clock) -> None:
+    """Call `progress` in the caller's own task: first, last, at each change of state, and every half second between."""
+    shown, last = -math.inf, None
+    async with job.events() as stream:
+        async for event in stream:
+            if isinstance(event, JobChanged):
+                p = event.progress
+                last = Progress(
+                    time=event.time,
+                    job_id=event.job_id,
+                    state=event.state,
+                    bytes_total=p.bytes_total,
+                    bytes_transferred=p.bytes_transferred,
+                    files_total=p.files_total,
+                    files_transferred=p.files_transferred,
+                )
+            elif isinstance(event, Progress) and clock.monotonic() - shown >= PROGRESS_INTERVAL:
+                last = event
+            else:
+                continue
+            shown = clock.monotonic()
+            progress(last)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A checked `FileInfo`: the URL as it is sent, an absolute path, a digest in lower case."""
+
+    url: str
+    path: Path
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """The checked arguments of one `download()`."""
+
+    file: _File
+    proxy: ProxySettings
+    credentials: tuple[AuthCredentials, ...] | None
+    owner: Token
+    owner_named: bool
+    helper: Token | None
+    helper_flags: HelperTokenFlags
+    progress: Callable[[Progress], None] | None
+    priority: JobPriority
+    retry_for: float
+
+    @classmethod
+    def checked(
+        cls,
+        url: "str | URL",
+        path: StrPath,
+        proxy: ProxySettings | str | None,
+        credentials: Iterable[AuthCredentials] | None,
+        owner: Token | None,
+        helper: Token | None,
+        helper_flags: HelperTokenFlags,
+        sha256: str | None,
+        progress: Callable[[Progress], None] | None,
+        priority: JobPriority,
+        retry_for: float,
+    ) -> "_Order":
+        """Read the ambient identity and the environment, and refuse what cannot be meant."""
+        flags = _flags(helper_flags)
+        if (helper is None) != (flags is HelperTokenFlags.NONE):
+            raise InvalidArgument("helper= and helper_flags= go together")
+        if progress is not None and (not callable(progress) or inspect.iscoroutinefunction(progress)):
+            raise TypeError("progress= takes a plain function")
+        if not isinstance(priority, JobPriority):
+            raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
+        given = None if credentials is None else tuple(credentials)
+        if given is not None and not all(isinstance(item, AuthCredentials) for item in given):
+            raise InvalidArgument("credentials= takes AuthCredentials")
+        return cls(
+            file=_checked(FileInfo(url, os.path.abspath(os.fspath(path)), sha256=sha256)),
+            proxy=resolve(ProxySettings.of(proxy), os.environ),
+            credentials=given,
+            owner=current_token() if owner is None else owner,
+            owner_named=owner is not None,
+            helper=helper,
+            helper_flags=flags,
+            progress=progress,
+            priority=priority,
+            retry_for=_seconds("retry_for", retry_for),
+        )
+
+    @property
+    def display_name(self) -> str:
+        """What tells these jobs from the user's own."""
+        return f"download {self.file.path.name}"[:DISPLAY_NAME_LENGTH]
+
+    def granted(self) -> Sequence[AuthCredentials]:
+        """The given credentials, or what naming a token with network credentials permits: NEGOTIATE, for the server and the proxy."""
+        if self.credentials is not None:
+            return self.credentials
+        if HelperTokenFlags.NETWORK in self.helper_flags:
+            token = self.helper
+        else:
+            token = self.owner if self.owner_named else None
+        if token is None or not token.has_credentials:
+            return ()
+        return [AuthCredentials(target, AuthScheme.NEGOTIATE, None, None) for target in AuthTarget]
+
+
+async def download(
+    url: "str | URL",
+    path: StrPath,
+    *,
+    proxy: ProxySettings | str | None = None,
+    credentials: Iterable[AuthCredentials] | None = None,
+    owner: Token | None = None,
+    helper: Token | None = None,
+    helper_flags: HelperTokenFlags = HelperTokenFlags.NONE,
+    sha256: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    priority: JobPriority = JobPriority.FOREGROUND,
+    retry_for: float = 300.0,
+    store: StrPath | None = None,
+    ssl: SSLContext | None = None,
+) -> Path:
+    """Fetch one file and return its path; an existing file is replaced at once, when the new one is whole.
+
+    Run again after a kill, a cancel or an error, it goes on where it stopped: a private journal per owner and destination remembers the
+    job until nothing is left to continue.
+
+    Args:
+        url: http or https, sent as it stands; no user information.
+        path: the destination; relative paths are those of the working directory at the call.
+        proxy: None: the environment's (`http_proxy`, `https_proxy`, `no_proxy`); a URL; or settings.
+        credentials: what challenges may be answered with; `()`: nothing; None: the credentials of the named owner, or of the helper with
+            NETWORK, for the hosts of the URL and the proxy as given.
+        owner: who does it; None: the ambient identity.
+        helper, helper_flags: a second identity, and where it acts; both or neither.
+        sha256: hexadecimal; a file with another one is refused.
+        progress: a plain function, called in this task: first, last, at each change of state, at most every 0.5 s between.
+        priority: of interest on a shared manager only.
+        retry_for: seconds without a byte until a transient error is final; 0: the first error is.
+        store: the journal's file instead of a private one.
+        ssl: None: `ssl.create_default_context()`.
+
+    Raises:
+        BitsError: the one that says what went wrong; `LocalFileError` with BG_E_DESTINATION_LOCKED when another transfer to the same path
+            is running.
+    """
+    order = _Order.checked(url, path, proxy, credentials, owner, helper, helper_flags, sha256, progress, priority, retry_for)
+    manager = BitsManager(store=private_store(order.owner, order.file.path) if store is None else store, ssl=ssl)
+    manager._hold, manager._private = True, store is None
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(manager)
+        except StoreError as error:
+            if manager._private and error.code == ErrorCode.ERROR_SHARING_VIOLATION:
+                raise locked(order.file.path) from None
+            raise
+        return await manager._download(order)
+
+
+def locked(path: Path) -> LocalFileError:
+    """Another transfer to that path is running."""
+    error = make_error(
+        ErrorCode.BG_E_DESTINATION_LOCKED, ErrorContext.LOCAL_FILE, "another transfer to this destination is running", path=path
+    )
+    assert isinstance(error, LocalFileError)
+    return error
+
+
+def default_store() -> Path:
+    """The journal of the user's own queue."""
+    return _state_directory() / "queue.db"
+
+
+def private_store(owner: Token, path: Path) -> Path:
+    """The journal of `download()` for one owner and one destination."""
+    name = hashlib.sha256(f"{owner.sid}\0{path}".encode()).hexdigest()[:32]
+    return _state_directory() / "downloads" / f"{name}.db"
+
+
+def _state_directory() -> Path:
+    import platformdirs
+
+    return platformdirs.user_state_path("bits_async", appauthor=False)
+
+
+def _make_state_directories(path: Path) -> None:
+    """Make a directory and those above it that are missing, each for its owner only, whatever the umask is."""
+    for each in [*reversed(path.parents), path]:
+        with contextlib.suppress(FileExistsError):
+            each.mkdir(0o700)
+
+
+def _origins(entry: Entry, target: AuthTarget) -> frozenset[Origin]:
+    """The origins that a job names now: of its files, or of the proxies on the way to them."""
+    urls = [file.url for file in entry.files]
+    if target is AuthTarget.SERVER:
+        return frozenset(Origin.of(url) for url in urls)
+    proxies = [route(entry.job.proxy, url) for url in urls]
+    return frozenset(Origin.of(proxy) for proxy in proxies if proxy is not None)
+
+
+def _checked(file: FileInfo) -> _File:
+    path = os.fspath(file.path)
+    if not isinstance(path, str):
+        raise InvalidArgument("a path is text, not bytes")
+    if "\0" in path or not os.path.isabs(path):
+        raise InvalidArgument("a job's destination is an absolute path", path=path.replace("\0", "?"))
+    if Path(path).name in ("", ".", ".."):
+        raise InvalidArgument("a destination names a file", path=path)
+    digest = file.sha256
+    if digest is not None:
+        digest = digest.lower() if isinstance(digest, str) else ""
+        if not _SHA256.fullmatch(digest):
+            raise InvalidArgument("sha256= takes 64 hexadecimal digits")
+    return _File(check_url(str(file.url)), Path(path), digest)
+
+
+def _file_record(job_id: UUID, index: int, file: _File) -> FileRecord:
+    return FileRecord(job_id=job_id, index=index, original_url=file.url, url=file.url, path=file.path, sha256=file.sha256)
+
+
+def _flags(flags: HelperTokenFlags) -> HelperTokenFlags:
+    if not isinstance(flags, HelperTokenFlags):
+        raise InvalidArgument(f"helper flags are HelperTokenFlags, not {flags!r}")
+    return flags
+
+
+def _seconds(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise InvalidArgument(f"{name} takes seconds, 0 or more, not {value!r}")
+    return float(value)

@@ -1,0 +1,339 @@
+"""What a job is: its states as one table, its priorities, and the records the journal keeps of it.
+
+Pure: nothing here waits, opens or sends. A row of `NEXT` is a sentence ("a TRANSFERRING job that was suspended is SUSPENDED"); a pair
+without a row is an error of the caller (`InvalidState`). The states are those of BITS ("Life Cycle of a BITS Job"); the life cycle as a
+diagram is drawn from the table by `mermaid()`.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+from uuid import UUID
+
+from ..auth.policy import AuthScheme, AuthTarget, Grant, Origin
+from ..errors import BitsError, InvalidState
+from ..files import PartRecord
+from ..identity.tokens import HelperTokenFlags
+from ..transport.proxies import ProxySettings
+from ..transport.ranges import Slice, Validator
+
+RETRY_DELAY: Final = 600.0  # seconds between a transient error and the next attempt
+RETRY_DELAY_FLOOR: Final = 5.0
+NO_PROGRESS_TIMEOUT: Final = 14 * 86400.0
+MAX_DOWNLOAD_TIME: Final = 90 * 86400.0
+
+
+class JobState(enum.Enum):
+    """BG_JOB_STATE."""
+
+    QUEUED = 0
+    CONNECTING = 1
+    TRANSFERRING = 2
+    SUSPENDED = 3
+    ERROR = 4
+    TRANSIENT_ERROR = 5
+    TRANSFERRED = 6
+    ACKNOWLEDGED = 7
+    CANCELLED = 8
+
+    @property
+    def is_final(self) -> bool:
+        """The job has left the queue: ACKNOWLEDGED or CANCELLED."""
+        return self in (JobState.ACKNOWLEDGED, JobState.CANCELLED)
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing more happens by itself: final, TRANSFERRED or ERROR."""
+        return self.is_final or self in (JobState.TRANSFERRED, JobState.ERROR)
+
+    @property
+    def is_active(self) -> bool:
+        """An attempt is running: CONNECTING or TRANSFERRING."""
+        return self in (JobState.CONNECTING, JobState.TRANSFERRING)
+
+
+class JobPriority(enum.Enum):
+    """BG_JOB_PRIORITY. FOREGROUND jobs all run at once; of the others one runs at a time, HIGH before NORMAL before LOW."""
+
+    FOREGROUND = 0
+    HIGH = 1
+    NORMAL = 2
+    LOW = 3
+
+
+class Command(enum.Enum):
+    """What a caller asks of a job."""
+
+    RESUME = "resume"
+    RESUME_UNFINISHED = "resume, with a file that is not yet transferred"
+    SUSPEND = "suspend"
+    CANCEL = "cancel"
+    COMPLETE = "complete"
+
+
+class Outcome(enum.Enum):
+    """What the engine reports of a job."""
+
+    PICKED = "picked by the scheduler"
+    ANSWERED = "the server answered"
+    ALL_FILES_DONE = "all files done"
+    YIELDED = "time slice over, pre-empted or manager closing"
+    FAILED_FOR_NOW = "recoverable error"
+    FAILED = "fatal error"
+    RETRY_DUE = "retry delay over"
+    NETWORK_BACK = "network back"
+    REOPENED = "journal opened"
+
+
+class WaitingReason(enum.Enum):
+    """Why nothing moves."""
+
+    SUSPENDED = "suspended"
+    QUEUE = "waiting for its turn"
+    NO_OWNER_TOKEN = "waiting for the owner's token"  # noqa: S105 - a sentence, not a secret
+    RETRY = "retry"
+    MANAGER_CLOSED = "the manager runs no transfers"
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Why a job does not move, and until when (aware UTC, None: until something happens)."""
+
+    reason: WaitingReason
+    until: datetime | None = None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        if self.reason is WaitingReason.RETRY:
+            at = f" at {self.until.astimezone():%H:%M}" if self.until else ""
+            return f"retry {self.detail.partition(':')[0]}{at}:{self.detail.partition(':')[2]}"
+        return f"{self.reason.value}: {self.detail}" if self.detail else self.reason.value
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """BG_JOB_PROGRESS: `bytes_total` is None while any file's size is unknown; `bytes_transferred` falls when a file starts anew."""
+
+    bytes_total: int | None
+    bytes_transferred: int
+    files_total: int
+    files_transferred: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileProgress:
+    """BG_FILE_PROGRESS: `completed` is true when the file stands at its destination."""
+
+    bytes_total: int | None
+    bytes_transferred: int
+    completed: bool
+
+
+S, C, O = JobState, Command, Outcome  # noqa: E741 - the table below reads better with short names
+
+NEXT: Final[Mapping[tuple[JobState, Command | Outcome], JobState]] = MappingProxyType(
+    {
+        (S.SUSPENDED, C.RESUME): S.QUEUED,
+        (S.SUSPENDED, C.RESUME_UNFINISHED): S.QUEUED,
+        (S.SUSPENDED, C.SUSPEND): S.SUSPENDED,
+        (S.SUSPENDED, C.CANCEL): S.CANCELLED,
+        (S.SUSPENDED, C.COMPLETE): S.ACKNOWLEDGED,
+        (S.SUSPENDED, O.FAILED): S.ERROR,
+        (S.QUEUED, C.RESUME): S.QUEUED,
+        (S.QUEUED, C.RESUME_UNFINISHED): S.QUEUED,
+        (S.QUEUED, C.SUSPEND): S.SUSPENDED,
+        (S.QUEUED, C.CANCEL): S.CANCELLED,
+        (S.QUEUED, C.COMPLETE): S.ACKNOWLEDGED,
+        (S.QUEUED, O.PICKED): S.CONNECTING,
+        (S.QUEUED, O.FAILED_FOR_NOW): S.TRANSIENT_ERROR,
+        (S.QUEUED, O.FAILED): S.ERROR,
+        (S.QUEUED, O.REOPENED): S.QUEUED,
+        (S.CONNECTING, C.RESUME): S.CONNECTING,
+        (S.CONNECTING, C.RESUME_UNFINISHED): S.CONNECTING,
+        (S.CONNECTING, C.SUSPEND): S.SUSPENDED,
+        (S.CONNECTING, C.CANCEL): S.CANCELLED,
+        (S.CONNECTING, C.COMPLETE): S.ACKNOWLEDGED,
+        (S.CONNECTING, O.ANSWERED): S.TRANSFERRING,
+        (S.CONNECTING, O.ALL_FILES_DONE): S.TRANSFERRED,
+        (S.CONNECTING, O.YIELDED): S.QUEUED,
+        (S.CONNECTING, O.FAILED_FOR_NOW): S.TRANSIENT_ERROR,
+        (S.CONNECTING, O.FAILED): S.ERROR,
+        (S.CONNECTING, O.REOPENED): S.QUEUED,
+        (S.TRANSFERRING, C.RESUME): S.TRANSFERRING,
+        (S.TRANSFERRING, C.RESUME_UNFINISHED): S.TRANSFERRING,
+        (S.TRANSFERRING, C.SUSPEND): S.SUSPENDED,
+        (S.TRANSFERRING, C.CANCEL): S.CANCELLED,
+        (S.TRANSFERRING, C.COMPLETE): S.ACKNOWLEDGED,
+        (S.TRANSFERRING, O.ANSWERED): S.TRANSFERRING,
+        (S.TRANSFERRING, O.ALL_FILES_DONE): S.TRANSFERRED,
+        (S.TRANSFERRING, O.YIELDED): S.QUEUED,
+        (S.TRANSFERRING, O.FAILED_FOR_NOW): S.TRANSIENT_ERROR,
+        (S.TRANSFERRING, O.FAILED): S.ERROR,
+        (S.TRANSFERRING, O.REOPENED): S.QUEUED,
+        (S.TRANSIENT_ERROR, C.RESUME): S.QUEUED,
+        (S.TRANSIENT_ERROR, C.RESUME_UNFINISHED): S.QUEUED,
+        (S.TRANSIENT_ERROR, C.SUSPEND): S.SUSPENDED,
+        (S.TRANSIENT_ERROR, C.CANCEL): S.CANCELLED,
+        (S.TRANSIENT_ERROR, C.COMPLETE): S.ACKNOWLEDGED,
+        (S.TRANSIENT_ERROR, O.RETRY_DUE): S.QUEUED,
+        (S.TRANSIENT_ERROR, O.NETWORK_BACK): S.QUEUED,
+        (S.TRANSIENT_ERROR, O.FAILED): S.ERROR,
+        (S.ERROR, C.RESUME): S.QUEUED,
+        (S.ERROR, C.RESUME_UNFINISHED): S.QUEUED,
+        (S.ERROR, C.SUSPEND): S.SUSPENDED,
+        (S.ERROR, C.CANCEL): S.CANCELLED,
+        (S.ERROR, C.COMPLETE): S.ACKNOWLEDGED,
+        (S.TRANSFERRED, C.RESUME): S.TRANSFERRED,
+        (S.TRANSFERRED, C.RESUME_UNFINISHED): S.QUEUED,
+        (S.TRANSFERRED, C.CANCEL): S.CANCELLED,
+        (S.TRANSFERRED, C.COMPLETE): S.ACKNOWLEDGED,
+    }
+)
+
+
+def advance(state: JobState, event: Command | Outcome) -> JobState:
+    """The state after an event.
+
+    Raises:
+        InvalidState: the table has no such row.
+    """
+    try:
+        return NEXT[state, event]
+    except KeyError:
+        raise InvalidState(f"a job in state {state.name} cannot be told: {event.value}") from None
+
+
+def mermaid() -> str:
+    """The life cycle as a Mermaid state diagram, drawn from `NEXT`; loops that keep the state are left out."""
+    rows = [
+        f"    {before.name} --> {after.name}: {event.name}"
+        for (before, event), after in NEXT.items()
+        if before is not after and event is not C.RESUME_UNFINISHED
+    ]
+    return "\n".join(["stateDiagram-v2", "    [*] --> SUSPENDED", *rows, "    ACKNOWLEDGED --> [*]", "    CANCELLED --> [*]"])
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerKey:
+    """What the journal keeps of an owner. Never a token.
+
+    Attributes:
+        sid: the token's sid ("uid:1000", "uid:1000:alice@REALM", a Windows SID).
+        name: the local user's name, for people.
+        local: the local half of the sid ("uid:1000").
+        principal: the network half, None without network credentials.
+        proof: keyed fingerprint of the network credential's secret (threat model T7); None without network credentials.
+        process: the owner was the process itself, with its default credentials.
+        elevated: the token was elevated when the job was made.
+    """
+
+    sid: str
+    name: str
+    local: str
+    principal: str | None
+    proof: str | None
+    process: bool
+    elevated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """One job as the journal keeps it. Times are aware UTC; durations are seconds."""
+
+    id: UUID
+    display_name: str
+    owner: OwnerKey
+    created: datetime
+    modified: datetime
+    priority: JobPriority = JobPriority.NORMAL
+    state: JobState = JobState.SUSPENDED
+    resumed: bool = False  # left SUSPENDED at least once: from then on credentials are bound to origins (T19)
+    completed: datetime | None = None  # when TRANSFERRED was reached
+    helper_flags: HelperTokenFlags = HelperTokenFlags.NONE
+    proxy: ProxySettings = field(default_factory=ProxySettings.no_proxy)
+    minimum_retry_delay: float = RETRY_DELAY
+    no_progress_timeout: float = NO_PROGRESS_TIMEOUT
+    maximum_download_time: float = MAX_DOWNLOAD_TIME
+    error: BitsError | None = None
+    error_file: int | None = None  # index of the file the error is about
+    error_count: int = 0
+    retry_number: int = 0  # transient errors in a row
+    retry_at: datetime | None = None  # wall clock, for people and for a restart; the running engine waits by the monotonic clock
+    stalled: float = 0.0  # seconds since the first transient error without progress
+    active: float = 0.0  # seconds spent CONNECTING and TRANSFERRING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """One file of a job as the journal keeps it.
+
+    `url` is where the file is fetched from; `original_url` what the application named (redirects never change it). Slices are absolute
+    positions; the journal keeps their `durable` position only.
+    """
+
+    job_id: UUID
+    index: int
+    original_url: str
+    url: str
+    path: Path
+    sha256: str | None = None
+    validator: Validator | None = None
+    part: PartRecord | None = None
+    slices: tuple[Slice, ...] = ()
+    boot_id: str | None = None  # of the boot in which the part file was last written
+    restarts: int = 0
+    transferred: bool = False  # every byte is in the part file, durable and checked
+    committed: bool = False  # renamed to `path`
+
+    @property
+    def size(self) -> int | None:
+        """Bytes, None while unknown."""
+        return self.validator.size if self.validator else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantRecord:
+    """One `set_credentials` of a job. `origins` None: not resumed yet, bound at the first resume (T19)."""
+
+    job_id: UUID
+    target: AuthTarget
+    scheme: AuthScheme
+    user_name: str | None
+    password: str | None = field(repr=False)
+    origins: frozenset[Origin] | None = None
+
+    def grant(self) -> Grant:
+        """What the wire may do with it now."""
+        return Grant(self.target, self.scheme, self.user_name, self.password, self.origins or frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class JobRemoved:
+    """A change for the journal: the job has left the queue."""
+
+    job_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class GrantRemoved:
+    """A change for the journal: `remove_credentials`."""
+
+    job_id: UUID
+    target: AuthTarget
+    scheme: AuthScheme
+
+
+Change = JobRecord | FileRecord | GrantRecord | JobRemoved | GrantRemoved
+
+
+@dataclass(frozen=True, slots=True)
+class StoredJob:
+    """A job with its files (in order) and grants, as read from the journal."""
+
+    job: JobRecord
+    files: tuple[FileRecord, ...]
+    grants: tuple[GrantRecord, ...]

@@ -1,0 +1,1096 @@
+"""The journal of jobs: SQLite, opened only when nobody else can have written it, durable when `save` returns.
+
+A journal is an authority: it says which files are written as whom (threat model T13). So it is opened only from private
+files (see `secrets`), `trusted_schema` is off, and what must not be read from a copy is sealed: passwords, and of each URL
+its query (and user information, should a redirect have brought one). Everything else is a typed column. The files are
+`<store>`, `<store>-wal`, `<store>-shm`, `<store>.lock` and `<store>.key`.
+
+Durable means: one transaction in the write-ahead log, synced (`synchronous=FULL`) before `save` returns. A `save` that is
+cancelled is still finished first, so nobody has to guess what the journal holds. Nothing here deletes a journal that cannot
+be read.
+
+A released schema is never edited: a change is one more entry of `SCHEMA`, and an older journal is brought up to date when it
+is opened.
+
+Statements run in aiosqlite's thread; looking at files, sealing and building records in one thread of the store's own, never
+on the event loop. aiosqlite logs parameters at DEBUG, so a secret is sealed before it gets there. This module knows no
+manager, no token, no network.
+"""
+
+import asyncio
+import contextvars
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Protocol, TypeVar, final
+from uuid import UUID
+
+import aiosqlite
+
+from ..auth.policy import AuthScheme, AuthTarget, Origin
+from ..errors import (
+    BitsError,
+    ErrorCode,
+    ErrorContext,
+    InvalidState,
+    NotFound,
+    StoreError,
+    make_error,
+    scrub,
+    show_text,
+)
+from ..files import PartRecord
+from ..identity.tokens import HelperTokenFlags
+from ..transport.proxies import ProxySettings, ProxyUsage
+from ..transport.ranges import Slice, Validator
+from .model import (
+    Change,
+    FileRecord,
+    GrantRecord,
+    GrantRemoved,
+    JobPriority,
+    JobRecord,
+    JobRemoved,
+    JobState,
+    OwnerKey,
+    StoredJob,
+)
+from .secrets import (
+    Place,
+    SecretBox,
+    check_private,
+    guard_directory,
+    load_key,
+    make_private,
+    os_fault,
+    release_lock,
+    sync_directory,
+    take_lock,
+)
+
+T = TypeVar("T")
+StrPath = str | os.PathLike[str]
+Row = Mapping[str, Any]
+Values = dict[str, Any]
+
+APPLICATION_ID: Final = 0x42495453  # "BITS", in the database's header
+BUSY_TIMEOUT: Final = 10.0  # seconds; only an operator's sqlite3 shell can hold the database besides us
+
+SCHEMA: Final = (
+    """
+    CREATE TABLE jobs (
+        number INTEGER PRIMARY KEY,             -- order of creation
+        id TEXT NOT NULL UNIQUE,
+        display_name TEXT NOT NULL,
+        owner_sid TEXT NOT NULL,
+        owner_name TEXT NOT NULL,
+        owner_local TEXT NOT NULL,
+        owner_principal TEXT,
+        owner_proof TEXT,
+        owner_process INTEGER NOT NULL CHECK (owner_process IN (0, 1)),
+        owner_elevated INTEGER NOT NULL CHECK (owner_elevated IN (0, 1)),
+        created INTEGER NOT NULL,               -- times: microseconds since 1970, UTC
+        modified INTEGER NOT NULL,
+        completed INTEGER,
+        priority INTEGER NOT NULL,
+        state INTEGER NOT NULL,
+        resumed INTEGER NOT NULL CHECK (resumed IN (0, 1)),
+        helper_flags INTEGER NOT NULL,
+        proxy_usage INTEGER NOT NULL,
+        proxy_list TEXT NOT NULL,               -- JSON array of strings
+        proxy_bypass TEXT NOT NULL,             -- JSON array of strings
+        proxy_resolved INTEGER NOT NULL CHECK (proxy_resolved IN (0, 1)),
+        minimum_retry_delay REAL NOT NULL,      -- durations: seconds
+        no_progress_timeout REAL NOT NULL,
+        maximum_download_time REAL NOT NULL,
+        error_code INTEGER,                     -- NULL: no error, and then every other error column is NULL
+        error_context INTEGER,
+        error_message TEXT,
+        error_transient INTEGER,
+        error_job_id TEXT,
+        error_url TEXT,
+        error_path TEXT,
+        error_identity TEXT,
+        error_http_status INTEGER,
+        error_advice TEXT,
+        error_retry_after REAL,
+        error_file INTEGER,
+        error_count INTEGER NOT NULL,
+        retry_number INTEGER NOT NULL,
+        retry_at INTEGER,
+        stalled REAL NOT NULL,
+        active REAL NOT NULL
+    );
+    CREATE INDEX jobs_by_turn ON jobs (state, priority, number);
+
+    CREATE TABLE files (
+        job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+        file_index INTEGER NOT NULL,
+        original_url TEXT NOT NULL,             -- up to the query
+        original_url_secret BLOB,               -- sealed: the query and what follows
+        url TEXT NOT NULL,
+        url_secret BLOB,
+        path TEXT NOT NULL,
+        sha256 TEXT,
+        pinned INTEGER NOT NULL CHECK (pinned IN (0, 1)),
+        etag TEXT,
+        last_modified TEXT,
+        size INTEGER,
+        part_directory TEXT,
+        part_name TEXT,
+        part_dir_device TEXT,                   -- decimal: devices and inodes have 64 bits without a sign, or more
+        part_dir_inode TEXT,
+        part_device TEXT,
+        part_inode TEXT,
+        part_uid INTEGER,
+        boot_id TEXT,
+        restarts INTEGER NOT NULL,
+        transferred INTEGER NOT NULL CHECK (transferred IN (0, 1)),
+        committed INTEGER NOT NULL CHECK (committed IN (0, 1)),
+        PRIMARY KEY (job_id, file_index)
+    ) WITHOUT ROWID;
+
+    CREATE TABLE ranges (                       -- the ranges asked for, in order; none: the whole file
+        job_id TEXT NOT NULL,
+        file_index INTEGER NOT NULL,
+        range_index INTEGER NOT NULL,
+        start INTEGER NOT NULL,
+        length INTEGER,                         -- NULL: to the end of the file
+        PRIMARY KEY (job_id, file_index, range_index),
+        FOREIGN KEY (job_id, file_index) REFERENCES files (job_id, file_index) ON DELETE CASCADE
+    ) WITHOUT ROWID;
+
+    CREATE TABLE slices (
+        job_id TEXT NOT NULL,
+        file_index INTEGER NOT NULL,
+        slice_index INTEGER NOT NULL,
+        start INTEGER NOT NULL,
+        stop INTEGER,                           -- NULL: unknown
+        durable INTEGER NOT NULL,
+        PRIMARY KEY (job_id, file_index, slice_index),
+        FOREIGN KEY (job_id, file_index) REFERENCES files (job_id, file_index) ON DELETE CASCADE
+    ) WITHOUT ROWID;
+
+    CREATE TABLE grants (
+        job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+        target INTEGER NOT NULL,
+        scheme INTEGER NOT NULL,
+        user_name TEXT,
+        password_secret BLOB,                   -- sealed
+        origins TEXT,                           -- JSON array of [scheme, host, port]; NULL: bound at the first resume
+        PRIMARY KEY (job_id, target, scheme)
+    ) WITHOUT ROWID;
+    """,
+)
+"""`SCHEMA[n]` takes a journal from version n to n + 1. Entries that were released are never edited."""
+
+# Set and read back: a SQLite that does not know one of them is refused.
+PRAGMAS: Final = (
+    ("trusted_schema", "OFF", 0),  # T13
+    ("secure_delete", "ON", 1),  # T13: what is removed is overwritten
+    ("cell_size_check", "ON", 1),
+    ("foreign_keys", "ON", 1),
+    ("temp_store", "MEMORY", 2),  # no temporary file in a directory of others
+    ("synchronous", "FULL", 2),
+    ("fullfsync", "ON", 1),  # macOS: to the medium, not to its cache
+    ("checkpoint_fullfsync", "ON", 1),
+)
+
+_FAULTS: Final[Mapping[int, tuple[int, str, str | None]]] = MappingProxyType(  # by SQLite's primary result code
+    {
+        sqlite3.SQLITE_FULL: (ErrorCode.ERROR_DISK_FULL, "the volume is full", "make room on the volume of the journal"),
+        sqlite3.SQLITE_READONLY: (ErrorCode.ERROR_WRITE_FAULT, "it cannot be written", "make its file system writable"),
+        sqlite3.SQLITE_CANTOPEN: (ErrorCode.ERROR_WRITE_FAULT, "it cannot be opened", "check its directory"),
+        sqlite3.SQLITE_IOERR: (ErrorCode.ERROR_WRITE_FAULT, "reading or writing failed", "check the volume of the journal"),
+        sqlite3.SQLITE_BUSY: (ErrorCode.ERROR_SHARING_VIOLATION, "another program holds it", "end that program"),
+        sqlite3.SQLITE_LOCKED: (ErrorCode.ERROR_SHARING_VIOLATION, "another program holds it", "end that program"),
+        sqlite3.SQLITE_CORRUPT: (ErrorCode.BG_E_DATABASE_CORRUPT, "it is damaged", None),
+        sqlite3.SQLITE_NOTADB: (ErrorCode.BG_E_DATABASE_CORRUPT, "it is no database", None),
+    }
+)
+
+
+class Store(Protocol):
+    """What the manager needs of a journal."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+
+    @property
+    def fingerprint_key(self) -> bytes:
+        """The key for `credential_fingerprint`; valid while the journal is open."""
+
+    @property
+    def lost_secrets(self) -> frozenset[UUID]:
+        """Valid after load(): jobs with a secret that the journal's key does not open."""
+
+    async def open(self) -> None:
+        """Takes the journal's lock and makes it ready.
+
+        Raises:
+            StoreError: another manager holds it, somebody else may have written it, or it cannot be read. It is left as it was.
+        """
+
+    async def load(self) -> list[StoredJob]:
+        """All jobs in the order in which they were created.
+
+        A grant whose password cannot be read is left out; a URL whose query cannot be read comes without it. `lost_secrets` names
+        the jobs. What is sealed stays in the journal until it is replaced, so bringing the key back brings the secrets back.
+        """
+
+    async def save(self, *changes: Change) -> None:
+        """All changes, in this order, or none of them; durable when it returns. Cancelled, it is finished first.
+
+        Raises:
+            NotFound: a file or a grant of a job that is not in the journal.
+            StoreError: nothing was saved.
+        """
+
+    async def close(self) -> None:
+        """Gives the journal back. Nothing happens if it is not open."""
+
+
+@final
+class SqliteStore:
+    """The journal in a SQLite file. The constructor does no I/O; open it once at a time, on one event loop.
+
+    Args:
+        path: the database.
+        make_parents: make every missing directory above it (0700), not only the last one. For places that this package chooses
+            itself; in a path that somebody typed, a missing directory is rather a mistake.
+    """
+
+    def __init__(self, path: StrPath, *, make_parents: bool = False) -> None:
+        self._path = Path(os.path.abspath(path))
+        self._make_parents = make_parents
+        self._box: SecretBox | None = None
+        self._db: aiosqlite.Connection | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock_file: int | None = None
+        self._turn = asyncio.Lock()
+        self._lost = _Lost()
+
+    def __repr__(self) -> str:
+        return f"<SqliteStore {self.path}>"
+
+    @property
+    def path(self) -> Path:
+        """The database, absolute."""
+        return self._path
+
+    @property
+    def fingerprint_key(self) -> bytes:
+        """Key for fingerprints of credentials (T7). It changes when the key file is lost."""
+        if self._box is None:
+            raise self._closed()
+        return self._box.fingerprint_key
+
+    @property
+    def lost_secrets(self) -> frozenset[UUID]:
+        """Jobs with a secret that this key does not open, until it is replaced or removed."""
+        return self._lost.jobs()
+
+    # -- open and close
+
+    async def open(self) -> None:
+        """See `Store.open`."""
+        if self._pool is not None:
+            raise InvalidState("the journal is already open", path=self.path)
+        self._pool = ThreadPoolExecutor(1, "bits-store")
+        self._turn = asyncio.Lock()  # one connection: the statements of two transactions must not mix
+        try:
+            await _finish(self._open())
+        except BaseException:
+            await _finish(self._shut())
+            raise
+
+    async def close(self) -> None:
+        """See `Store.close`."""
+        await _finish(self._shut())
+
+    async def remove(self) -> bool:
+        """Deletes the journal's files, the lock last, if no job is in it and no other manager uses it. It is closed afterwards.
+
+        Returns:
+            Whether the journal is gone.
+
+        Raises:
+            StoreError: a file could not be deleted.
+        """
+        if self._pool is None:
+            try:
+                await self.open()
+            except StoreError as error:
+                if error.code == ErrorCode.ERROR_SHARING_VIOLATION:
+                    return False
+                raise
+        return await _finish(self._remove())
+
+    async def _remove(self) -> bool:
+        async with self._turn:
+            db, _ = self._opened()
+            with self._translated():
+                empty: bool = (await _fetch(db, "SELECT NOT EXISTS (SELECT * FROM jobs) AS empty"))[0]["empty"] == 1
+        await self._shut(remove=empty)
+        return empty
+
+    async def _open(self) -> None:
+        await self._in_thread(self._claim)
+        with self._translated():
+            self._db = await aiosqlite.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            await self._identify(self._db)
+            self._box = SecretBox(await self._in_thread(partial(load_key, self._side(".key"))))
+            await self._configure(self._db)
+            await self._migrate(self._db)
+        await self._in_thread(self._check_files)
+
+    def _claim(self) -> None:
+        """What must hold before SQLite may look: private files, and the lock. No database file is opened before the lock is ours,
+        because closing it would give up the locks that another connection of this process has on it."""
+        guard_directory(self.path.parent, make_parents=self._make_parents)
+        self._lock_file = take_lock(self._side(".lock"), self.path)
+        for name in ("", "-wal", "-shm"):
+            make_private(self._side(name))
+        self._check_files()
+        sync_directory(self.path.parent)
+
+    def _check_files(self) -> None:
+        for name in ("", "-wal", "-shm", "-journal"):
+            check_private(self._side(name))
+
+    async def _identify(self, db: aiosqlite.Connection) -> None:
+        """Refuses another program's database and a later version's journal, before anything is changed."""
+        await db.execute_fetchall("PRAGMA trusted_schema=OFF")
+        application, version = await _pragma(db, "application_id"), await _pragma(db, "user_version")
+        tables = (await _fetch(db, "SELECT count(*) AS n FROM sqlite_master"))[0]["n"]
+        if (application, version, tables) != (0, 0, 0) and (application != APPLICATION_ID or version < 1):
+            raise StoreError("this is not a journal of jobs", path=self.path, advice="name another file as the journal")
+        if version > len(SCHEMA):
+            raise StoreError(
+                f"the journal has version {version}; this program knows versions up to {len(SCHEMA)}",
+                code=ErrorCode.E_NOTIMPL,
+                path=self.path,
+                advice="open it with the newer program that wrote it",
+            )
+
+    async def _configure(self, db: aiosqlite.Connection) -> None:
+        if await _pragma(db, "journal_mode=WAL") != "wal":
+            raise StoreError(
+                "its file system cannot hold a write-ahead log",
+                code=ErrorCode.ERROR_WRITE_FAULT,
+                path=self.path,
+                advice="put the journal on a local disk",
+            )
+        for name, setting, value in PRAGMAS:
+            await db.execute_fetchall(f"PRAGMA {name}={setting}")
+            if await _pragma(db, name) != value:
+                raise StoreError(
+                    f"this SQLite ({sqlite3.sqlite_version}) does not know the setting {name}",
+                    code=ErrorCode.E_NOTIMPL,
+                    path=self.path,
+                    advice="use SQLite 3.31 or later",
+                )
+
+    async def _migrate(self, db: aiosqlite.Connection) -> None:
+        for version in range(await _pragma(db, "user_version"), len(SCHEMA)):
+            await db.executescript(  # one transaction for each step: an interrupted one never happened
+                f"BEGIN IMMEDIATE; {SCHEMA[version]}"
+                f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={version + 1}; COMMIT;"
+            )
+
+    async def _shut(self, *, remove: bool = False) -> None:
+        pool, db = self._pool, self._db
+        if pool is None:
+            return
+        try:
+            if db is not None:
+                async with self._turn:  # a save that is under way is finished first
+                    self._db = None
+                    with self._translated():
+                        await db.close()
+            if remove:
+                await self._in_thread(self._delete)
+        finally:
+            await self._in_thread(partial(self._release, remove=remove))
+            self._pool, self._box = None, None
+            pool.shutdown(wait=False)  # it is idle: nothing is waited for on the event loop
+
+    def _delete(self) -> None:
+        for name in ("-wal", "-shm", "-journal", "", ".key"):
+            try:
+                self._side(name).unlink(missing_ok=True)
+            except OSError as exc:
+                raise os_fault(exc, self._side(name), "delete") from scrub(exc)
+        sync_directory(self.path.parent)
+
+    def _release(self, *, remove: bool) -> None:
+        if self._lock_file is not None:
+            lock_file, self._lock_file = self._lock_file, None
+            release_lock(lock_file, self._side(".lock"), remove=remove)
+
+    # -- load
+
+    async def load(self) -> list[StoredJob]:
+        """See `Store.load`."""
+        return await _finish(self._load())
+
+    async def _load(self) -> list[StoredJob]:
+        async with self._turn:
+            db, box = self._opened()
+            with self._translated():
+                jobs = await _fetch(db, "SELECT * FROM jobs ORDER BY number")
+                files = await _fetch(db, "SELECT * FROM files ORDER BY job_id, file_index")
+                slices = await _fetch(db, "SELECT * FROM slices ORDER BY job_id, file_index, slice_index")
+                grants = await _fetch(db, "SELECT * FROM grants ORDER BY job_id, target, scheme")
+            reader = _Reader(box, self.path)
+            stored = await self._in_thread(partial(reader.jobs, jobs, files, slices, grants))
+            self._lost = reader.lost
+            return stored
+
+    # -- save
+
+    async def save(self, *changes: Change) -> None:
+        """See `Store.save`."""
+        batch = _Batch()
+        for change in changes:  # here, at the call: slices are mutable, and go on while this waits for its turn
+            batch.add(change)
+        await _finish(self._save(batch))
+
+    async def _save(self, batch: "_Batch") -> None:
+        async with self._turn:
+            db, box = self._opened()
+            with self._translated():
+                await db.execute_fetchall("BEGIN IMMEDIATE")
+                try:
+                    writer = _Writer(box, self._lost)
+                    await self._write(db, writer, batch)
+                    await db.execute_fetchall("COMMIT")
+                except BaseException:
+                    await _roll_back(db)
+                    raise
+            self._lost = writer.lost
+
+    async def _write(self, db: aiosqlite.Connection, writer: "_Writer", batch: "_Batch") -> None:
+        """The statements of one transaction; each kind of change in one go, however many there are."""
+        before = await _owners(db, batch.job_ids())
+        owners = batch.owners(before)
+        await _each(db, "DELETE FROM jobs WHERE id = :id", [{"id": str(job_id)} for job_id in batch.removed])
+        for job_id in batch.removed:
+            writer.lost.forget(job_id)
+        for job_id, old in before.items():
+            if job_id in owners and owners[job_id] != old and job_id not in batch.removed:
+                await self._reseal(db, writer, job_id, old, owners[job_id])
+        rows = await self._in_thread(partial(writer.rows, batch, owners))
+        await _put(db, "jobs", rows.jobs, key=("id",))
+        await _put(db, "files", rows.files, key=("job_id", "file_index"))
+        await _each(db, "DELETE FROM slices WHERE job_id = :job_id AND file_index = :file_index", rows.files)
+        await _put(db, "slices", rows.slices, key=("job_id", "file_index", "slice_index"))
+        await _each(
+            db, "DELETE FROM grants WHERE job_id = :job_id AND target = :target AND scheme = :scheme", rows.grants_removed
+        )
+        await _put(db, "grants", rows.grants, key=("job_id", "target", "scheme"))
+
+    async def _reseal(self, db: aiosqlite.Connection, writer: "_Writer", job_id: UUID, old: str, new: str) -> None:
+        """The job has another owner: its secrets move to the new owner's places. What cannot be opened stays as it is, lost."""
+        which = {"job_id": str(job_id)}
+        files = await _fetch(db, "SELECT * FROM files WHERE job_id = :job_id", which)
+        grants = await _fetch(db, "SELECT * FROM grants WHERE job_id = :job_id", which)
+        moved_files = await self._in_thread(partial(writer.moved_files, files, old, new))
+        moved_grants = await self._in_thread(partial(writer.moved_grants, grants, old, new))
+        await _each(db, _update("files", ("original_url_secret", "url_secret"), ("job_id", "file_index")), moved_files)
+        await _each(db, _update("grants", ("password_secret",), ("job_id", "target", "scheme")), moved_grants)
+
+    # -- means
+
+    def _side(self, suffix: str) -> Path:
+        return self.path.with_name(self.path.name + suffix)
+
+    def _opened(self) -> tuple[aiosqlite.Connection, SecretBox]:
+        if self._db is None or self._box is None:
+            raise self._closed()
+        return self._db, self._box
+
+    def _closed(self) -> InvalidState:
+        return InvalidState("the journal is not open", path=self.path)
+
+    async def _in_thread(self, func: Callable[[], T]) -> T:
+        assert self._pool is not None
+        return await asyncio.get_running_loop().run_in_executor(self._pool, func)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """SQLite's exceptions become ours. Their texts name tables and columns only, but are not needed: the code says it."""
+        try:
+            yield
+        except sqlite3.Error as exc:
+            raise _fault(exc, self.path) from scrub(exc)
+
+
+def _fault(exc: sqlite3.Error, path: Path) -> StoreError:
+    number = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    name = getattr(exc, "sqlite_errorname", type(exc).__name__)
+    code, why, advice = _FAULTS.get(number & 0xFF, (ErrorCode.BG_E_DATABASE_CORRUPT, "it does not fit this program", None))
+    return StoreError(f"the journal cannot be used: {why} ({name})", code=code, transient=False, path=path, advice=advice)
+
+
+async def _finish(work: Coroutine[Any, Any, T]) -> T:
+    """Awaits work to its end, through cancels; then lets the cancel through (a failure is its cause)."""
+    task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is not None:
+        raise cancelled from (None if task.cancelled() else task.exception())
+    return task.result()
+
+
+# -- SQL ---------------------------------------------------------------------------------------------------------------
+
+
+async def _fetch(db: aiosqlite.Connection, sql: str, values: Row | Sequence[Any] = ()) -> list[Row]:
+    rows: Any = await db.execute_fetchall(sql, values)
+    return list(rows)
+
+
+async def _pragma(db: aiosqlite.Connection, name: str) -> Any:
+    rows: Any = await _fetch(db, f"PRAGMA {name}")
+    return rows[0][0] if rows else None
+
+
+async def _each(db: aiosqlite.Connection, sql: str, rows: Sequence[Values]) -> None:
+    if rows:
+        async with db.executemany(sql, rows):
+            pass
+
+
+async def _roll_back(db: aiosqlite.Connection) -> None:
+    try:
+        await db.execute_fetchall("ROLLBACK")
+    except sqlite3.Error:
+        pass  # SQLite rolled back by itself, or the commit got there first
+
+
+async def _owners(db: aiosqlite.Connection, job_ids: Sequence[UUID]) -> dict[UUID, str]:
+    """The owners' sids as the journal has them."""
+    found: dict[UUID, str] = {}
+    for start in range(0, len(job_ids), 500):  # SQLite allows 999 parameters
+        some = [str(job_id) for job_id in job_ids[start : start + 500]]
+        marks = ", ".join("?" * len(some))
+        for row in await _fetch(db, f"SELECT id, owner_sid FROM jobs WHERE id IN ({marks})", some):  # noqa: S608 - question marks
+            found[UUID(row["id"])] = _text_out(row["owner_sid"])
+    return found
+
+
+async def _put(db: aiosqlite.Connection, table: str, rows: Sequence[Values], *, key: Sequence[str]) -> None:
+    if rows:
+        await _each(db, _upsert(table, tuple(rows[0]), key), rows)
+
+
+def _update(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
+    changes, which = ", ".join(f"{c} = :{c}" for c in columns), " AND ".join(f"{c} = :{c}" for c in key)
+    return f"UPDATE {table} SET {changes} WHERE {which}"  # noqa: S608 - our own names
+
+
+def _upsert(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
+    """A row is changed in place: it keeps its number, and what refers to it."""
+    names, values = ", ".join(columns), ", ".join(f":{c}" for c in columns)
+    changes = ", ".join(f"{c} = excluded.{c}" for c in columns if c not in key)
+    return (
+        f"INSERT INTO {table} ({names}) VALUES ({values}) "  # noqa: S608 - our own names
+        f"ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changes}"
+    )
+
+
+# -- values in columns -------------------------------------------------------------------------------------------------
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+_LARGEST: Final = 2**63 - 1
+
+
+def _columns(**columns: Any) -> Values:
+    return {name: _value(value) for name, value in columns.items()}
+
+
+def _value(value: Any) -> Any:
+    """How the journal keeps a value."""
+    match value:
+        case None | bytes() | float():
+            return value
+        case bool():
+            return int(value)
+        case int():
+            return int(value) if abs(value) <= _LARGEST else str(value).encode()  # a server may claim any size
+        case str() | Path() | UUID():
+            return _text_in(str(value))
+        case datetime():
+            return (value - _EPOCH) // _MICROSECOND
+        case Enum():
+            return value.value
+    raise TypeError(f"no column for {type(value).__name__}")
+
+
+def _text_in(text: str) -> str | bytes:
+    """Text as text; what is no UTF-8 (a path with lone surrogates) as bytes, which a TEXT column keeps as they are."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+    return text
+
+
+def _text_out(value: str | bytes) -> str:
+    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else str(value)
+
+
+def _maybe_text(value: str | bytes | None) -> str | None:
+    return None if value is None else _text_out(value)
+
+
+def _maybe_int(value: int | bytes | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _maybe_time(value: int | None) -> datetime | None:
+    return None if value is None else _EPOCH + value * _MICROSECOND
+
+
+def _split_url(url: str) -> tuple[str, str]:
+    """What of a URL may be read in the journal, and what is sealed.
+
+    Sealed is the query with what follows, or the whole URL where it has user information. `_join_url` puts them together.
+    """
+    cut = min((at for at in (url.find("?"), url.find("#")) if at >= 0), default=len(url))
+    base, secret = url[:cut], url[cut:]
+    scheme, slashes, rest = base.partition("://")
+    authority, slash, path = rest.partition("/")
+    if "@" in authority:
+        return f"{scheme}{slashes}{authority.rpartition('@')[2]}{slash}{path}", url
+    return base, secret
+
+
+def _join_url(base: str, secret: str) -> str:
+    return base + secret if secret[:1] in ("", "?", "#") else secret
+
+
+def _origins_in(origins: frozenset[Origin] | None) -> str | None:
+    return None if origins is None else json.dumps(sorted([o.scheme, o.host, o.port] for o in origins))
+
+
+def _origins_out(text: str | None) -> frozenset[Origin] | None:
+    return None if text is None else frozenset(Origin(scheme, host, port) for scheme, host, port in json.loads(text))
+
+
+def _url_place(job_id: UUID, owner: str, index: int, column: str) -> Place:
+    return Place(job_id, owner, f"files.{index}.{column}")
+
+
+def _password_place(job_id: UUID, owner: str, target: AuthTarget, scheme: AuthScheme) -> Place:
+    return Place(job_id, owner, "grants.password", target.name, scheme.name)
+
+
+# -- records to rows ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Lost:
+    """Sealed values that this key does not open: of files by (job, index, column), beside their readable part; of grants."""
+
+    urls: dict[tuple[UUID, int, str], tuple[str, bytes]] = field(default_factory=dict)
+    grants: set[tuple[UUID, AuthTarget, AuthScheme]] = field(default_factory=set)
+
+    def jobs(self) -> frozenset[UUID]:
+        return frozenset(key[0] for key in (*self.urls, *self.grants))
+
+    def copy(self) -> "_Lost":
+        return _Lost(dict(self.urls), set(self.grants))
+
+    def forget(self, job_id: UUID) -> None:
+        self.urls = {key: value for key, value in self.urls.items() if key[0] != job_id}
+        self.grants = {key for key in self.grants if key[0] != job_id}
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The changes of one transaction: of each thing the last one."""
+
+    removed: dict[UUID, None] = field(default_factory=dict)
+    jobs: dict[UUID, JobRecord] = field(default_factory=dict)
+    files: dict[tuple[UUID, int], FileRecord] = field(default_factory=dict)
+    grants: dict[tuple[UUID, AuthTarget, AuthScheme], GrantRecord | None] = field(default_factory=dict)  # None: removed
+
+    def add(self, change: Change) -> None:
+        match change:
+            case JobRecord():
+                self.jobs[change.id] = change
+            case FileRecord():
+                slices = tuple(replace(piece) for piece in change.slices)
+                self.files[change.job_id, change.index] = replace(change, slices=slices)
+            case GrantRecord():
+                self.grants[change.job_id, change.target, change.scheme] = change
+            case GrantRemoved():
+                self.grants[change.job_id, change.target, change.scheme] = None
+            case JobRemoved():
+                self._remove(change.job_id)
+
+    def _remove(self, job_id: UUID) -> None:
+        self.removed[job_id] = None
+        self.jobs.pop(job_id, None)
+        self.files = {key: value for key, value in self.files.items() if key[0] != job_id}
+        self.grants = {key: value for key, value in self.grants.items() if key[0] != job_id}
+
+    def job_ids(self) -> list[UUID]:
+        mentioned = (*self.jobs, *(key[0] for key in self.files), *(key[0] for key in self.grants))
+        return list(dict.fromkeys(mentioned))
+
+    def owners(self, before: Mapping[UUID, str]) -> dict[UUID, str]:
+        """The owners' sids as they are after the transaction, of the jobs that it mentions and that exist then."""
+        kept = {job_id: sid for job_id, sid in before.items() if job_id not in self.removed}
+        return kept | {job_id: job.owner.sid for job_id, job in self.jobs.items()}
+
+
+@dataclass(slots=True)
+class _Rows:
+    jobs: list[Values]
+    files: list[Values]
+    slices: list[Values]
+    grants: list[Values]
+    grants_removed: list[Values]
+
+
+class _Writer:
+    """Turns records into rows; seals what must not be read. `lost` is what is lost once the transaction is committed."""
+
+    def __init__(self, box: SecretBox, lost: _Lost) -> None:
+        self._box = box
+        self.lost = lost.copy()
+
+    def rows(self, batch: _Batch, owners: Mapping[UUID, str]) -> _Rows:
+        for job_id in batch.job_ids():
+            if job_id not in owners and any(
+                key[0] == job_id for key in (*batch.files, *(k for k, v in batch.grants.items() if v))
+            ):
+                raise NotFound(job_id=job_id)
+        return _Rows(
+            [_job_row(job) for job in batch.jobs.values()],
+            [self._file_row(file, owners[file.job_id]) for file in batch.files.values()],
+            [row for file in batch.files.values() for row in _slice_rows(file)],
+            [self._grant_row(grant, owners[grant.job_id]) for grant in batch.grants.values() if grant],
+            [self._grant_removed(*key) for key, grant in batch.grants.items() if grant is None],
+        )
+
+    def moved_files(self, rows: Iterable[Row], old: str, new: str) -> list[Values]:
+        return [
+            {
+                "job_id": row["job_id"],
+                "file_index": row["file_index"],
+                **{
+                    f"{column}_secret": self._moved(
+                        row[f"{column}_secret"],
+                        _url_place(UUID(row["job_id"]), old, row["file_index"], column),
+                        _url_place(UUID(row["job_id"]), new, row["file_index"], column),
+                    )
+                    for column in ("original_url", "url")
+                },
+            }
+            for row in rows
+        ]
+
+    def moved_grants(self, rows: Iterable[Row], old: str, new: str) -> list[Values]:
+        moved = []
+        for row in rows:
+            which = AuthTarget(row["target"]), AuthScheme(row["scheme"])
+            before, after = (_password_place(UUID(row["job_id"]), owner, *which) for owner in (old, new))
+            key = {name: row[name] for name in ("job_id", "target", "scheme")}
+            moved.append({**key, "password_secret": self._moved(row["password_secret"], before, after)})
+        return moved
+
+    def _moved(self, sealed: bytes | None, before: Place, after: Place) -> bytes | None:
+        secret = None if sealed is None else self._box.open(sealed, before)
+        return sealed if secret is None else self._box.seal(secret, after)
+
+    def _file_row(self, file: FileRecord, owner: str) -> Values:
+        validator, part = file.validator, file.part
+        original_url, original_url_secret = self._url(file, owner, "original_url", file.original_url)
+        url, url_secret = self._url(file, owner, "url", file.url)
+        return _columns(
+            job_id=file.job_id,
+            file_index=file.index,
+            original_url=original_url,
+            original_url_secret=original_url_secret,
+            url=url,
+            url_secret=url_secret,
+            path=file.path,
+            sha256=file.sha256,
+            pinned=validator is not None,
+            etag=validator and validator.etag,
+            last_modified=validator and validator.last_modified,
+            size=validator and validator.size,
+            part_directory=part and part.directory,
+            part_name=part and part.name,
+            part_dir_device=part and str(part.dir_device),
+            part_dir_inode=part and str(part.dir_inode),
+            part_device=part and str(part.device),
+            part_inode=part and str(part.inode),
+            part_uid=part and part.uid,
+            boot_id=file.boot_id,
+            restarts=file.restarts,
+            transferred=file.transferred,
+            committed=file.committed,
+        )
+
+    def _url(self, file: FileRecord, owner: str, column: str, url: str) -> tuple[str, bytes | None]:
+        key = file.job_id, file.index, column
+        if key in self.lost.urls and self.lost.urls[key][0] == url:
+            return self.lost.urls[key]  # the URL as load() gave it, without its query: what is sealed stays
+        self.lost.urls.pop(key, None)
+        base, secret = _split_url(url)
+        return base, self._box.seal(secret, _url_place(file.job_id, owner, file.index, column)) if secret else None
+
+    def _grant_row(self, grant: GrantRecord, owner: str) -> Values:
+        which = grant.job_id, grant.target, grant.scheme
+        self.lost.grants.discard(which)
+        place = _password_place(grant.job_id, owner, grant.target, grant.scheme)
+        return _columns(
+            job_id=grant.job_id,
+            target=grant.target,
+            scheme=grant.scheme,
+            user_name=grant.user_name,
+            password_secret=None if grant.password is None else self._box.seal(grant.password, place),
+            origins=_origins_in(grant.origins),
+        )
+
+    def _grant_removed(self, job_id: UUID, target: AuthTarget, scheme: AuthScheme) -> Values:
+        self.lost.grants.discard((job_id, target, scheme))
+        return _columns(job_id=job_id, target=target, scheme=scheme)
+
+
+def _job_row(job: JobRecord) -> Values:
+    owner, error = job.owner, job.error.fields() if job.error else {}
+    return _columns(
+        id=job.id,
+        display_name=job.display_name,
+        owner_sid=owner.sid,
+        owner_name=owner.name,
+        owner_local=owner.local,
+        owner_principal=owner.principal,
+        owner_proof=owner.proof,
+        owner_process=owner.process,
+        owner_elevated=owner.elevated,
+        created=job.created,
+        modified=job.modified,
+        completed=job.completed,
+        priority=job.priority,
+        state=job.state,
+        resumed=job.resumed,
+        helper_flags=job.helper_flags,
+        proxy_usage=job.proxy.usage,
+        proxy_list=json.dumps(job.proxy.proxy_list),
+        proxy_bypass=json.dumps(job.proxy.bypass),
+        proxy_resolved=job.proxy.resolved,
+        minimum_retry_delay=float(job.minimum_retry_delay),
+        no_progress_timeout=float(job.no_progress_timeout),
+        maximum_download_time=float(job.maximum_download_time),
+        **{f"error_{name}": error.get(name) for name in _ERROR_FIELDS},
+        error_file=job.error_file,
+        error_count=job.error_count,
+        retry_number=job.retry_number,
+        retry_at=job.retry_at,
+        stalled=float(job.stalled),
+        active=float(job.active),
+    )
+
+
+_ERROR_FIELDS: Final = tuple(BitsError().fields())
+
+
+def _slice_rows(file: FileRecord) -> list[Values]:
+    return [
+        _columns(
+            job_id=file.job_id,
+            file_index=file.index,
+            slice_index=number,
+            start=piece.start,
+            stop=piece.end,
+            durable=piece.durable,
+        )
+        for number, piece in enumerate(file.slices)
+    ]
+
+
+# -- rows to records ---------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Turns rows into records; collects in `lost` what the key does not open."""
+
+    def __init__(self, box: SecretBox, path: Path) -> None:
+        self._box = box
+        self._path = path
+        self.lost = _Lost()
+
+    def jobs(self, jobs: Iterable[Row], files: Iterable[Row], slices: Iterable[Row], grants: Iterable[Row]) -> list[StoredJob]:
+        files_of, grants_of = _by(files, "job_id"), _by(grants, "job_id")
+        slices_of = _by(slices, "job_id", "file_index")
+        return [self._job(row, files_of, slices_of, grants_of) for row in jobs]
+
+    def _job(self, row: Row, files_of: "_Groups", slices_of: "_Groups", grants_of: "_Groups") -> StoredJob:
+        name = row["id"]
+        try:
+            job = _job(row)
+            files = [self._file(file, job, slices_of.get((name, file["file_index"]), ())) for file in files_of.get((name,), ())]
+            grants = [self._grant(grant, job) for grant in grants_of.get((name,), ())]
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as exc:
+            raise StoreError(f"the journal's record of job {show_text(str(name), 40)} is damaged", path=self._path) from scrub(
+                exc
+            )
+        return StoredJob(job, tuple(files), tuple(grant for grant in grants if grant))
+
+    def _file(self, row: Row, job: JobRecord, slices: Iterable[Row]) -> FileRecord:
+        return FileRecord(
+            job_id=job.id,
+            index=row["file_index"],
+            original_url=self._url(row, job, "original_url"),
+            url=self._url(row, job, "url"),
+            path=Path(_text_out(row["path"])),
+            sha256=row["sha256"],
+            validator=_validator(row),
+            part=_part(row),
+            slices=tuple(_slice(piece) for piece in slices),
+            boot_id=row["boot_id"],
+            restarts=row["restarts"],
+            transferred=bool(row["transferred"]),
+            committed=bool(row["committed"]),
+        )
+
+    def _url(self, row: Row, job: JobRecord, column: str) -> str:
+        base, sealed = _text_out(row[column]), row[f"{column}_secret"]
+        if sealed is None:
+            return base
+        secret = self._box.open(sealed, _url_place(job.id, job.owner.sid, row["file_index"], column))
+        if secret is None:
+            self.lost.urls[job.id, row["file_index"], column] = base, sealed
+            return base
+        return _join_url(base, secret)
+
+    def _grant(self, row: Row, job: JobRecord) -> GrantRecord | None:
+        target, scheme, sealed = AuthTarget(row["target"]), AuthScheme(row["scheme"]), row["password_secret"]
+        password = sealed and self._box.open(sealed, _password_place(job.id, job.owner.sid, target, scheme))
+        if sealed is not None and password is None:
+            self.lost.grants.add((job.id, target, scheme))
+            return None
+        return GrantRecord(
+            job_id=job.id,
+            target=target,
+            scheme=scheme,
+            user_name=_maybe_text(row["user_name"]),
+            password=password,
+            origins=_origins_out(row["origins"]),
+        )
+
+
+_Groups = dict[tuple[Any, ...], list[Row]]
+
+
+def _by(rows: Iterable[Row], *columns: str) -> _Groups:
+    groups: _Groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return groups
+
+
+def _job(row: Row) -> JobRecord:
+    return JobRecord(
+        id=UUID(row["id"]),
+        display_name=_text_out(row["display_name"]),
+        owner=OwnerKey(
+            sid=_text_out(row["owner_sid"]),
+            name=_text_out(row["owner_name"]),
+            local=_text_out(row["owner_local"]),
+            principal=_maybe_text(row["owner_principal"]),
+            proof=_maybe_text(row["owner_proof"]),
+            process=bool(row["owner_process"]),
+            elevated=bool(row["owner_elevated"]),
+        ),
+        created=_EPOCH + row["created"] * _MICROSECOND,
+        modified=_EPOCH + row["modified"] * _MICROSECOND,
+        completed=_maybe_time(row["completed"]),
+        priority=JobPriority(row["priority"]),
+        state=JobState(row["state"]),
+        resumed=bool(row["resumed"]),
+        helper_flags=HelperTokenFlags(row["helper_flags"]),
+        proxy=ProxySettings(
+            ProxyUsage(row["proxy_usage"]),
+            tuple(json.loads(row["proxy_list"])),
+            tuple(json.loads(row["proxy_bypass"])),
+            bool(row["proxy_resolved"]),
+        ),
+        minimum_retry_delay=row["minimum_retry_delay"],
+        no_progress_timeout=row["no_progress_timeout"],
+        maximum_download_time=row["maximum_download_time"],
+        error=_error(row),
+        error_file=row["error_file"],
+        error_count=row["error_count"],
+        retry_number=row["retry_number"],
+        retry_at=_maybe_time(row["retry_at"]),
+        stalled=row["stalled"],
+        active=row["active"],
+    )
+
+
+def _error(row: Row) -> BitsError | None:
+    """The error as it was stored: its class follows from code and context, as when it was made."""
+    if row["error_code"] is None:
+        return None
+    return make_error(
+        row["error_code"],
+        ErrorContext(row["error_context"]),
+        _text_out(row["error_message"]),
+        transient=bool(row["error_transient"]),
+        job_id=UUID(row["error_job_id"]) if row["error_job_id"] else None,
+        url=_maybe_text(row["error_url"]),
+        path=_maybe_text(row["error_path"]),
+        identity=_maybe_text(row["error_identity"]),
+        http_status=row["error_http_status"],
+        advice=_maybe_text(row["error_advice"]),
+        retry_after=row["error_retry_after"],
+    )
+
+
+def _validator(row: Row) -> Validator | None:
+    if not row["pinned"]:
+        return None
+    return Validator(_maybe_text(row["etag"]), _maybe_text(row["last_modified"]), _maybe_int(row["size"]))
+
+
+def _slice(row: Row) -> Slice:
+    durable = int(row["durable"])
+    return Slice(int(row["start"]), _maybe_int(row["stop"]), written=durable, durable=durable)
+
+
+def _part(row: Row) -> PartRecord | None:
+    if row["part_name"] is None:
+        return None
+    return PartRecord(
+        directory=_text_out(row["part_directory"]),
+        name=_text_out(row["part_name"]),
+        dir_device=int(row["part_dir_device"]),
+        dir_inode=int(row["part_dir_inode"]),
+        device=int(row["part_device"]),
+        inode=int(row["part_inode"]),
+        uid=_maybe_int(row["part_uid"]),
+    )

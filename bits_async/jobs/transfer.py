@@ -1,0 +1,342 @@
+"""One attempt at one job: the only place where a connection meets a file.
+
+The byte's line runs through `_pump`: body -> batch -> part file -> checkpoint. A checkpoint is fdatasync and then the journal's row, in this
+order, so that the journal never speaks of bytes that may still be in the air. Cancelling the attempt is how it is suspended, pre-empted and
+closed: what has arrived is written, made durable and journalled, then the cancel goes on.
+
+This module decides nothing about jobs: it raises what went wrong and its caller (`manager`) says what becomes of the job.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+from ..clock import Clock
+from ..errors import BitsError, ErrorCode, ErrorContext, NetworkError, ValidationFailed, make_error, show_url
+from ..files import PartFile
+from ..identity.threads import TokenExecutor, TokenExecutors
+from ..identity.tokens import HelperTokenFlags, Token, TokenPair
+from ..transport.answers import AlreadyComplete, Asked, FileChanged
+from ..transport.lane import Body, Network, Party
+from ..transport.ranges import MAX_REQUEST, Slice, Validator
+from .model import FileRecord, JobRecord
+
+WRITE_BATCH: Final = 1 << 20
+WRITE_AFTER: Final = 0.25  # seconds after which a smaller batch is written
+CHECKPOINT_BYTES: Final = 32 << 20
+CHECKPOINT_SECONDS: Final = 5.0
+FILE_RESTARTS: Final = 3
+RECONNECTS: Final = 5
+RECONNECT_DELAYS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
+RESERVE_AHEAD: Final = 64 << 20
+
+log = logging.getLogger("bits_async.transfer")
+
+
+class Recorder(Protocol):
+    """The job as an attempt sees it: what it reads, and where it reports."""
+
+    @property
+    def job(self) -> JobRecord: ...
+
+    @property
+    def files(self) -> Sequence[FileRecord]: ...
+
+    async def keep(self, file: FileRecord) -> None:
+        """Durable in the journal when it returns."""
+        ...
+
+    def answered(self) -> None:
+        """A server has begun to deliver."""
+        ...
+
+    def moved(self, index: int, position: int) -> None:
+        """So many bytes of that file are written; it can fall."""
+        ...
+
+    def restarted(self, index: int, reason: str) -> None:
+        """That file is fetched anew."""
+        ...
+
+    def retrying(self, number: int, delay: float, error: BitsError) -> None:
+        """A broken connection is opened again."""
+        ...
+
+    def transferred(self, index: int) -> None:
+        """That file is whole."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What every attempt of a manager works with."""
+
+    network: Network
+    executors: TokenExecutors
+    clock: Clock
+    boot_id: str
+
+
+@dataclass(slots=True)
+class _Download:
+    """One file being fetched: its open part file, how far it is, and which version it is of."""
+
+    record: FileRecord
+    part: PartFile
+    piece: Slice
+    validator: Validator | None
+    checkpoint_at: float
+    checkpoint_from: int = 0
+    complete: bool = False
+
+    @property
+    def index(self) -> int:
+        return self.record.index
+
+
+class Attempt:
+    """One go at a job, as the tokens of `pair`. `run` returns when every file is transferred.
+
+    `party` makes the network side of the job for the token that acts there and its security threads.
+    """
+
+    def __init__(
+        self, shop: Workshop, recorder: Recorder, pair: TokenPair, party: Callable[[Token, TokenExecutor], Party]
+    ) -> None:
+        self._shop = shop
+        self._recorder = recorder
+        self._pair = pair
+        self._party = party
+        self._reconnects = 0
+
+    async def run(self) -> None:
+        """Transfer the files that are not yet transferred, in order.
+
+        Raises:
+            BitsError: what stopped the attempt; `transient` says whether another may help.
+        """
+        pair, executors = self._pair, self._shop.executors
+        local, remote = pair.acting_for(HelperTokenFlags.LOCAL_FILE), pair.acting_for(HelperTokenFlags.NETWORK)
+        with executors.lease(local, "files") as files, executors.lease(remote, "security") as security:
+            party = self._party(remote, security)
+            for record in list(self._recorder.files):
+                if not record.transferred:
+                    await self._transfer(record, files, party)
+
+    async def _transfer(self, record: FileRecord, files: TokenExecutor, party: Party) -> None:
+        download = await self._open(record, files)
+        try:
+            await self._fetch(download, files, party)
+            await self._finish(download)
+        finally:
+            await self._close(download)
+
+    # -- opening ----------------------------------------------------------------------------------------------------------------------
+
+    async def _open(self, record: FileRecord, files: TokenExecutor) -> _Download:
+        part = None
+        if record.part is not None:
+            part = await PartFile.reopen(files, record.path, record.part)
+            if part is None:
+                self._recorder.restarted(record.index, "the part file is not as it was left")
+        if part is None:
+            record = replace(record, part=None, slices=(), validator=None)
+            part = await PartFile.create(files, record.path, record.job_id)
+        try:
+            position = await self._position(record, part)
+            download = _Download(
+                record, part, Slice(0, record.size, position, position), record.validator, self._shop.clock.monotonic(), position
+            )
+            await self._start_digest(download)
+        except BaseException:
+            await part.close()
+            raise
+        self._recorder.moved(record.index, position)
+        return download
+
+    async def _position(self, record: FileRecord, part: PartFile) -> int:
+        """Where to go on: in the boot that wrote the file its length counts, after another boot only what was made durable."""
+        if record.validator is None or not record.validator.resumable or not record.slices:
+            return 0
+        durable = record.slices[0].durable
+        length = await part.length()
+        if length < durable:
+            self._recorder.restarted(record.index, "the part file is shorter than the journal says")
+            durable = 0
+        elif record.boot_id == self._shop.boot_id:
+            durable = length if record.size is None else min(length, record.size)
+        if durable < length:
+            await part.truncate(durable)
+        return durable
+
+    async def _start_digest(self, download: _Download) -> None:
+        if download.record.sha256 is not None:
+            await download.part.start_digest(["sha256"], download.piece.written)
+
+    # -- fetching ---------------------------------------------------------------------------------------------------------------------
+
+    async def _fetch(self, download: _Download, files: TokenExecutor, party: Party) -> None:
+        while not download.complete:
+            start = download.piece.written
+            try:
+                await self._request(download, party)
+            except FileChanged as change:
+                await self._restart(download, files, change.reason)
+            except AlreadyComplete as done:
+                if done.total != download.piece.written:
+                    await self._restart(download, files, "the file's size on the server is another one")
+                else:
+                    download.complete = True
+            except BitsError as error:
+                await self._reopen(download, files, error, download.piece.written > start)
+
+    async def _request(self, download: _Download, party: Party) -> None:
+        piece, record = download.piece, download.record
+        if piece.end is not None and piece.written >= piece.end and piece.written > 0:
+            download.complete = True
+            return
+        limit = None if piece.end is None or piece.end - piece.written <= MAX_REQUEST else piece.written + MAX_REQUEST
+        asked = Asked(record.url, piece.written, limit, download.validator)
+        async with self._shop.network.get(party, asked) as body:
+            await self._pin(download, body)
+            self._recorder.answered()
+            await self._pump(download, body)
+        if body.length is None:
+            download.complete = True  # only the end of the body says where the file ends
+        elif body.total is not None:
+            download.complete = download.piece.written >= body.total
+
+    async def _pin(self, download: _Download, body: Body) -> None:
+        """The first answer names the version that every later one must be of; the journal knows it before the first byte is written."""
+        if body.start != download.piece.written:
+            raise make_error(
+                ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorContext.REMOTE_FILE, "the answer starts elsewhere", url=body.url
+            )
+        if download.validator is None or download.validator.size is None:
+            download.validator = replace(body.validator, size=body.total)
+            download.piece.end = body.total
+            await self._keep(download)
+        if body.length is not None:
+            await download.part.reserve(body.start, min(body.length, RESERVE_AHEAD))
+
+    async def _pump(self, download: _Download, body: Body) -> None:
+        clock, batch, size = self._shop.clock, list[bytes](), 0
+        due = clock.monotonic() + WRITE_AFTER
+        try:
+            async for chunk in body:
+                batch.append(chunk)
+                size += len(chunk)
+                if size >= WRITE_BATCH or clock.monotonic() >= due:
+                    full, batch, size = batch, [], 0
+                    await self._write(download, full)
+                    due = clock.monotonic() + WRITE_AFTER
+        finally:
+            if batch:
+                await self._write(download, batch)  # what has arrived is kept, whatever ended the body
+
+    async def _write(self, download: _Download, batch: Sequence[bytes]) -> None:
+        piece = download.piece
+        await download.part.write(piece.written, batch)  # cancelled, it is finished first: a resume sees it by the file's length
+        piece.advance(sum(map(len, batch)))
+        self._recorder.moved(download.index, piece.written)
+        now = self._shop.clock.monotonic()
+        if piece.written - download.checkpoint_from >= CHECKPOINT_BYTES or now - download.checkpoint_at >= CHECKPOINT_SECONDS:
+            await self._checkpoint(download)
+
+    async def _checkpoint(self, download: _Download) -> None:
+        await download.part.sync()
+        download.piece.durable = download.piece.written
+        await self._keep(download)
+        download.checkpoint_at = self._shop.clock.monotonic()
+        download.checkpoint_from = download.piece.written
+
+    async def _keep(self, download: _Download, *, transferred: bool = False) -> None:
+        download.record = replace(
+            download.record,
+            validator=download.validator,
+            part=download.part.record,
+            slices=(replace(download.piece),),
+            boot_id=self._shop.boot_id,
+            transferred=transferred,
+        )
+        await self._recorder.keep(download.record)
+
+    # -- when it does not go straight ---------------------------------------------------------------------------------------------------
+
+    async def _reopen(self, download: _Download, files: TokenExecutor, error: BitsError, moved: bool) -> None:
+        """Open a connection that broke after new bytes again, a few times in one attempt; anything else ends the attempt."""
+        if not (isinstance(error, NetworkError) and error.transient and moved and self._reconnects < RECONNECTS):
+            raise error
+        delay = RECONNECT_DELAYS[self._reconnects]
+        self._reconnects += 1
+        self._recorder.retrying(self._reconnects, delay, error)
+        await self._shop.clock.sleep(delay)
+        if download.validator is None or not download.validator.resumable:
+            await self._anew(download, files, "the server gives no validator to go on by")
+
+    async def _restart(self, download: _Download, files: TokenExecutor, reason: str) -> None:
+        """The remote file is another one: fetch this file anew, a bounded number of times."""
+        record = download.record
+        if record.restarts >= FILE_RESTARTS:
+            message = f"the file changed {record.restarts + 1} times while it was fetched: {reason}"
+            raise make_error(ErrorCode.BG_E_REMOTE_FILE_CHANGED, ErrorContext.REMOTE_FILE, message, url=record.url)
+        download.record = replace(record, restarts=record.restarts + 1)
+        await self._anew(download, files, reason)
+
+    async def _anew(self, download: _Download, files: TokenExecutor, reason: str) -> None:
+        log.info("job %s: %s is fetched anew: %s", download.record.job_id, show_url(download.record.url), reason)
+        old = download.part
+        download.part = await PartFile.create(files, download.record.path, download.record.job_id)
+        await old.discard()
+        await old.close()
+        download.piece = Slice(0, None, 0, 0)
+        download.validator = None
+        download.checkpoint_from = 0
+        await self._keep(download)
+        await self._start_digest(download)
+        self._recorder.restarted(download.index, reason)
+        self._recorder.moved(download.index, 0)
+
+    # -- the end ------------------------------------------------------------------------------------------------------------------------
+
+    async def _finish(self, download: _Download) -> None:
+        """Every byte is there: check the ends, make it durable, journal it."""
+        piece, record = download.piece, download.record
+        length = await download.part.length()
+        if length != piece.written or (piece.end is not None and length != piece.end):
+            message = f"the part file has {length} bytes instead of {piece.end if piece.end is not None else piece.written}"
+            await self._refuse(download, message)
+        if record.sha256 is not None:
+            found = await download.part.digest("sha256")
+            if found != record.sha256:
+                await self._refuse(download, f"sha256 is {found}, expected {record.sha256}")
+        download.validator = replace(download.validator or Validator(None, None, None), size=length)
+        piece.end = length
+        await download.part.sync()
+        piece.durable = piece.written
+        await self._keep(download, transferred=True)
+        self._recorder.transferred(download.index)
+
+    async def _refuse(self, download: _Download, message: str) -> None:
+        """Wrong bytes are thrown away; a resume fetches the file anew."""
+        record = download.record
+        await download.part.discard()
+        download.complete = False
+        download.record = replace(record, part=None, slices=(), validator=None, boot_id=None)
+        await self._recorder.keep(download.record)
+        self._recorder.moved(record.index, 0)
+        raise ValidationFailed(message, url=record.url, path=record.path)
+
+    async def _close(self, download: _Download) -> None:
+        """The last checkpoint of a stopped download; an attempt that wrote nothing leaves no part file."""
+        part, piece, record = download.part, download.piece, download.record
+        try:
+            if record.part is None:
+                await part.discard()  # the journal knows of no byte in it
+            elif not record.transferred and piece.durable < piece.written:
+                await self._checkpoint(download)
+        except BitsError as error:
+            log.warning("job %s: the last checkpoint failed, a resume repeats some bytes: %s", record.job_id, error)
+        finally:
+            await part.close()

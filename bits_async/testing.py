@@ -1,0 +1,286 @@
+"""What applications need to test against us: a real manager and real files, with a fake network, fake identities and fake time.
+
+    with FakeNetwork() as network:
+        network.serve("https://example.test/file", b"...", cut_after=3)
+        await bits_async.download("https://example.test/file", tmp_path / "file")
+
+Managers made inside the `with` use the fake. Answers pass the same judge as real ones. Time jumps: whenever the engine only waits for a
+moment (a retry, say), that moment comes at once, so that a test of fourteen days of retries takes milliseconds.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import heapq
+import itertools
+from collections.abc import AsyncIterator, Mapping
+from contextvars import Token as Undo
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Final, Self, final
+
+from .errors import AuthFailed, BitsError, ErrorCode, ErrorContext, NetworkError, RemoteFileError, error_from_status, make_error
+from .identity.tokens import LocalIdentity, Token
+from .jobs.manager import Seams, seams
+from .transport.answers import Accept, AlreadyComplete, Answer, Asked, Complete, FileChanged, HeaderFields, Refuse, Restart, judge
+from .transport.lane import Body, Party
+from .transport.ranges import Detached, Validator
+
+PIECE: Final = 64 << 10
+JUMP_AFTER: Final = 0.02  # real seconds during which nothing else may be about to happen
+
+
+class FakeClock:
+    """A clock that jumps to the next moment somebody waits for, as soon as the event loop has been idle for an instant."""
+
+    def __init__(self) -> None:
+        self._elapsed = 0.0
+        self._start = datetime(2030, 1, 1, tzinfo=UTC)
+        self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._numbers = itertools.count()
+        self._jump: asyncio.TimerHandle | None = None
+
+    def now(self) -> datetime:
+        """1 January 2030 plus what has passed."""
+        return self._start + timedelta(seconds=self._elapsed)
+
+    def monotonic(self) -> float:
+        """Seconds that have passed."""
+        return self._elapsed
+
+    async def sleep(self, seconds: float) -> None:
+        """Return when the clock has come there."""
+        if seconds <= 0:
+            await asyncio.sleep(0)
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._sleepers, (self._elapsed + seconds, next(self._numbers), future))
+        self._arm()
+        await future
+
+    def _arm(self) -> None:
+        if self._jump is not None:
+            self._jump.cancel()
+        self._jump = asyncio.get_running_loop().call_later(JUMP_AFTER, self._advance)
+
+    def _advance(self) -> None:
+        self._jump = None
+        while self._sleepers:
+            moment, _, future = heapq.heappop(self._sleepers)
+            if not future.done():
+                self._elapsed = max(self._elapsed, moment)
+                future.set_result(None)
+                break
+        if self._sleepers:
+            self._arm()
+
+
+@dataclass(frozen=True)
+class FakeRequest:
+    """One request that reached the fake network: what was asked, and as whom."""
+
+    url: str
+    start: int
+    end: int | None
+    identity: str
+    if_range: str | None
+
+
+@dataclass
+class _Served:
+    body: bytes
+    etag: str | None
+    status: int
+    cut_after: int | None
+    require: str | None
+
+
+@dataclass
+class _Failure:
+    url: str | None
+    times: int
+    error: BitsError
+
+
+class FakeNetwork:
+    """Servers that exist in this process only. Use it in `with`; managers made inside use it, in this context and the tasks started from it.
+
+    Attributes:
+        requests: every request so far, oldest first.
+        clock: the fake time that these managers run on.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[FakeRequest] = []
+        self.clock = FakeClock()
+        self._served: dict[str, _Served] = {}
+        self._failures: list[_Failure] = []
+        self._connected = True
+        self._undo: Undo[Seams | None] | None = None
+
+    def __enter__(self) -> Self:
+        self._undo = seams.set(Seams(self, self.clock))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._undo is not None
+        seams.reset(self._undo)
+
+    def serve(
+        self,
+        url: str,
+        body: bytes,
+        *,
+        etag: str | None = "",
+        status: int = 200,
+        cut_after: int | None = None,
+        require: str | None = None,
+    ) -> None:
+        """Answer requests for `url`, in place of what was served there before.
+
+        Args:
+            url: exactly as it is asked for.
+            body: the file.
+            etag: its version; "" (the default): made from the body; None: the server gives no validator.
+            status: anything but 200 is an error answer.
+            cut_after: break the connection once, after so many bytes of a body.
+            require: the name of the only identity that is let in; others get 401.
+        """
+        if etag == "":
+            etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+        self._served[str(url)] = _Served(body, etag, status, cut_after, require)
+
+    def fail(self, url: str | None = None, *, times: int = 1, error: BitsError | None = None) -> None:
+        """Let the next `times` requests (for `url`, or for any) fail with `error`, by default a broken connection."""
+        self._failures.append(_Failure(url, times, error or NetworkError("the fake connection broke", transient=True)))
+
+    def disconnect(self) -> None:
+        """No server can be reached (BG_E_NETWORK_DISCONNECTED) until `reconnect()`."""
+        self._connected = False
+
+    def reconnect(self) -> None:
+        """Servers can be reached again."""
+        self._connected = True
+
+    # -- the seam -----------------------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def get(self, party: Party, asked: Asked) -> AsyncIterator[Body]:
+        """What `transport.lane.Lanes.get` does, without a network."""
+        await asyncio.sleep(0)
+        validator = asked.pinned.if_range() if asked.pinned and asked.ranged else None
+        self.requests.append(FakeRequest(asked.url, asked.start, asked.end, party.token.name, validator))
+        self._fail_if_told(asked.url)
+        served = self._served.get(asked.url)
+        if served is None:
+            raise error_from_status(404, url=asked.url)
+        if served.require is not None and served.require != party.token.name:
+            raise AuthFailed("the fake server wants somebody else", code=0x80190191, url=asked.url, identity=party.token.name)
+        verdict = judge(asked, _answer(asked, served))
+        if isinstance(verdict, Restart):
+            raise FileChanged(verdict.validator, verdict.reason, changed=verdict.changed)
+        if isinstance(verdict, Complete):
+            raise AlreadyComplete(verdict.total)
+        if isinstance(verdict, Refuse):
+            raise verdict.error
+        if not isinstance(verdict, Accept):
+            raise RemoteFileError("the fake server answered with a redirect or a challenge", url=asked.url)
+        yield _FakeBody(self, asked, served, verdict.start, verdict.length, verdict.total, verdict.validator)
+
+    def _fail_if_told(self, url: str) -> None:
+        if not self._connected:
+            code = ErrorCode.BG_E_NETWORK_DISCONNECTED
+            raise make_error(code, ErrorContext.GENERAL_TRANSPORT, "the fake network is disconnected", url=url)
+        for failure in self._failures:
+            if failure.times > 0 and failure.url in (None, url):
+                failure.times -= 1
+                raise failure.error.located(url=url)
+
+    async def forget(self, token: Token) -> None:
+        """Nothing is kept between requests."""
+
+    async def aclose(self) -> None:
+        """Nothing is kept between requests."""
+
+
+def _answer(asked: Asked, served: _Served) -> Answer:
+    total = len(served.body)
+    headers = [("ETag", served.etag)] if served.etag else []
+    condition = asked.pinned.if_range() if asked.pinned else None
+    if served.status != 200:
+        return Answer(served.status, HeaderFields(headers))
+    if not asked.ranged or (condition is not None and condition != served.etag):
+        return Answer(200, HeaderFields([*headers, ("Content-Length", str(total))]))
+    if asked.start >= total:
+        return Answer(416, HeaderFields([*headers, ("Content-Range", f"bytes */{total}")]))
+    end = min(asked.end or total, total)
+    content_range = f"bytes {asked.start}-{end - 1}/{total}"
+    return Answer(206, HeaderFields([*headers, ("Content-Range", content_range), ("Content-Length", str(end - asked.start))]))
+
+
+@dataclass
+class _FakeBody:
+    network: FakeNetwork
+    asked: Asked
+    served: _Served
+    start: int
+    length: int | None
+    total: int | None
+    validator: Validator
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return self.asked.url
+
+    def detach(self) -> Detached | None:
+        return None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        end = len(self.served.body) if self.length is None else self.start + self.length
+        for position in range(self.start, end, PIECE):
+            await asyncio.sleep(0)
+            piece = self.served.body[position : min(position + PIECE, end)]
+            cut = self.served.cut_after
+            if cut is not None and position - self.start + len(piece) > cut:
+                self.served.cut_after = None
+                yield piece[: max(0, cut - (position - self.start))]
+                raise NetworkError("the fake connection was cut", code=ErrorCode.BG_E_CONNECTION_CLOSED, url=self.url)
+            yield piece
+            if not self.network._connected:
+                code = ErrorCode.BG_E_NETWORK_DISCONNECTED
+                raise make_error(code, ErrorContext.GENERAL_TRANSPORT, "the fake network is disconnected", url=self.url)
+
+
+@final
+class _FakeIdentity:
+    """Somebody who exists in tests only; files are written as the process."""
+
+    def __init__(self, name: str, elevated: bool) -> None:
+        self.name = name
+        self.key = f"fake:{name}"
+        self.elevated = elevated
+        self.is_process = True
+
+    def assume(self) -> None:
+        """Stay who one is."""
+
+    def check(self) -> None:
+        """Always."""
+
+    def fresh(self) -> LocalIdentity:
+        """Nothing changes."""
+        return self
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def fake_token(name: str, *, elevated: bool = False) -> Token:
+    """An identity for tests: owner of jobs, helper, or whom a fake server requires. A real manager refuses it."""
+    if not name:
+        raise ValueError("a fake token has a name")
+    return Token._make(_FakeIdentity(name, elevated), fake=True)

@@ -1,0 +1,565 @@
+"""Opens a lane's connection: names, TCP, the legs of CONNECT, TLS; keeps the certificates that channel binding needs.
+
+aiohttp sends one CONNECT and hangs up on any status but 200, so a login at a proxy is impossible with it. Here `_create_connection`
+is overridden, and nothing else: the connection is opened before the request, with as many CONNECT legs on it as the login needs, and
+handed over when aiohttp asks for it. So a connection is known, with its certificates, before the first header is written for it.
+
+This is the only module that opens sockets to peers. It knows the route and the logins; it never sees the file that is fetched.
+"""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from ssl import SSLContext
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
+
+import aiohappyeyeballs
+import aiohttp
+import h11
+
+from ..auth.policy import Origin, Seat
+from ..auth.schemes import AuthFlow, channel_binding
+from ..errors import (
+    HTTP_ERROR,
+    AuthFailed,
+    BitsError,
+    ErrorCode,
+    ErrorContext,
+    error_from_network,
+    make_error,
+    scrub,
+    show_text,
+    status_is_transient,
+)
+from .answers import HeaderFields, Headers, authority, connect_target, retry_after
+from .timeouts import Timeouts
+from .tls import SHUTDOWN_TIMEOUT, TlsSettings, peer_certificate
+
+if TYPE_CHECKING:
+    from aiohttp.client import ClientTimeout
+    from aiohttp.client_proto import ResponseHandler
+    from aiohttp.client_reqrep import ClientRequest
+    from aiohttp.tracing import Trace
+
+HEAD_LIMIT: Final = 64 * 1024
+LEG_BODY_LIMIT: Final = 8 << 20
+EXCHANGES: Final = 24  # a login of 6 legs, with 2 restarts, at both seats: whoever needs more is playing
+INTERIM_ANSWERS: Final = 10
+HAPPY_EYEBALLS_DELAY: Final = 0.25
+KEEPALIVE: Final = 86_400.0  # the lane decides when an idle connection goes; aiohttp's own clock must not be the earlier one
+READ_SIZE: Final = 64 * 1024
+
+try:
+    USER_AGENT: Final = f"bits_async/{version('bits-async')}"
+except PackageNotFoundError:  # a copied source tree without metadata still works
+    USER_AGENT = "bits_async"
+
+
+# -- errors at this seam ------------------------------------------------------------------------------------------------------
+
+
+def throw(error: BitsError, cause: BaseException | None = None) -> NoReturn:
+    """Raises `error` with a scrubbed cause and without the context Python adds: that is the original, secrets and all (T14)."""
+    try:
+        raise error from (scrub(cause) if cause is not None else error.__cause__)
+    finally:
+        error.__context__ = None
+
+
+@contextmanager
+def network_errors(url: str, doing: str) -> Iterator[None]:
+    """Socket, TLS and deadline errors inside become ours."""
+    try:
+        yield
+    except (OSError, EOFError) as exc:  # TimeoutError and ssl.SSLError are OSErrors
+        throw(error_from_network(exc, url=url, doing=doing), exc)
+
+
+def bad_proxy_answer(url: str, why: str, code: int = ErrorCode.BG_E_INVALID_SERVER_RESPONSE) -> BitsError:
+    """The proxy broke the protocol in its answer to CONNECT."""
+    return make_error(code, ErrorContext.GENERAL_TRANSPORT, f"the proxy's answer to CONNECT is not HTTP: {why}", url=url)
+
+
+# -- where to -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way to an origin: straight there, or by a proxy (its URL)."""
+
+    origin: Origin
+    proxy: str | None = None
+
+    @cached_property
+    def proxy_origin(self) -> Origin | None:
+        """Whom a proxy's credentials are for."""
+        return None if self.proxy is None else Origin.of(self.proxy)
+
+    @property
+    def tunnelled(self) -> bool:
+        """The proxy is asked for a tunnel and sees nothing of the requests."""
+        return self.proxy is not None and self.origin.scheme == "https"
+
+    @property
+    def forwarded(self) -> bool:
+        """The proxy is the peer: it reads each request and may answer for itself."""
+        return self.proxy is not None and not self.tunnelled
+
+    @property
+    def peer(self) -> Origin:
+        """Whom the socket leads to."""
+        return self.proxy_origin or self.origin
+
+
+# -- a seat's login -----------------------------------------------------------------------------------------------------------
+
+_Protocol = TypeVar("_Protocol", bound=asyncio.Protocol)
+
+FlowMaker = Callable[[Seat, bytes | None, bool], AuthFlow]
+"""(seat, channel binding, only schemes that work request by request) -> a flow with fresh contexts."""
+
+
+class Login:
+    """One seat's login over the connections of one lane: which header the next request carries.
+
+    The answer to a challenge is made when the next request is about to leave, on the connection it leaves on: only then is
+    that connection's certificate known (T24).
+    """
+
+    def __init__(self, seat: Seat, make_flow: FlowMaker) -> None:
+        self.seat = seat
+        self._make = make_flow
+        self._flow: AuthFlow | None = None
+        self._binding: bytes | None = None
+        self._challenge: tuple[str, ...] = ()
+        self._per_request = False
+        self._asked = False
+
+    def opened(self, certificate: bytes | None) -> None:
+        """The next request leaves on a new connection, whose peer showed this certificate.
+
+        Raises:
+            AuthFailed: connections keep being closed in the middle of this login.
+        """
+        binding = None if certificate is None else channel_binding(certificate)
+        if binding != self._binding:
+            self._flow = None  # what it holds was bound to another certificate
+        elif self._flow is not None:
+            self._flow.new_connection()
+        self._binding = binding
+
+    def challenged(self, lines: Sequence[str], *, per_request: bool = False) -> None:
+        """The answer was a challenge of this seat. `per_request`: nothing may be shown that counts for the connection."""
+        if per_request != self._per_request:
+            self._flow = None
+        self._per_request = per_request
+        self._challenge = tuple(lines)
+        self._asked = True
+
+    async def header(self, *, method: str, target: str) -> str | None:
+        """The value of the answer header for the request that leaves now; None: it carries none.
+
+        Raises:
+            AuthFailed: there is nothing that may be answered.
+            NetworkError: the realm's KDC does not answer.
+        """
+        if not self._asked:
+            return None if self._flow is None else await self._flow.unasked(method=method, target=target)
+        if self._flow is None:
+            self._flow = self._make(self.seat, self._binding, self._per_request)
+        value = await self._flow.answer(self._challenge, method=method, target=target)
+        self._asked = False
+        return value
+
+    async def passed(self, status: int, headers: Headers) -> None:
+        """The answer was not a challenge of this seat: what it was shown was taken, and the peer may prove itself in turn.
+
+        Raises:
+            AuthFailed: the peer's own proof is wrong.
+        """
+        if self._flow is not None:
+            challenges, info = headers.getall(self.seat.challenge_header, []), headers.getall(self.seat.info_header, [])
+            await self._flow.conclude(status, challenges, info)
+
+
+# -- the legs of CONNECT ------------------------------------------------------------------------------------------------------
+
+
+class Link(asyncio.Protocol):
+    """The connection to a proxy while CONNECT is spoken on it. Holds at most what one read of the transport brought."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.pending = bytearray()
+        self._ended = False
+        self._lost: BaseException | None = None
+        self._news = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.pending += data
+        if self.transport is not None and len(self.pending) >= READ_SIZE:
+            self.transport.pause_reading()
+        self._news.set()
+
+    def eof_received(self) -> None:
+        self._ended = True
+        self._news.set()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._ended, self._lost = True, exc
+        self._news.set()
+
+    async def read(self) -> bytes:
+        """What has come, or the next that comes; b"" at the end."""
+        while not self.pending and not self._ended:
+            self._news.clear()
+            if self.transport is not None:
+                self.transport.resume_reading()
+            await self._news.wait()
+        if not self.pending and self._lost is not None:
+            raise ConnectionResetError(*self._lost.args[:2])
+        data, self.pending = bytes(self.pending), bytearray()
+        return data
+
+    def write(self, data: bytes) -> None:
+        if self.transport is None or self._ended:
+            raise ConnectionResetError("closed")
+        self.transport.write(data)
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+
+@dataclass(frozen=True)
+class ConnectAnswer:
+    """One answer to CONNECT, its body read or given up."""
+
+    status: int
+    reason: str
+    headers: HeaderFields
+    reusable: bool
+    """The next leg may go over the same connection."""
+
+
+async def exchange_connect(link: Link, target: str, authorization: str | None, *, url: str, timeouts: Timeouts) -> ConnectAnswer:
+    """One leg: CONNECT out, the answer's head and body in.
+
+    Raises:
+        BitsError: the answer is not HTTP, or its head too large.
+        OSError: the proxy hung up or did not answer in time.
+    """
+    machine = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
+    answer: h11.Response | None = None
+    try:
+        async with asyncio.timeout(timeouts.auth):
+            link.write(connect_request(machine, target, authorization))
+            answer = await _read_head(link, machine, url)
+            headers = _fields(answer)
+            if len(_framing(headers)) > 1:
+                raise bad_proxy_answer(url, "several headers say where its body ends")
+            if 200 <= answer.status_code < 300:
+                link.pending[:0] = machine.trailing_data[0]
+                return ConnectAnswer(answer.status_code, "", headers, True)
+            drained = await _drain(link, machine)
+    except TimeoutError:
+        if answer is None:
+            raise
+        drained = False  # the head is what counts; the rest of that connection is given up
+    reason = answer.reason.decode("latin-1")
+    return ConnectAnswer(answer.status_code, reason, headers, drained and _stays_open(answer, headers))
+
+
+async def _read_head(link: Link, machine: h11.Connection, url: str) -> h11.Response:
+    """The final answer's head; interim answers are passed over."""
+    for _ in range(INTERIM_ANSWERS):
+        event = await _next_event(link, machine, url)
+        if isinstance(event, h11.InformationalResponse | h11.Response):
+            if sum(len(name) + len(value) + 4 for name, value in event.headers.raw_items()) > HEAD_LIMIT:
+                raise bad_proxy_answer(url, "its head is too large", ErrorCode.BG_E_TOO_LARGE)
+            if isinstance(event, h11.Response):
+                return event
+    raise bad_proxy_answer(url, "interim answers without end")
+
+
+async def _next_event(link: Link, machine: h11.Connection, url: str) -> Any:
+    """The next piece of the answer.
+
+    Raises:
+        BitsError: it is not HTTP, or its head is too large.
+        ConnectionResetError: the proxy hung up.
+    """
+    try:
+        while (event := machine.next_event()) is h11.NEED_DATA:
+            data = await link.read()
+            machine.receive_data(data)
+            if not data and machine.their_state is h11.SEND_RESPONSE:
+                raise ConnectionResetError("the proxy closed the connection without an answer")
+        return event
+    except h11.RemoteProtocolError as exc:
+        large = exc.error_status_hint == 431
+        code = ErrorCode.BG_E_TOO_LARGE if large else ErrorCode.BG_E_INVALID_SERVER_RESPONSE
+        failure = bad_proxy_answer(url, "its head is too large" if large else show_text(str(exc), 80), code)
+    throw(failure)
+
+
+async def _drain(link: Link, machine: h11.Connection) -> bool:
+    """Reads the body of a leg. True: to its very end, and nothing came after it (T26)."""
+    size = 0
+    try:
+        while size <= LEG_BODY_LIMIT:
+            event = machine.next_event()
+            if event is h11.NEED_DATA:
+                machine.receive_data(await link.read())
+            elif isinstance(event, h11.Data):
+                size += len(event.data)
+            else:
+                break
+        else:
+            return False
+    except (h11.RemoteProtocolError, ConnectionResetError):
+        return False
+    return isinstance(event, h11.EndOfMessage) and not machine.trailing_data[0] and not link.pending
+
+
+def _fields(answer: h11.Response) -> HeaderFields:
+    return HeaderFields((name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.headers.raw_items())
+
+
+def _framing(headers: HeaderFields) -> list[str]:
+    """The headers that say where the body ends. Two of them are the stuff of smuggled answers (T26)."""
+    return headers.getall("Content-Length", []) + headers.getall("Transfer-Encoding", [])
+
+
+def _stays_open(answer: h11.Response, headers: HeaderFields) -> bool:
+    """Whether the next leg may use this connection: the body had an end, and the proxy does not mean to hang up."""
+    words = tokens(headers, "Connection") | tokens(headers, "Proxy-Connection")
+    if not _framing(headers) or "close" in words:
+        return False
+    return answer.http_version != b"1.0" or "keep-alive" in words
+
+
+def tokens(headers: Headers, name: str) -> set[str]:
+    """The comma separated words of a header, in lower case."""
+    return {word.strip().lower() for line in headers.getall(name, []) for word in line.split(",")}
+
+
+def connect_request(machine: h11.Connection, target: str, authorization: str | None) -> bytes:
+    """CONNECT's head. `Proxy-Connection: keep-alive` is for proxies that would hang up between two legs without it."""
+    headers = [("Host", target), ("User-Agent", USER_AGENT), ("Proxy-Connection", "keep-alive")]
+    if authorization is not None:
+        headers.append((Seat.PROXY.answer_header, authorization))
+    head = machine.send(h11.Request(method="CONNECT", target=target, headers=headers))
+    machine.send(h11.EndOfMessage())
+    assert head is not None
+    return head
+
+
+def refused_connect(answer: ConnectAnswer, url: str) -> BitsError:
+    """The error for an answer to CONNECT that is neither a tunnel nor a challenge of the proxy.
+
+    A 401 is a server's status: whoever sends it here has no seat, and is shown nothing (T25).
+    """
+    status = answer.status
+    why = "which only a server may ask" if status == 401 else show_text(answer.reason, 60)
+    return make_error(
+        HTTP_ERROR | status,
+        ErrorContext.GENERAL_TRANSPORT,
+        f"the proxy answered CONNECT with HTTP {status} {why}".rstrip(),
+        transient=status_is_transient(status),
+        url=url,
+        http_status=status,
+        retry_after=retry_after(answer.headers) if status == 503 else None,
+    )
+
+
+# -- the connector ------------------------------------------------------------------------------------------------------------
+
+
+class LaneConnector(aiohttp.TCPConnector):
+    """The connections of one lane: never more than one at a time.
+
+    `open()` makes the next one; the request that follows finds it here. `_create_connection`, which aiohttp calls when its pool
+    has nothing to reuse, hands it over and never opens one by itself.
+    """
+
+    def __init__(self, route: Route, tls: TlsSettings, proxy_login: Login) -> None:
+        super().__init__(
+            limit=1, force_close=False, keepalive_timeout=KEEPALIVE, use_dns_cache=False, resolver=aiohttp.ThreadedResolver()
+        )
+        self.route = route
+        self.opened = 0
+        """How many connections were made."""
+        self.peer_certificate: bytes | None = None
+        self.proxy_certificate: bytes | None = None
+        self._tls = tls
+        self._proxy_login = proxy_login
+        self._current: ResponseHandler | None = None
+        self._transports: list[asyncio.Transport] = []
+        self._fresh = False
+
+    # -- for the lane
+
+    @property
+    def ready(self) -> bool:
+        """The connection stands, and nothing lies in it that we did not ask for."""
+        current = self._current
+        return current is not None and current.is_connected() and not current.should_close
+
+    async def open(self, url: str, timeouts: Timeouts) -> None:
+        """Opens the connection for the next request, through the proxy's login where there is one.
+
+        Raises:
+            NetworkError: no way there, TLS failed, or the proxy refused the tunnel.
+            AuthFailed: the proxy wants a login that may not be given, or refused it.
+        """
+        self.drop()
+        self.peer_certificate = self.proxy_certificate = None
+        try:
+            if self.route.tunnelled:
+                await self._open_tunnel(url, timeouts)
+            else:
+                await self._open_straight(url, timeouts)
+        except BaseException:
+            self.drop()
+            raise
+        self.opened += 1
+        self._fresh = True
+
+    def drop(self) -> None:
+        """Closes the connection at once; without the farewell of TLS, which a peer may draw out."""
+        self._current, self._fresh = None, False
+        for transport in reversed(self._transports):
+            transport.abort()
+        self._transports.clear()
+
+    # -- opening
+
+    async def _open_straight(self, url: str, timeouts: Timeouts) -> None:
+        peer = self.route.proxy or url
+        who = "proxy" if self.route.forwarded else "server"
+        with network_errors(url, f"reach the {who} {connect_target(peer)}"):
+            async with asyncio.timeout(timeouts.connect):
+                transport, protocol = await self._dial(peer, self._factory)
+        self._current = protocol
+        certificate = peer_certificate(transport)
+        if self.route.forwarded:
+            self.proxy_certificate = certificate
+        else:
+            self.peer_certificate = certificate
+
+    async def _open_tunnel(self, url: str, timeouts: Timeouts) -> None:
+        """CONNECT, as often as the login needs it; over a new connection wherever the proxy closes the old one."""
+        proxy = self.route.proxy
+        assert proxy is not None
+        for _ in range(EXCHANGES):
+            with network_errors(url, f"reach the proxy {connect_target(proxy)}"):
+                async with asyncio.timeout(timeouts.connect):
+                    transport, link = await self._dial(proxy, Link)
+                self.proxy_certificate = peer_certificate(transport)
+                self._proxy_login.opened(self.proxy_certificate)
+                stands = await self._connect_legs(link, url, timeouts)
+            if stands:
+                await self._secure(transport, link, url, timeouts)
+                return
+            self.drop()
+        raise AuthFailed("the proxy asks for one login after the other", url=url)
+
+    async def _connect_legs(self, link: Link, url: str, timeouts: Timeouts) -> bool:
+        """All legs that this connection carries. True: the tunnel stands; False: the proxy asks, and the answer needs another."""
+        target, login = connect_target(url), self._proxy_login
+        for _ in range(EXCHANGES):
+            header = await login.header(method="CONNECT", target=target)
+            answer = await exchange_connect(link, target, header, url=url, timeouts=timeouts)
+            if 200 <= answer.status < 300:
+                await login.passed(answer.status, answer.headers)
+                return True
+            if answer.status != Seat.PROXY.status:
+                raise refused_connect(answer, url)
+            login.challenged(answer.headers.getall(Seat.PROXY.challenge_header, []))
+            if not answer.reusable:
+                return False
+        raise AuthFailed("the proxy asks for one login after the other", url=url)
+
+    async def _secure(self, transport: asyncio.Transport, link: Link, url: str, timeouts: Timeouts) -> None:
+        """TLS with the origin, inside the tunnel."""
+        loop = asyncio.get_running_loop()
+        protocol = self._factory()
+        with network_errors(url, f"agree on TLS with the server {connect_target(url)}"):
+            context = self._tls.effective()
+            if link.pending:
+                raise bad_proxy_answer(url, "bytes follow the tunnel's head")
+            async with asyncio.timeout(timeouts.connect):
+                inner = await loop.start_tls(
+                    transport,
+                    protocol,
+                    context,
+                    server_hostname=_certified_name(url),
+                    ssl_handshake_timeout=timeouts.connect,
+                    ssl_shutdown_timeout=SHUTDOWN_TIMEOUT,
+                )
+            if inner is None:
+                raise ConnectionAbortedError("closed in the handshake")
+        self._transports.append(cast(asyncio.Transport, inner))
+        protocol.connection_made(inner)
+        self._current = protocol
+        self.peer_certificate = peer_certificate(inner)
+
+    async def _dial(self, peer: str, factory: "Callable[[], _Protocol]") -> "tuple[asyncio.Transport, _Protocol]":
+        """A connection to the peer of the route (a URL), with TLS where its scheme says so."""
+        loop, tls = asyncio.get_running_loop(), peer[:6].lower() == "https:"
+        connected = await _connected_socket(*authority(peer))
+        try:
+            transport, protocol = await loop.create_connection(
+                factory,
+                sock=connected,
+                ssl=self._tls.effective() if tls else None,
+                server_hostname=_certified_name(peer) if tls else None,
+                ssl_shutdown_timeout=SHUTDOWN_TIMEOUT if tls else None,
+            )
+        except BaseException:
+            connected.close()
+            raise
+        self._transports.append(transport)
+        return transport, protocol
+
+    # -- for aiohttp
+
+    async def _create_connection(
+        self, req: "ClientRequest", traces: list["Trace"], timeout: "ClientTimeout"
+    ) -> "ResponseHandler":
+        """aiohttp's pool is empty: it gets what `open` made. Gone meanwhile: the lane opens another."""
+        current = self._current
+        if not self._fresh or current is None or not current.is_connected():
+            raise aiohttp.ServerDisconnectedError
+        self._fresh = False
+        return current
+
+
+def _certified_name(url: str) -> str:
+    """The host as certificates name it: a trailing dot is the resolver's affair."""
+    return authority(url)[0].removesuffix(".")
+
+
+async def _connected_socket(host: str, port: int) -> socket.socket:
+    """A TCP connection: every address of the name, the families in turn, none waited for long (RFC 8305)."""
+    addresses = await _resolve(host, port)
+    return await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1)
+
+
+async def _resolve(host: str, port: int) -> list[Any]:
+    """The addresses of a host. A literal (`authority` lets only the usual forms pass) needs no resolver and no thread."""
+    for family, address in ((socket.AF_INET, (host, port)), (socket.AF_INET6, (host, port, 0, 0))):
+        try:
+            socket.inet_pton(family, host)
+            return [(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address)]
+        except OSError:
+            pass  # not a literal of this family
+    return await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)

@@ -1,0 +1,711 @@
+"""Requests on one connection of one identity, its challenges answered, its answers judged: `get(asked)` gives a `Body`.
+
+A lane is one `aiohttp.ClientSession` over one `LaneConnector`, never more than one connection, requests one after the other. Logins of the
+NTLM kind belong to the connection they were made on, so whoever shares it is logged in as somebody else: a lane is used for exactly one
+key (token instance, what may be shown at both seats, rules, TLS settings, origin, proxy), and for no other, ever. That is the first
+security property of the product.
+
+`Lanes` keeps lanes between requests, bounds them per host, and follows redirects; a new origin is a new lane, so nothing travels with
+the old one. This module knows no job and no local file, and it decides nothing about an answer: `answers.judge` does.
+"""
+
+import asyncio
+import contextvars
+import ssl
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol
+
+import aiohttp
+import yarl
+
+from ..auth.policy import AuthRules, AuthScheme, Grant, Offer, Offers, Origin, Refusals, Seat, choose_offers, mechanisms
+from ..auth.schemes import AuthFlow
+from ..auth.tickets import Tickets
+from ..errors import (
+    HTTP_ERROR,
+    AuthFailed,
+    BitsError,
+    ErrorCode,
+    ErrorContext,
+    ManagerClosed,
+    error_from_network,
+    error_from_status,
+    make_error,
+    show_text,
+    show_url,
+)
+from ..identity.threads import TokenExecutor
+from ..identity.tokens import Token
+from .answers import (
+    Accept,
+    AlreadyComplete,
+    Answer,
+    Asked,
+    Challenged,
+    Complete,
+    FileChanged,
+    Redirect,
+    Refuse,
+    Restart,
+    Verdict,
+    check_url,
+    judge,
+)
+from .connector import EXCHANGES, HEAD_LIMIT, LEG_BODY_LIMIT, USER_AGENT, LaneConnector, Login, Route, throw, tokens
+from .proxies import ProxySettings, route
+from .ranges import Detached, Validator
+from .timeouts import Timeouts
+from .tls import TlsSettings
+
+CONNECTIONS_PER_HOST: Final = 8
+IDLE_LANE: Final = 60.0  # seconds an unused connection is kept
+SECURITY_DEADLINE: Final = 10.0  # seconds for one step with a KDC
+REDIRECTS: Final = 10
+READ_BUFFER: Final = 256 * 1024
+LEFTOVER_LIMIT: Final = 64 * 1024  # an unwanted body up to this size is read, so that the connection can be used again
+LEFTOVER_SECONDS: Final = 5.0
+
+
+# -- the seam -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Party:
+    """Whose request this is: everything that decides which connections it may use, and in whose threads its logins are made."""
+
+    token: Token
+    grants: tuple[Grant, ...]
+    proxy: ProxySettings
+    tls: TlsSettings
+    rules: AuthRules
+    timeouts: Timeouts
+    security: TokenExecutor
+
+
+class Body(Protocol):
+    """The answer was judged: these are the bytes that were asked for. Iterate once, or `detach`.
+
+    Iterating raises a transient `NetworkError` when fewer bytes come than were promised; more never come out.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where the bytes come from, after redirects."""
+        ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of this body; None: only its end tells."""
+        ...
+
+    @property
+    def total(self) -> int | None: ...
+
+    @property
+    def validator(self) -> Validator: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    def detach(self) -> Detached | None:
+        """The socket with the rest of the body on it; None: iterate instead."""
+        ...
+
+
+class Network(Protocol):
+    """What the engine asks for bytes. `Lanes` is the real one, `bits_async.testing.FakeNetwork` the other."""
+
+    def get(self, party: Party, asked: Asked) -> AbstractAsyncContextManager[Body]:
+        """The bytes that were asked for.
+
+        Raises (on entering):
+            FileChanged: the file must be fetched anew.
+            AlreadyComplete: nothing is left to fetch.
+            BitsError: everything else.
+        """
+        ...
+
+    async def forget(self, token: Token) -> None:
+        """A token or one of its credentials was replaced or removed: connections made with it are closed when this returns (T25)."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+# -- errors at this seam ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def wire_errors(url: str, doing: str) -> Iterator[None]:
+    """aiohttp's errors inside become ours; what it says of headers and URLs stays behind (T14)."""
+    try:
+        yield
+    except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError, EOFError) as exc:
+        throw(_wire_error(exc, url, doing), exc)
+
+
+def _wire_error(exc: BaseException, url: str, doing: str) -> BitsError:
+    if isinstance(exc, aiohttp.ClientResponseError | aiohttp.http_exceptions.HttpProcessingError):
+        large = "got more than" in exc.message.lower() or "too many headers" in exc.message.lower()
+        return (
+            _bad_answer(url, "its head is too large", ErrorCode.BG_E_TOO_LARGE) if large else _bad_answer(url, "it is not HTTP")
+        )
+    if isinstance(exc, TimeoutError | ssl.SSLError) and not isinstance(exc, aiohttp.ClientError):
+        return error_from_network(exc, url=url, doing=doing)
+    return error_from_network(ConnectionResetError(), url=url, doing=doing)
+
+
+def _bad_answer(url: str, why: str, code: int = ErrorCode.BG_E_INVALID_SERVER_RESPONSE) -> BitsError:
+    return make_error(code, ErrorContext.REMOTE_FILE, f"cannot use the answer: {why}", url=url)
+
+
+def _bad_redirect(url: str, why: str) -> BitsError:
+    return make_error(
+        ErrorCode.ERROR_WINHTTP_REDIRECT_FAILED, ErrorContext.REMOTE_FILE, f"the redirect is not followed: {why}", url=url
+    )
+
+
+@contextmanager
+def _placed(url: str, identity: str) -> Iterator[None]:
+    """Errors of ours that pass say where and as whom."""
+    try:
+        yield
+    except BitsError as error:
+        error.url = error.url or show_url(url)
+        error.identity = error.identity or identity
+        raise
+
+
+# -- the body -----------------------------------------------------------------------------------------------------------------
+
+
+class LaneBody:
+    """A body on a lane's connection."""
+
+    def __init__(self, lane: "Lane", response: aiohttp.ClientResponse, asked: Asked, verdict: Accept) -> None:
+        self.url = asked.url
+        self.start = verdict.start
+        self.length = verdict.length
+        self.total = verdict.total
+        self.validator = verdict.validator
+        self.headers: Mapping[str, str] = response.headers
+        self._lane = lane
+        self._response = response
+        self._left = verdict.length
+        self._idle = lane.timeouts.idle
+        self._ended = False
+        self._silent = False
+        self._waiting_since: float | None = None
+        self._watch: asyncio.TimerHandle | None = None
+
+    def __aiter__(self) -> "LaneBody":
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The next bytes, as they came: a copy or a cut would cost more than it brings."""
+        if self._ended:
+            raise StopAsyncIteration
+        with _placed(self.url, self._lane.identity):
+            chunk = await self._read()
+            if not chunk:
+                self._end()
+                raise StopAsyncIteration
+            if self._left is not None:
+                self._left -= len(chunk)
+                if self._left < 0:
+                    raise _bad_answer(self.url, "it is longer than it said")
+            return chunk
+
+    async def _read(self) -> bytes:
+        loop, content = asyncio.get_running_loop(), self._response.content
+        if self._watch is None:
+            self._watch = loop.call_later(self._idle, self._look)
+        with wire_errors(self.url, "receive the file"):
+            self._waiting_since = loop.time()
+            try:
+                return await content.readany()
+            except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError):
+                if self._silent:
+                    raise TimeoutError from None
+                if chunk := rest_of(content):
+                    return chunk
+                raise
+            finally:
+                self._waiting_since = None
+
+    def _look(self) -> None:
+        """The timer: one that looks at the clock now and then costs less than one that is set for each chunk."""
+        loop = asyncio.get_running_loop()
+        due = (loop.time() if self._waiting_since is None else self._waiting_since) + self._idle
+        if due <= loop.time():
+            self._silent = True
+            self._response.close()
+            self._lane.drop()
+        else:
+            self._watch = loop.call_later(due - loop.time(), self._look)
+
+    def _end(self) -> None:
+        self._ended = True
+        if self._left:
+            throw(error_from_network(EOFError(), url=self.url, doing="receive the whole file"))
+
+    def detach(self) -> Detached | None:
+        return None
+
+    def close(self) -> None:
+        """Read to its end: the connection may serve again. Left early: it goes."""
+        if self._watch is not None:
+            self._watch.cancel()
+        if not self._response.content.at_eof() or self._left:
+            self._response.close()
+            self._lane.drop()
+        self._ended = True
+
+
+def rest_of(content: aiohttp.StreamReader) -> bytes:
+    """What had arrived before the connection broke: aiohttp keeps it but will not give it out."""
+    rest: bytes = content._read_nowait(-1)
+    return rest
+
+
+# -- one lane -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LaneKey:
+    """What two requests must have in common to use the same connection. Compared by equality; the token and the TLS context are equal
+    only to themselves."""
+
+    token: Token
+    shown: tuple[tuple[Seat, str, str, bool], ...]
+    """For each seat what may be shown there: scheme, keyed fingerprint of the credential, implicit or not."""
+    rules: AuthRules
+    tls: object
+    origin: Origin
+    proxy: str | None
+
+
+class Lane:
+    """One connection at a time, one key, one request at a time."""
+
+    def __init__(self, key: LaneKey, offers: Mapping[Seat, Offers], party: Party, refusals: Refusals, tickets: Tickets) -> None:
+        self.key = key
+        self.identity = party.token.name
+        self.withdrawn = False
+        self.failed = False
+        """A request had no answer: whatever state its logins are in, they are not tried again."""
+        self._offers = offers
+        self._party = party
+        self._refusals = refusals
+        self._tickets = tickets
+        self._route = Route(key.origin, key.proxy)
+        proxy = Login(Seat.PROXY, self._make_flow)
+        origin = Login(Seat.ORIGIN, self._make_flow)
+        self._logins = (proxy, origin) if self._route.forwarded else (origin,)
+        self._connector = LaneConnector(self._route, party.tls, proxy)
+        self._session = aiohttp.ClientSession(
+            connector=self._connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            auto_decompress=False,
+            raise_for_status=False,
+            timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),
+            read_bufsize=READ_BUFFER,
+            max_line_size=HEAD_LIMIT,
+            max_field_size=HEAD_LIMIT,
+        )
+        # A request that aiohttp repeats by itself would carry one leg of a login over a connection that never saw the others.
+        self._session._retry_connection = False
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """Of the request that is being made."""
+        return self._party.timeouts
+
+    @property
+    def connected(self) -> bool:
+        """The next request needs no new connection."""
+        return self._connector.ready
+
+    @property
+    def opened(self) -> int:
+        """Connections made so far."""
+        return self._connector.opened
+
+    # -- asking
+
+    async def ask(self, party: Party, asked: Asked) -> tuple[Verdict, aiohttp.ClientResponse]:
+        """One question, with as many legs as its logins need, and the verdict on the answer.
+
+        Raises:
+            BitsError: no answer, or a challenge that may not be answered.
+        """
+        self._party = party
+        try:
+            for _ in range(EXCHANGES):
+                response = await self._exchange(asked)
+                verdict = self._judge(asked, response)
+                if not isinstance(verdict, Challenged):
+                    for login in self._logins:
+                        await login.passed(response.status, response.headers)
+                    return verdict, response
+                await self._take_challenge(verdict, asked, response)
+            raise AuthFailed("the peer asks for one login after the other")
+        except BaseException:
+            self.failed = True
+            self.drop()
+            raise
+
+    def _judge(self, asked: Asked, response: aiohttp.ClientResponse) -> Verdict:
+        if sum(len(name) + len(value) + 4 for name, value in response.raw_headers) > HEAD_LIMIT:
+            raise _bad_answer(asked.url, "its head is too large", ErrorCode.BG_E_TOO_LARGE)
+        return judge(asked, Answer(response.status, response.headers, show_text(response.reason or "", 60)), now=time.time())
+
+    async def _take_challenge(self, verdict: Challenged, asked: Asked, response: aiohttp.ClientResponse) -> None:
+        """Hands the challenge to its seat. The route decides which seats there are, then the status which one asks (T25)."""
+        asking = next((login for login in self._logins if login.seat.status == verdict.seat_status), None)
+        if asking is None:
+            raise make_error(
+                HTTP_ERROR | verdict.seat_status,
+                ErrorContext.REMOTE_FILE,
+                f"the server answered HTTP {verdict.seat_status}, which only a proxy may ask; nothing was shown to it",
+                http_status=verdict.seat_status,
+            )
+        if asking.seat is Seat.ORIGIN:  # a proxy that let the request through was content
+            for login in self._logins:
+                if login is not asking:
+                    await login.passed(response.status, response.headers)
+        keeps = "session-based-authentication" in tokens(response.headers, "Proxy-Support")
+        asking.challenged(
+            response.headers.getall(asking.seat.challenge_header, []),
+            per_request=asking.seat is Seat.ORIGIN and self._route.forwarded and not keeps,
+        )
+        await self.settle(response, LEG_BODY_LIMIT, self.timeouts.auth)
+        if self._route.forwarded and "close" in tokens(response.headers, "Proxy-Connection"):
+            self.drop()
+
+    # -- one exchange
+
+    async def _exchange(self, asked: Asked) -> aiohttp.ClientResponse:
+        """One request and the head of its answer.
+
+        A kept connection may have been closed by the peer at the very moment it is used again; then, and only then, the request is made
+        once more on a new one. It is a GET: asking twice does no harm, and the logins know that the connection is another.
+        """
+        reused = self._connector.ready
+        if not reused:
+            await self._connect(asked.url)
+        try:
+            return await self._send(asked)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
+            lost = exc
+        if not reused:
+            throw(_wire_error(lost, asked.url, "get an answer"), lost)
+        await self._connect(asked.url)
+        with wire_errors(asked.url, "get an answer"):
+            return await self._send(asked)
+
+    async def _connect(self, url: str) -> None:
+        await self._connector.open(url, self.timeouts)
+        for login in self._logins:
+            proxy = login.seat is Seat.PROXY
+            login.opened(self._connector.proxy_certificate if proxy else self._connector.peer_certificate)
+
+    async def _send(self, asked: Asked) -> aiohttp.ClientResponse:
+        """Lets the two errors of a lost connection through; the caller knows whether they are a surprise."""
+        url = yarl.URL(asked.url, encoded=True)
+        headers = {"User-Agent": USER_AGENT, **asked.headers()}
+        for login in self._logins:
+            target = str(url) if login.seat is Seat.PROXY else url.raw_path_qs
+            value = await login.header(method="GET", target=target)
+            if value is not None:
+                headers[login.seat.answer_header] = value
+        if self._route.forwarded:
+            headers["Proxy-Connection"] = "keep-alive"
+        proxy = yarl.URL(self._route.proxy) if self._route.forwarded and self._route.proxy else None
+        try:
+            async with asyncio.timeout(self.timeouts.response):
+                return await self._session.get(url, headers=headers, proxy=proxy, allow_redirects=False)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            raise
+        except (aiohttp.ClientError, OSError) as exc:
+            failed = exc
+        throw(_wire_error(failed, asked.url, "get an answer"), failed)
+
+    # -- after an answer
+
+    async def settle(self, response: aiohttp.ClientResponse, limit: int, seconds: float) -> None:
+        """Reads a body that nobody wants, so that the connection can go on; larger or slower than that: the connection goes (T26)."""
+        left = limit
+        try:
+            announced = response.content_length
+            async with asyncio.timeout(seconds):
+                while (announced or 0) <= limit and left >= 0:
+                    chunk = await response.content.readany()
+                    if not chunk:
+                        return
+                    left -= len(chunk)
+        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError, ValueError):
+            pass  # the connection is given up below, whatever is wrong with it
+        response.close()
+        self.drop()
+
+    def drop(self) -> None:
+        """Closes the connection at once; the next request opens another."""
+        self._connector.drop()
+
+    def withdraw(self) -> None:
+        """The identity was taken away: nothing more leaves on this lane, whoever still holds it."""
+        self.withdrawn = True
+        self.drop()
+
+    async def aclose(self) -> None:
+        self.drop()
+        await self._session.close()
+
+    # -- logins
+
+    def _make_flow(self, seat: Seat, binding: bytes | None, per_request: bool) -> AuthFlow:
+        peer = self._route.proxy_origin if seat is Seat.PROXY else self._route.origin
+        assert peer is not None
+        offers, rules = self._offers[seat], self._party.rules
+        if per_request:
+            rules = replace(rules, ntlm_in_negotiate=False)
+            offers = _per_request(offers, rules)
+        return AuthFlow(
+            seat,
+            peer,
+            offers,
+            security=self._run_security,
+            rules=rules,
+            refusals=self._refusals,
+            encrypted=peer.scheme == "https",
+            binding=binding,
+            identity=self.identity,
+            tickets=self._tickets,
+        )
+
+    async def _run_security(self, func: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """In the threads of the request that is being made; the lane outlives the executor it was made with."""
+        return await self._party.security.run_security(func, *args, deadline=SECURITY_DEADLINE, **kwargs)
+
+
+def _per_request(offers: Offers, rules: AuthRules) -> Offers:
+    """The offers that need no connection of their own. A proxy that promises nothing may hand the next request of anybody else to
+    the connection where this one was logged in (RFC 4559, 6)."""
+    kept = [offer for offer in offers if not _connection_bound(offer, rules)]
+    reason = (
+        "its login belongs to a connection, and the proxy does not promise to keep one for us "
+        "(Proxy-Support: Session-Based-Authentication)"
+    )
+    dropped = [f"{offer.scheme.name}: {reason}" for offer in offers if _connection_bound(offer, rules)]
+    return Offers.of(kept, [*offers.withheld, *dropped])
+
+
+def _connection_bound(offer: Offer, rules: AuthRules) -> bool:
+    return offer.scheme in (AuthScheme.NTLM, AuthScheme.NEGOTIATE) and mechanisms(offer, rules) == ("ntlm",)
+
+
+# -- many lanes ---------------------------------------------------------------------------------------------------------------
+
+
+class _Host:
+    """The connections to one host, over all keys: those in use, and those kept for the next request of their key."""
+
+    def __init__(self, limit: int) -> None:
+        self.users = 0
+        self.turn = asyncio.Semaphore(limit)  # hands the turns out in the order they were asked for
+        self.busy: set[Lane] = set()
+        self.idle: dict[Lane, asyncio.TimerHandle] = {}  # the longest unused first
+
+    def take(self, key: LaneKey) -> Lane | None:
+        """A kept lane of exactly this key; one whose connection still stands, if there is one."""
+        fitting = [lane for lane in self.idle if lane.key == key]
+        lane = next((lane for lane in reversed(fitting) if lane.connected), fitting[-1] if fitting else None)
+        if lane is not None:
+            self.idle.pop(lane).cancel()
+        return lane
+
+    def oldest(self) -> Lane | None:
+        """The lane that was not used for longest, no longer kept."""
+        lane = next(iter(self.idle), None)
+        if lane is not None:
+            self.idle.pop(lane).cancel()
+        return lane
+
+
+class Lanes:
+    """The real `Network`: lanes kept per key, bounded per host, closed when they idle.
+
+    Belongs to one event loop. `refusals` and `tickets` are shared by all of its lanes; tickets that it made itself it also closes.
+    """
+
+    def __init__(
+        self,
+        limit_per_host: int = CONNECTIONS_PER_HOST,
+        *,
+        refusals: Refusals | None = None,
+        tickets: Tickets | None = None,
+        idle_seconds: float = IDLE_LANE,
+    ) -> None:
+        self._limit = limit_per_host
+        self._refusals = Refusals() if refusals is None else refusals
+        self._tickets = Tickets(self._refusals) if tickets is None else tickets
+        self._owns_tickets = tickets is None
+        self._idle_seconds = idle_seconds
+        self._hosts: dict[str, _Host] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    # -- for the engine
+
+    @asynccontextmanager
+    async def get(self, party: Party, asked: Asked) -> AsyncIterator[Body]:
+        """See `Network.get`. Redirects are followed; the body says where it comes from in the end."""
+        url = check_url(asked.url)
+        been = {url}
+        while True:
+            async with self._lane_for(party, url) as lane:
+                with _placed(url, party.token.name):
+                    body, onward = await self._ask(lane, party, asked.at(url))
+                if body is not None:
+                    try:
+                        yield body
+                    finally:
+                        body.close()
+                    return
+            with _placed(url, party.token.name):
+                url = _follow(url, onward, been)
+
+    async def forget(self, token: Token) -> None:
+        """See `Network.forget`. Requests that are being made on such lanes fail as if the connection had been cut."""
+        for host in list(self._hosts.values()):
+            for lane in [lane for lane in host.idle if lane.key.token is token]:
+                host.idle.pop(lane).cancel()
+                self._close_soon(lane)
+            for lane in host.busy:
+                if lane.key.token is token:
+                    lane.withdraw()
+        self._forget_empty_hosts()
+        self._tickets.forget(token)
+        await self._closed_all()
+
+    async def aclose(self) -> None:
+        """Closes every connection. Requests that are being made fail; no other can begin."""
+        self._closed = True
+        for host in list(self._hosts.values()):
+            while (lane := host.oldest()) is not None:
+                self._close_soon(lane)
+            for lane in host.busy:
+                lane.withdraw()
+        self._forget_empty_hosts()
+        await self._closed_all()
+        if self._owns_tickets:
+            await self._tickets.aclose()
+
+    # -- asking
+
+    async def _ask(self, lane: Lane, party: Party, asked: Asked) -> tuple[LaneBody | None, Redirect]:
+        """(the body, anything), or (None, where to go on)."""
+        verdict, response = await lane.ask(party, asked)
+        if isinstance(verdict, Accept):
+            return LaneBody(lane, response, asked, verdict), Redirect("")
+        await lane.settle(response, LEFTOVER_LIMIT, LEFTOVER_SECONDS)
+        match verdict:
+            case Redirect():
+                return None, verdict
+            case Restart():
+                raise FileChanged(verdict.validator, verdict.reason, changed=verdict.changed)
+            case Complete():
+                raise AlreadyComplete(verdict.total)
+            case Refuse():
+                raise verdict.error
+            case Challenged():  # the lane answers or refuses each of them
+                raise error_from_status(verdict.seat_status, url=asked.url)
+
+    # -- keeping lanes
+
+    @asynccontextmanager
+    async def _lane_for(self, party: Party, url: str) -> AsyncIterator[Lane]:
+        """A lane that may be used for this party and URL, for the time of the block; waits for its turn at the host."""
+        with _placed(url, party.token.name):
+            key, offers = self._key(party, url)
+        host = self._hosts.setdefault(key.origin.host, _Host(self._limit))
+        host.users += 1
+        try:
+            async with host.turn:
+                if self._closed:
+                    raise ManagerClosed()
+                lane = host.take(key) or self._new_lane(host, key, offers, party)
+                host.busy.add(lane)
+                try:
+                    yield lane
+                finally:
+                    host.busy.discard(lane)
+                    self._give_back(host, lane)
+        finally:
+            host.users -= 1
+            self._forget_empty_hosts()
+
+    def _key(self, party: Party, url: str) -> tuple[LaneKey, dict[Seat, Offers]]:
+        origin, proxy = Origin.of(url), route(party.proxy, url)
+        offers = {Seat.ORIGIN: choose_offers(Seat.ORIGIN, origin, party.grants, party.token), Seat.PROXY: Offers()}
+        if proxy is not None:
+            offers[Seat.PROXY] = choose_offers(Seat.PROXY, Origin.of(proxy), party.grants, party.token)
+        shown = tuple(
+            (seat, offer.scheme.word, offer.fingerprint, offer.implicit) for seat, given in offers.items() for offer in given
+        )
+        return LaneKey(party.token, shown, party.rules, party.tls.key, origin, proxy), offers
+
+    def _new_lane(self, host: _Host, key: LaneKey, offers: Mapping[Seat, Offers], party: Party) -> Lane:
+        """Makes room where kept lanes of others fill the host's share."""
+        if len(host.busy) + len(host.idle) >= self._limit and (oldest := host.oldest()) is not None:
+            self._close_soon(oldest)
+        return Lane(key, offers, party, self._refusals, self._tickets)
+
+    def _give_back(self, host: _Host, lane: Lane) -> None:
+        if self._closed or lane.withdrawn or lane.failed:
+            self._close_soon(lane)
+            return
+        loop = asyncio.get_running_loop()
+        host.idle[lane] = loop.call_later(self._idle_seconds, self._expire, host, lane, context=contextvars.Context())
+
+    def _expire(self, host: _Host, lane: Lane) -> None:
+        if host.idle.pop(lane, None) is not None:
+            self._close_soon(lane)
+        self._forget_empty_hosts()
+
+    def _forget_empty_hosts(self) -> None:
+        for name in [name for name, host in self._hosts.items() if not (host.users or host.idle)]:
+            del self._hosts[name]
+
+    def _close_soon(self, lane: Lane) -> None:
+        """The socket goes now; aiohttp's own farewell is awaited by a task, which carries nobody's identity."""
+        lane.drop()
+        task = asyncio.get_running_loop().create_task(lane.aclose(), context=contextvars.Context(), name="close a lane")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _closed_all(self) -> None:
+        while self._closing:
+            await asyncio.wait(self._closing)
+
+
+def _follow(url: str, onward: Redirect, been: set[str]) -> str:
+    """The next URL; refuses what never ends and what gives up TLS."""
+    if onward.downgrade:
+        raise _bad_redirect(url, "it leads from https to http")
+    if onward.location in been:
+        raise _bad_redirect(url, "it leads back to where it came from")
+    if len(been) > REDIRECTS:
+        raise _bad_redirect(url, f"it is the {REDIRECTS + 1}th")
+    been.add(onward.location)
+    return onward.location

@@ -1,0 +1,291 @@
+"""Which bytes of which version: slices of a remote file, the requests that fetch them, and what pins the version.
+
+Pure arithmetic and text. Knows no connection and no local file; positions are absolute offsets in the remote file, and every
+`end` is exclusive (only the text of a header counts inclusively).
+
+A version is pinned by a strong ETag, else by Last-Modified together with the size. A weak ETag promises equal meaning, not
+equal bytes, so it never proves that two answers are the same file; it may prove that they are not.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from itertools import pairwise
+from typing import Final, Self
+
+from ..errors import InvalidArgument
+
+MAX_REQUEST: Final = 2 * 1024**3
+"""One request asks for the rest of the file, but for no more than this; BITS never asks for more either."""
+
+ENTITY_TAG: Final = re.compile(r'(W/)?"([\x21\x23-\x7e]{1,1000})"')  # an empty one, or one outside ASCII, pins nothing
+_CONTENT_RANGE: Final = re.compile(r"bytes[ ]+(?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.IGNORECASE)
+
+
+# -- the version -----------------------------------------------------------------------------------------------------------------
+
+
+def http_date(text: str | None) -> datetime | None:
+    """An HTTP date as an aware UTC datetime; None when there is none or it is none."""
+    if not text or len(text) > 64:
+        return None
+    try:
+        date = parsedate_to_datetime(text)
+        return date.replace(tzinfo=UTC) if date.tzinfo is None else date.astimezone(UTC)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Validator:
+    """What pins one version of a remote file: texts as the server wrote them, and the size as far as known."""
+
+    etag: str | None = None
+    last_modified: str | None = None
+    size: int | None = None
+
+    @property
+    def strong(self) -> str | None:
+        """The ETag where it is strong, well formed and not empty; else None."""
+        match = ENTITY_TAG.fullmatch(self.etag or "")
+        return self.etag if match and not match[1] else None
+
+    @property
+    def modified(self) -> datetime | None:
+        """Last-Modified as a date (aware, UTC)."""
+        return http_date(self.last_modified)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a later answer can be proved to be of this version. If not, the file is fetched in one piece or anew."""
+        return self.if_range() is not None
+
+    def if_range(self) -> str | None:
+        """The value of `If-Range`: the strong ETag, else Last-Modified as the server wrote it; None: nothing pins this version.
+
+        RFC 9110 (8.8.2.2) wants a date to be a second older than the answer it came with before it counts as strong. That can
+        only be
+        seen when the answer arrives: `answers.validator_of` leaves a date out that is too fresh.
+        """
+        return self.strong or (self.last_modified if self.modified else None)
+
+    def agrees(self, other: "Validator") -> bool:
+        """Whether `other` is proved to be the same version as this, the pinned one.
+
+        Different sizes or ETags (weak comparison) never agree. Two strong ETags decide. Otherwise Last-Modified and the size
+        must be the same, and nothing that this one was pinned with may be missing.
+        """
+        if self.contradicts(other):
+            return False
+        if self.strong and other.strong:
+            return True
+        if (self.etag and not other.etag) or (self.size is not None and other.size is None):
+            return False
+        return self.modified is not None and self.modified == other.modified
+
+    def contradicts(self, other: "Validator") -> bool:
+        """Whether size or ETag prove that `other` is another version. What is missing proves nothing."""
+        if self.size is not None and other.size is not None and self.size != other.size:
+            return True
+        ours, theirs = ENTITY_TAG.fullmatch(self.etag or ""), ENTITY_TAG.fullmatch(other.etag or "")
+        return bool(ours and theirs and ours[2] != theirs[2])
+
+
+# -- the bytes -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Slice:
+    """A byte range of one remote file with two positions: `written` and `durable`. Mutable: it is the progress.
+
+    Always `start <= durable <= written <= end`.
+
+    Attributes:
+        start: its first byte.
+        end: one past its last byte; None while the size is unknown.
+        written: one past the last byte handed to the operating system.
+        durable: one past the last byte known to survive a loss of power; what the journal keeps.
+    """
+
+    start: int
+    end: int | None
+    written: int
+    durable: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.durable <= self.written or (self.end is not None and self.written > self.end):
+            raise ValueError(f"not a slice: {self.start} <= {self.durable} <= {self.written} <= {self.end}")
+
+    @classmethod
+    def fresh(cls, start: int = 0, end: int | None = None) -> Self:
+        """A slice of which nothing was fetched."""
+        return cls(start, end, start, start)
+
+    @property
+    def done(self) -> bool:
+        """Every byte is written. Never true while the end is unknown."""
+        return self.written == self.end
+
+    @property
+    def remaining(self) -> int | None:
+        """Bytes still to fetch; None while the end is unknown."""
+        return None if self.end is None else self.end - self.written
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes were written.
+
+        Raises:
+            ValueError: they would lie outside the slice.
+        """
+        if count < 0 or (self.end is not None and self.written + count > self.end):
+            raise ValueError(f"{count} bytes at {self.written} leave the slice that ends at {self.end}")
+        self.written += count
+
+    def checkpoint(self, position: int) -> None:
+        """All bytes before `position` are durable now (read `written` before the sync, and give it here after)."""
+        if not self.durable <= position <= self.written:
+            raise ValueError(f"a checkpoint at {position} is not between {self.durable} and {self.written}")
+        self.durable = position
+
+    def finish_at(self, end: int) -> None:
+        """The end is known now."""
+        if self.end not in (None, end) or end < self.written:
+            raise ValueError(f"a slice written up to {self.written} of {self.end} cannot end at {end}")
+        self.end = end
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """The rest of a body that has left HTTP: what a lane gives up and a part file takes.
+
+    Attributes:
+        socket: a connected socket that nobody else reads (typed loosely: this module knows no sockets).
+        already: bytes of the body that were read before.
+        length: bytes of the body in all, `already` included.
+    """
+
+    socket: object
+    already: bytes
+    length: int
+
+
+def plan(size: int | None, parts: int = 1) -> tuple[Slice, ...]:
+    """Fresh slices that cover the file exactly and in order: `parts` nearly equal ones, fewer when the file is shorter than that.
+
+    While the size is unknown there is one open slice. An empty file has one slice, done from the start.
+    """
+    if parts < 1 or (size is not None and size < 0):
+        raise ValueError("a plan needs a part and a size of 0 or more")
+    if size is None:
+        return (Slice.fresh(),)
+    parts = max(1, min(parts, size))
+    edges = [size * number // parts for number in range(parts + 1)]
+    return tuple(Slice.fresh(start, end) for start, end in pairwise(edges))
+
+
+def next_request(piece: Slice, size: int | None) -> tuple[int, int | None]:
+    """The range to ask for next: all that the slice still lacks, at most `MAX_REQUEST`.
+
+    `(0, None)` means the whole file, asked for without a Range header: a server or proxy that knows no ranges serves it too.
+
+    Raises:
+        ValueError: the slice is done.
+    """
+    if piece.done:
+        raise ValueError("a slice that is done asks for nothing")
+    start, end = piece.written, piece.end
+    whole = start == 0 and (end is None or (end == size and end <= MAX_REQUEST))
+    if whole:
+        return 0, None
+    return start, start + MAX_REQUEST if end is None else min(end, start + MAX_REQUEST)
+
+
+def merge(slices: Iterable[Slice]) -> tuple[Slice, ...]:
+    """The slices in order, each durable one joined with the one that begins at its end.
+
+    Raises:
+        ValueError: two of them overlap.
+    """
+    merged: list[Slice] = []
+    for piece in sorted(slices, key=lambda each: (each.start, each.end is None, each.end)):
+        last = merged[-1] if merged else None
+        if last is not None and (last.end is None or last.end > piece.start):
+            raise ValueError("slices overlap")
+        if last is not None and last.durable == last.end == piece.start:
+            merged[-1] = Slice(last.start, piece.end, piece.written, piece.durable)
+        else:
+            merged.append(Slice(piece.start, piece.end, piece.written, piece.durable))
+    return tuple(merged)
+
+
+def complete(slices: Sequence[Slice], size: int) -> bool:
+    """Whether the slices are all written and cover [0, size) exactly: no hole, no overlap, nothing beyond."""
+    position = 0
+    for piece in sorted(slices, key=lambda each: (each.start, each.written)):
+        if piece.start != position or not piece.done:
+            return False
+        position = piece.written
+    return position == size
+
+
+def recover(slices: Sequence[Slice], *, length: int, same_boot: bool) -> tuple[Slice, ...] | None:
+    """What may be trusted of a part file of `length` bytes that another process left behind; None: nothing, start anew.
+
+    After a crash of the process alone (same boot) the page cache is whole, so one sequential slice is written up to the file's
+    length. After a reboot, and with several slices (their bytes do not end where the file ends), only durable positions count.
+    """
+    if any(piece.durable > length for piece in slices if piece.durable > piece.start):
+        return None
+    if same_boot and len(slices) == 1:
+        piece = slices[0]
+        written = max(piece.durable, length if piece.end is None else min(length, piece.end))
+        return (Slice(piece.start, piece.end, written, piece.durable),)
+    return tuple(Slice(piece.start, piece.end, piece.durable, piece.durable) for piece in slices)
+
+
+# -- their text ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ContentRange:
+    """`Content-Range` of a 206: [start, end) of `total` bytes; total None: the server wrote `*`."""
+
+    start: int
+    end: int
+    total: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Unsatisfied:
+    """`Content-Range` of a 416: `bytes */total`."""
+
+    total: int
+
+
+def parse_content_range(text: str) -> ContentRange | Unsatisfied:
+    """The value of `Content-Range`.
+
+    Raises:
+        ValueError: it is not one, or contradicts itself.
+    """
+    match = _CONTENT_RANGE.fullmatch(text.strip(" \t"))
+    if match is None or match[1] == match[3] == "*":
+        raise ValueError("not a Content-Range of bytes")
+    first, last, total = match[1], match[2], None if match[3] == "*" else int(match[3])
+    if first is None:
+        if total is None:
+            raise ValueError("an unsatisfied Content-Range needs a length")
+        return Unsatisfied(total)
+    start, end = int(first), int(last) + 1
+    if start >= end or (total is not None and end > total):
+        raise ValueError("a Content-Range that contradicts itself")
+    return ContentRange(start, end, total)
+
+
+def range_header(start: int, end: int | None) -> str:
+    """The value of `Range` for [start, end), to the end of the file when `end` is None."""
+    if start < 0 or (end is not None and end <= start):
+        raise InvalidArgument("a range needs at least one byte")
+    return f"bytes={start}-" if end is None else f"bytes={start}-{end - 1}"

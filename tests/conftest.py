@@ -1,0 +1,205 @@
+"""What every test has: a guard of the event loop, a check for leaks, directories, users, certificates, and the realm.
+
+The peers on loopback are classes, made by the test that needs them (`peers.py`); the servers of the realm are fixtures of the session.
+"""
+
+import asyncio
+import gc
+import os
+import shutil
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from blockbuster import BlockBuster, blockbuster_ctx
+
+from tests import acceptor
+from tests.left_out import LeftOut
+from tests.peers import Authority, SilentKdc
+from tests.realms import SILENT_REALM, Apache, MitKdc, Squid, make_world_directory, write_krb5_conf
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(LeftOut(), "left-out")
+
+
+# -- the event loop
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blocked_loop_is_an_error() -> Iterator[BlockBuster]:
+    """A call of the package that blocks the event loop raises BlockingError. The tests and their peers may block it."""
+    with blockbuster_ctx("bits_async") as guard:
+        # An application is told to import what it uses before its loop runs; the first use may still load a module.
+        for function in guard.functions.values():
+            function.can_block_in("<frozen importlib._bootstrap>", {"_find_and_load"})
+        # Relative paths are resolved at the call, as promised; getcwd() waits for nothing.
+        guard.functions["os.path.abspath"].deactivate()
+        guard.functions["os.getcwd"].deactivate()
+        # `current_token()` is no coroutine; what the kernel makes up under /proc waits for no disk.
+        for name in ("os.read", "os.close", "os.open"):
+            if name in guard.functions:
+                guard.functions[name].can_block_in("bits_async/identity/kernel.py", {"status"})
+        yield guard
+
+
+def _threads() -> set[str]:
+    # "asyncio_N" resolve host names for the loop, which ends them when it is closed.
+    return {f"{thread.name} ({thread.ident})" for thread in threading.enumerate() if not thread.name.startswith("asyncio_")}
+
+
+def _descriptors() -> set[str]:
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            found.add(f"fd {number}: {os.readlink(f'/proc/self/fd/{number}')}")
+        except OSError:
+            pass  # the one that listed the directory
+    return found
+
+
+@pytest.fixture
+async def no_leaks() -> AsyncIterator[None]:
+    """After the test no thread, task, socket or file descriptor is left that was not there before; they have five seconds to go.
+
+    Name it first, so that it looks last.
+    """
+    acceptor.start()  # lives as long as the session
+    gc.collect()
+    loop_tasks = asyncio.all_tasks()
+    before = _threads() | _descriptors()
+    yield
+    end = time.monotonic() + 5
+    while True:
+        gc.collect()
+        tasks = {repr(task) for task in asyncio.all_tasks() - loop_tasks if task is not asyncio.current_task()}
+        left = (_threads() | _descriptors()) - before | tasks
+        if not left:
+            return
+        if time.monotonic() > end:
+            pytest.fail("left behind: " + "; ".join(sorted(left)))
+        await asyncio.sleep(0.02)
+
+
+# -- the machine
+
+
+@pytest.fixture
+def world_dir() -> Iterator[Path]:
+    """A directory that every user may enter, unlike `tmp_path`."""
+    directory = make_world_directory("test")
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def users() -> Iterator[Mapping[str, "LocalUser"]]:
+    """Local users bitsalice, bitsbob and bitshelper: name, uid, gid, home (0700). For `privileged` tests."""
+    from tests.local_users import local_users
+
+    with local_users() as found:
+        yield found
+
+
+# -- certificates
+
+
+@pytest.fixture(scope="session")
+def authority() -> Iterator[Authority]:
+    directory = make_world_directory("authority")
+    yield Authority(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+# -- the realm
+
+
+@pytest.fixture(scope="session")
+def silent_kdc() -> Iterator[SilentKdc]:
+    """The KDC of SILENT.TEST."""
+    with SilentKdc() as kdc:
+        yield kdc
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_environment(silent_kdc: SilentKdc) -> Iterator[None]:
+    """The machine's Kerberos, proxies and certificates are not the tests'. Set before the first test, put back after the last."""
+    foreign = {"KRB5CCNAME", "KRB5_KTNAME", "KRB5_CLIENT_KTNAME", "NTLM_USER_FILE", "SSL_CERT_FILE", "SSL_CERT_DIR"}
+    foreign |= {name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")}
+    directory = make_world_directory("krb5")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in foreign:
+            patch.delenv(name, raising=False)
+        patch.setenv("KRB5_CONFIG", str(write_krb5_conf(directory / "krb5.conf", {SILENT_REALM: silent_kdc.port})))
+        yield
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def kdc(own_environment: None, silent_kdc: SilentKdc) -> Iterator[MitKdc]:
+    """The realm BITS.TEST; from here on KRB5_CONFIG of this process names it, and SILENT.TEST beside it."""
+    with MitKdc(silent_kdc.port) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KRB5_CONFIG", str(server.krb5_conf))
+        yield server
+
+
+@pytest.fixture(scope="session")
+def apache_server(kdc: MitKdc, authority: Authority) -> Iterator[Apache]:
+    with Apache(kdc, authority) as server:
+        yield server
+
+
+@pytest.fixture
+def apache(apache_server: Apache) -> Apache:
+    """The session's Apache; `hits` counts from the beginning of this test."""
+    apache_server.log.clear()
+    return apache_server
+
+
+@pytest.fixture(scope="session")
+def squid_servers(kdc: MitKdc) -> Iterator["Squids"]:
+    found = Squids(kdc)
+    yield found
+    found.stop()
+
+
+class Squids:
+    """One Squid for each scheme, started when it is first asked for."""
+
+    def __init__(self, kdc: MitKdc) -> None:
+        self._kdc = kdc
+        self._running: dict[str, Squid] = {}
+
+    def of(self, auth: str) -> Squid:
+        if auth not in self._running:
+            self._running[auth] = Squid(auth, self._kdc).__enter__()
+        self._running[auth].log.clear()
+        return self._running[auth]
+
+    def stop(self) -> None:
+        for server in self._running.values():
+            server.stop()
+
+
+@pytest.fixture
+def squid_negotiate(squid_servers: Squids) -> Squid:
+    """Squid with Kerberos; `hits` counts from the beginning of this test, here and below."""
+    return squid_servers.of("negotiate")
+
+
+@pytest.fixture
+def squid_basic(squid_servers: Squids) -> Squid:
+    return squid_servers.of("basic")
+
+
+@pytest.fixture
+def squid_digest(squid_servers: Squids) -> Squid:
+    return squid_servers.of("digest")
+
+
+@pytest.fixture
+def squid_ntlmfake(squid_servers: Squids) -> Squid:
+    """The shape of the handshake only: any password is right, and the user in the log is mangled."""
+    return squid_servers.of("ntlmfake")

@@ -1,0 +1,121 @@
+"""Which tests cannot run on this machine, why, and the command that would change that.
+
+Tests say what they need by a marker, `privileged` or `realm`. A test whose needs are not met is deselected and listed at
+the end of the run: never skipped in silence. With CI=true anything left out, and any skip, is a failure.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SBIN = ("/usr/sbin", "/sbin")  # where Debian keeps servers; not on every user's PATH
+
+
+def find_program(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(SBIN))
+
+
+def packages() -> list[str]:
+    """The Debian packages that the tests need."""
+    lines = (HERE / "packages.txt").read_text(encoding="utf-8").splitlines()
+    return [name for line in lines if (name := line.partition("#")[0].strip())]
+
+
+def missing_root() -> str | None:
+    """Local users are made, and threads become them."""
+    if sys.platform != "linux":
+        return f"identities per thread exist on Linux only, and this is {sys.platform}"
+    if os.geteuid() != 0:
+        return f"this is user {os.geteuid()}, not root"
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    effective = int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), 16)
+    absent = [name for bit, name in ((6, "CAP_SETGID"), (7, "CAP_SETUID")) if not effective >> bit & 1]
+    return f"root lacks {' and '.join(absent)} here" if absent else None
+
+
+def missing_servers() -> str | None:
+    programs = ("krb5kdc", "kdb5_util", "kadmin.local", "apache2", "htpasswd", "squid")
+    absent = [name for name in programs if not find_program(name)]
+    files = ("/usr/lib/apache2/modules/mod_auth_gssapi.so", "/usr/lib/squid/negotiate_kerberos_auth")
+    absent += [Path(name).name for name in files if not Path(name).exists()]
+    if not any(Path("/usr/lib").glob("*/gssntlmssp/gssntlmssp.so")):
+        absent.append("gssntlmssp.so")
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def missing_kerberos() -> str | None:
+    absent = [name for name in ("gssapi", "krb5") if importlib.util.find_spec(name) is None]
+    return (
+        f"Python packages not installed: {', '.join(absent)} (they are built with krb5-config of libkrb5-dev)" if absent else None
+    )
+
+
+@dataclass
+class Piece:
+    """Something a machine has or lacks."""
+
+    what: str
+    marker: str
+    missing: Callable[[], str | None]
+    command: str
+    left_out: set[str] = field(default_factory=set)  # ids of the tests
+
+
+def _install() -> str:
+    return f"sudo apt-get install --no-install-recommends {' '.join(packages())}"
+
+
+PIECES = (
+    Piece("root", "privileged", missing_root, "sudo make test"),
+    Piece("the servers of a Kerberos realm", "realm", missing_servers, _install()),
+    Piece("the extra 'kerberos'", "realm", missing_kerberos, f"{_install()} && make test"),
+)
+
+
+class LeftOut:
+    """The pytest plugin: deselects, reports, and fails the run under CI=true."""
+
+    def __init__(self) -> None:
+        self.ci = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+        self.skips: list[str] = []
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        for piece in PIECES:
+            wanting = [item for item in items if item.get_closest_marker(piece.marker)]
+            if wanting and piece.missing():
+                piece.left_out.update(item.nodeid for item in wanting)
+        gone = set().union(*(piece.left_out for piece in PIECES))
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in gone])
+        items[:] = [item for item in items if item.nodeid not in gone]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self.skips.append(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.ci and (self.skips or any(piece.left_out for piece in PIECES)) and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        lines = [*_sentences(PIECES), *(f"{test} skipped itself" for test in self.skips if self.ci)]
+        if lines:
+            terminalreporter.section("LEFT OUT" + (", a failure with CI=true" if self.ci else ""))
+            for line in lines:
+                terminalreporter.line(line)
+
+
+def _sentences(pieces: Iterable[Piece]) -> list[str]:
+    told = "{count} tests need {what}; {why}.\n    {command}"
+    return [
+        told.format(count=len(piece.left_out), what=piece.what, why=piece.missing(), command=piece.command)
+        for piece in pieces
+        if piece.left_out
+    ]

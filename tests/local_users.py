@@ -1,0 +1,111 @@
+"""Real users of this machine, made for the tests and removed after them.
+
+Runs of the tests may overlap, and a run may have been killed: the users are marked by their GECOS field, taken over where they exist,
+shared under a lock, and removed by the last run that used them.
+"""
+
+import fcntl
+import os
+import pwd
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.left_out import find_program
+
+NAMES = ("bitsalice", "bitsbob", "bitshelper")
+MARK = "made by the tests of bits_async"
+RANGE = (20001, 29999)
+
+
+@dataclass(frozen=True)
+class LocalUser:
+    """A user with a home directory (0700) and no password."""
+
+    name: str
+    uid: int
+    gid: int
+    home: Path
+
+    def owns(self, path: Path) -> bool:
+        return path.lstat().st_uid == self.uid
+
+
+@contextmanager
+def local_users() -> Iterator[Mapping[str, LocalUser]]:
+    """The users, while the `with` block runs."""
+    with _lock() as lock:
+        users = _take(lock)
+        try:
+            yield users
+        finally:
+            _give_back(lock)
+
+
+@contextmanager
+def _lock() -> Iterator[int]:
+    path = Path(tempfile.gettempdir()) / "bits-async-test-users.lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int) -> Mapping[str, LocalUser]:
+    while True:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for name in NAMES:
+            _make(name)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        # Changing the kind of lock lets go of it for a moment, in which another run that ends may have removed the users.
+        if all(_exists(name) for name in NAMES):
+            return {name: _read(name) for name in NAMES}
+
+
+def _give_back(lock: int) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return  # another run still uses them, and will remove them
+    for name in NAMES:
+        _remove(name)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return pwd.getpwnam(name).pw_gecos.startswith(MARK)
+    except KeyError:
+        return False
+
+
+def _read(name: str) -> LocalUser:
+    entry = pwd.getpwnam(name)
+    return LocalUser(name, entry.pw_uid, entry.pw_gid, Path(entry.pw_dir))
+
+
+def _make(name: str) -> None:
+    if _exists(name) and _read(name).home.is_dir():
+        return
+    if _exists(name):
+        _remove(name)
+    low, high = RANGE
+    ids = [f"{kind}_{end}={value}" for kind in ("UID", "GID") for end, value in (("MIN", low), ("MAX", high))]
+    options = [option for value in ids for option in ("-K", value)]
+    _run("useradd", *options, "--user-group", "--create-home", "--shell", "/usr/sbin/nologin", "--comment", MARK, name)
+    _read(name).home.chmod(0o700)
+
+
+def _remove(name: str) -> None:
+    if _exists(name):
+        _run("userdel", "--remove", "--force", name)
+
+
+def _run(*command: str) -> None:
+    program = find_program(command[0]) or command[0]
+    done = subprocess.run([program, *command[1:]], text=True, capture_output=True, check=False)
+    if done.returncode not in (0, 12):  # 12: userdel could not remove the home directory or mail spool
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")

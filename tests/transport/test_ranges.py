@@ -1,0 +1,415 @@
+"""Slices cover exactly, positions only advance, and only a proved version continues a file."""
+
+from datetime import UTC, datetime
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bits_async.errors import InvalidArgument
+from bits_async.transport.ranges import (
+    MAX_REQUEST,
+    ContentRange,
+    Detached,
+    Slice,
+    Unsatisfied,
+    Validator,
+    complete,
+    http_date,
+    merge,
+    next_request,
+    parse_content_range,
+    plan,
+    range_header,
+    recover,
+)
+
+MONDAY = "Mon, 02 Nov 2026 10:00:00 GMT"
+MONDAY_SPELLED_OTHERWISE = "Monday, 02-Nov-26 10:00:00 GMT"
+TUESDAY = "Tue, 03 Nov 2026 10:00:00 GMT"
+
+# -- the version
+
+
+@pytest.mark.parametrize(
+    ("validator", "if_range"),
+    [
+        (Validator('"a"', MONDAY, 5), '"a"'),
+        (Validator('"a"', None, None), '"a"'),
+        (Validator('W/"a"', MONDAY, 5), MONDAY),
+        (Validator('W/"a"', None, 5), None),
+        (Validator(None, MONDAY, 5), MONDAY),
+        (Validator(None, "yesterday", 5), None),
+        (Validator(None, None, 5), None),
+        (Validator('""', None, 5), None),
+        (Validator("unquoted", None, 5), None),
+        (Validator('"a"b"', None, 5), None),
+        (Validator('"\u00e4"', None, 5), None),
+        (Validator('"a"\r\nX: y', None, 5), None),
+        (Validator(), None),
+    ],
+)
+def test_only_a_strong_etag_or_a_date_asks_for_the_rest_of_a_version(validator: Validator, if_range: str | None) -> None:
+    assert validator.if_range() == if_range
+    assert validator.resumable == (if_range is not None)
+
+
+@pytest.mark.parametrize(
+    ("pinned", "served", "same"),
+    [
+        # ETag
+        (Validator('"a"', MONDAY, 5), Validator('"a"', MONDAY, 5), True),
+        (Validator('"a"', MONDAY, 5), Validator('"b"', MONDAY, 5), False),
+        (Validator('"a"', MONDAY, 5), Validator('"a"', TUESDAY, 5), True),  # two strong ones decide
+        (Validator('"a"', MONDAY, 5), Validator('"a"', None, 5), True),  # a 206 to If-Range need not repeat Last-Modified
+        (Validator('"a"', MONDAY, 5), Validator('"a"', MONDAY, None), True),
+        (Validator('"a"', MONDAY, None), Validator('"a"', MONDAY, 5), True),
+        (Validator('"a"', MONDAY, 5), Validator('"a"', MONDAY, 6), False),
+        (Validator('"a"', MONDAY, 5), Validator(None, MONDAY, 5), False),  # vanished
+        # weak ETags never prove sameness, but prove a change
+        (Validator('W/"a"', MONDAY, 5), Validator('W/"a"', MONDAY, 5), True),
+        (Validator('W/"a"', MONDAY, 5), Validator('W/"a"', TUESDAY, 5), False),
+        (Validator('W/"a"', MONDAY, 5), Validator('W/"b"', MONDAY, 5), False),
+        (Validator('W/"a"', None, 5), Validator('W/"a"', None, 5), False),
+        (Validator('W/"a"', MONDAY, 5), Validator('"a"', MONDAY, 5), True),  # Apache's tags grow strong a second after the change
+        (Validator('"a"', MONDAY, 5), Validator('W/"a"', MONDAY, 5), True),
+        (Validator('"a"', None, 5), Validator('W/"a"', None, 5), False),
+        (Validator('W/"a"', MONDAY, 5), Validator(None, MONDAY, 5), False),
+        # Last-Modified
+        (Validator(None, MONDAY, 5), Validator(None, MONDAY, 5), True),
+        (Validator(None, MONDAY, 5), Validator(None, MONDAY_SPELLED_OTHERWISE, 5), True),
+        (Validator(None, MONDAY, 5), Validator(None, TUESDAY, 5), False),
+        (Validator(None, MONDAY, 5), Validator(None, MONDAY, 6), False),
+        (Validator(None, MONDAY, 5), Validator(None, MONDAY, None), False),
+        (Validator(None, MONDAY, None), Validator(None, MONDAY, 5), True),
+        (Validator(None, MONDAY, 5), Validator(None, None, 5), False),
+        (Validator(None, MONDAY, 5), Validator('"new"', MONDAY, 5), True),
+        # nothing to compare
+        (Validator(None, None, 5), Validator(None, None, 5), False),
+        (Validator(), Validator(), False),
+    ],
+)
+def test_versions_agree_only_when_it_is_proved(pinned: Validator, served: Validator, same: bool) -> None:
+    assert pinned.agrees(served) is same
+
+
+@pytest.mark.parametrize(
+    ("pinned", "served", "different"),
+    [
+        (Validator('"a"', None, 5), Validator(None, None, None), False),
+        (Validator('"a"', None, 5), Validator('W/"a"', None, 5), False),
+        (Validator('"a"', None, 5), Validator('W/"b"', None, 5), True),
+        (Validator(None, None, 5), Validator(None, None, 6), True),
+        (Validator(None, MONDAY, 5), Validator(None, TUESDAY, 5), False),
+    ],
+)
+def test_what_is_missing_proves_no_change(pinned: Validator, served: Validator, different: bool) -> None:
+    assert pinned.contradicts(served) is different
+
+
+validators = st.builds(
+    Validator,
+    st.sampled_from([None, '"a"', '"b"', 'W/"a"', 'W/"b"', "junk", '""']),
+    st.sampled_from([None, MONDAY, TUESDAY, "never"]),
+    st.sampled_from([None, 0, 5, 6]),
+)
+
+
+@given(validators, validators)
+def test_nothing_both_agrees_and_contradicts(pinned: Validator, served: Validator) -> None:
+    assert not (pinned.agrees(served) and pinned.contradicts(served))
+
+
+@given(validators)
+def test_a_version_that_can_be_asked_for_agrees_with_itself(validator: Validator) -> None:
+    assert validator.agrees(validator) is validator.resumable
+
+
+@pytest.mark.parametrize(
+    ("text", "date"),
+    [
+        ("Sun, 06 Nov 1994 08:49:37 GMT", datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)),
+        ("Sunday, 06-Nov-94 08:49:37 GMT", datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)),
+        ("Sun Nov  6 08:49:37 1994", datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)),
+        ("Sun, 06 Nov 1994 10:49:37 +0200", datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)),
+        ("0", None),
+        ("-1", None),
+        ("Sun, 99 Nov 1994 08:49:37 GMT", None),
+        ("Sun, 06 Nov 99999999999999 08:49:37 GMT", None),
+        ("Sun, 06 Nov 1994 08:49:37 +99999999", None),
+        ("x" * 100, None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_dates_of_all_three_forms_are_read_and_nonsense_is_none(text: str | None, date: datetime | None) -> None:
+    assert http_date(text) == date
+
+
+@given(st.text())
+def test_no_text_breaks_the_reader_of_dates(text: str) -> None:
+    http_date(text)
+
+
+# -- the bytes
+
+
+@given(st.integers(0, 10**13), st.integers(1, 64))
+def test_a_plan_covers_the_file_exactly_in_order_and_nearly_evenly(size: int, parts: int) -> None:
+    slices = plan(size, parts)
+    assert slices[0].start == 0
+    assert slices[-1].end == size
+    assert all(before.end == after.start for before, after in pairwise(slices))
+    lengths = [piece.remaining or 0 for piece in slices]
+    assert max(lengths) - min(lengths) <= 1
+    assert len(slices) == max(1, min(parts, size))
+    assert complete(slices, size) is (size == 0)
+
+
+def test_a_file_of_unknown_size_is_one_open_slice_that_is_never_done() -> None:
+    (piece,) = plan(None, 8)
+    piece.advance(10**6)
+    assert (piece.start, piece.end, piece.done, piece.remaining) == (0, None, False, None)
+    piece.finish_at(10**6)
+    assert piece.done
+
+
+def test_an_empty_file_is_one_slice_done_from_the_start() -> None:
+    assert [piece.done for piece in plan(0, 8)] == [True]
+
+
+@pytest.mark.parametrize(("size", "parts"), [(-1, 1), (5, 0)])
+def test_an_impossible_plan_is_refused(size: int, parts: int) -> None:
+    with pytest.raises(ValueError):
+        plan(size, parts)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "written", "durable"),
+    [(-1, 5, 0, 0), (0, 5, 6, 0), (0, 5, 2, 3), (3, 5, 2, 2), (3, 5, 4, 2), (3, 2, 3, 3)],
+)
+def test_a_slice_with_positions_out_of_order_cannot_be_made(start: int, end: int, written: int, durable: int) -> None:
+    with pytest.raises(ValueError):
+        Slice(start, end, written, durable)
+
+
+@given(st.integers(0, 10**6), st.lists(st.tuples(st.sampled_from(["advance", "checkpoint"]), st.integers(-5, 1000))))
+def test_positions_never_fall_and_durable_never_passes_written(start: int, moves: list[tuple[str, int]]) -> None:
+    piece = Slice.fresh(start, start + 5000)
+    for move, count in moves:
+        before = (piece.written, piece.durable)
+        try:
+            if move == "advance":
+                piece.advance(count)
+            else:
+                piece.checkpoint(piece.durable + count)
+        except ValueError:
+            assert (piece.written, piece.durable) == before
+        assert piece.written >= before[0]
+        assert piece.durable >= before[1]
+        assert piece.start <= piece.durable <= piece.written <= start + 5000
+
+
+def test_the_end_of_a_slice_is_learned_once() -> None:
+    piece = Slice.fresh()
+    piece.advance(5)
+    with pytest.raises(ValueError):
+        piece.finish_at(4)
+    piece.finish_at(9)
+    piece.finish_at(9)
+    with pytest.raises(ValueError):
+        piece.finish_at(10)
+
+
+@pytest.mark.parametrize(
+    ("piece", "size", "request_range"),
+    [
+        (Slice.fresh(), None, (0, None)),
+        (Slice.fresh(0, 100), 100, (0, None)),
+        (Slice(0, 100, 40, 0), 100, (40, 100)),
+        (Slice.fresh(50, 100), 100, (50, 100)),
+        (Slice.fresh(0, 50), 100, (0, 50)),
+        (Slice(0, None, 40, 40), None, (40, 40 + MAX_REQUEST)),
+        (Slice.fresh(0, MAX_REQUEST), MAX_REQUEST, (0, None)),
+        (Slice.fresh(0, 5 * MAX_REQUEST), 5 * MAX_REQUEST, (0, MAX_REQUEST)),
+        (Slice(0, 5 * MAX_REQUEST, 7, 7), 5 * MAX_REQUEST, (7, 7 + MAX_REQUEST)),
+        (Slice(0, MAX_REQUEST + 5, MAX_REQUEST, 0), MAX_REQUEST + 5, (MAX_REQUEST, MAX_REQUEST + 5)),
+    ],
+)
+def test_one_request_asks_for_all_the_rest_up_to_two_gib(
+    piece: Slice, size: int | None, request_range: tuple[int, int | None]
+) -> None:
+    assert next_request(piece, size) == request_range
+
+
+def test_a_slice_that_is_done_asks_for_nothing() -> None:
+    with pytest.raises(ValueError):
+        next_request(Slice(0, 5, 5, 0), 5)
+
+
+@given(st.integers(1, 20 * MAX_REQUEST), st.integers(1, 5), st.data())
+def test_requests_in_sequence_fetch_each_byte_exactly_once(size: int, parts: int, data: st.DataObject) -> None:
+    fetched: list[tuple[int, int]] = []
+    slices = plan(size, parts)
+    for piece in slices:
+        cuts = 0
+        while not piece.done:
+            start, end = next_request(piece, size)
+            end = size if end is None else end
+            assert 0 < end - start <= MAX_REQUEST
+            got = end - start
+            if cuts < 3 and data.draw(st.booleans()):  # the connection is cut, the rest is asked for again
+                cuts, got = cuts + 1, data.draw(st.integers(0, got))
+            piece.advance(got)
+            fetched.append((start, start + got))
+    assert complete(slices, size)
+    fetched = sorted(pair for pair in fetched if pair[0] < pair[1])
+    assert fetched[0][0] == 0
+    assert fetched[-1][1] == size
+    assert all(before[1] == after[0] for before, after in pairwise(fetched))
+
+
+@st.composite
+def some_progress(draw: st.DrawFn) -> list[Slice]:
+    edges = sorted(draw(st.sets(st.integers(0, 10_000), min_size=2, max_size=8)))
+    slices = []
+    for start, end in pairwise(edges):
+        written = draw(st.integers(start, end))
+        slices.append(Slice(start, end, written, draw(st.integers(start, written))))
+    return draw(st.permutations(slices))
+
+
+def durable_bytes(slices: list[Slice] | tuple[Slice, ...]) -> set[int]:
+    return {position for piece in slices for position in range(piece.start, piece.durable)}
+
+
+@given(some_progress())
+def test_merging_keeps_every_durable_byte_and_the_extent(slices: list[Slice]) -> None:
+    merged = merge(slices)
+    assert durable_bytes(merged) == durable_bytes(slices)
+    assert min(piece.start for piece in slices) == merged[0].start
+    assert max(piece.end or 0 for piece in slices) == merged[-1].end
+    assert merge(merged) == merged
+    assert not any(before.durable == before.end == after.start for before, after in pairwise(merged))
+
+
+def test_merging_makes_new_slices() -> None:
+    mine = Slice.fresh(0, 5)
+    (merged,) = merge([mine])
+    merged.advance(5)
+    assert mine.written == 0
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [[Slice.fresh(0, 5), Slice.fresh(4, 9)], [Slice.fresh(0, None), Slice.fresh(4, 9)], [Slice.fresh(1, 5), Slice.fresh(1, 5)]],
+)
+def test_overlapping_slices_are_not_merged(slices: list[Slice]) -> None:
+    with pytest.raises(ValueError, match="overlap"):
+        merge(slices)
+
+
+@pytest.mark.parametrize(
+    ("slices", "size", "whole"),
+    [
+        ([Slice(0, 5, 5, 0), Slice(5, 9, 9, 9)], 9, True),
+        ([Slice(5, 9, 9, 9), Slice(0, 5, 5, 0)], 9, True),
+        ([Slice(0, 5, 5, 0), Slice(6, 9, 9, 9)], 9, False),
+        ([Slice(0, 5, 5, 0), Slice(4, 9, 9, 9)], 9, False),
+        ([Slice(0, 5, 4, 0), Slice(5, 9, 9, 9)], 9, False),
+        ([Slice(0, 9, 9, 9)], 8, False),
+        ([Slice(0, 9, 9, 9)], 10, False),
+        ([Slice(0, None, 9, 9)], 9, False),
+        ([], 0, True),
+        ([], 1, False),
+    ],
+)
+def test_a_file_is_whole_only_without_hole_overlap_or_excess(slices: list[Slice], size: int, whole: bool) -> None:
+    assert complete(slices, size) is whole
+
+
+@pytest.mark.parametrize(
+    ("slices", "length", "same_boot", "trusted"),
+    [
+        ([Slice(0, 100, 10, 10)], 60, True, (Slice(0, 100, 60, 10),)),
+        ([Slice(0, 100, 10, 10)], 60, False, (Slice(0, 100, 10, 10),)),
+        ([Slice(0, None, 10, 10)], 60, True, (Slice(0, None, 60, 10),)),
+        ([Slice(0, 100, 10, 10)], 160, True, (Slice(0, 100, 100, 10),)),
+        ([Slice(0, 100, 10, 10)], 9, True, None),
+        ([Slice(0, 100, 10, 10)], 9, False, None),
+        ([Slice(0, 100, 0, 0)], 0, True, (Slice(0, 100, 0, 0),)),
+        ([Slice(0, 50, 20, 10), Slice(50, 100, 80, 70)], 80, True, (Slice(0, 50, 10, 10), Slice(50, 100, 70, 70))),
+        ([Slice(0, 50, 20, 10), Slice.fresh(50, 100)], 20, True, (Slice(0, 50, 10, 10), Slice(50, 100, 50, 50))),
+        ([Slice(0, 50, 20, 10), Slice(50, 100, 80, 70)], 60, True, None),
+    ],
+)
+def test_after_a_crash_the_length_is_trusted_and_after_a_reboot_only_the_journal(
+    slices: list[Slice], length: int, same_boot: bool, trusted: tuple[Slice, ...] | None
+) -> None:
+    assert recover(slices, length=length, same_boot=same_boot) == trusted
+
+
+def test_detached_is_a_value() -> None:
+    assert Detached(None, b"ab", 5) == Detached(None, b"ab", 5)
+
+
+# -- their text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("bytes 0-99/200", ContentRange(0, 100, 200)),
+        ("bytes 100-199/200", ContentRange(100, 200, 200)),
+        ("Bytes  0-0/1 ", ContentRange(0, 1, 1)),
+        ("bytes 0-99/*", ContentRange(0, 100, None)),
+        ("bytes */200", Unsatisfied(200)),
+        ("bytes */0", Unsatisfied(0)),
+        ("bytes 5368709120-5368709121/5368709122", ContentRange(5368709120, 5368709122, 5368709122)),
+    ],
+)
+def test_content_ranges_are_read(text: str, value: ContentRange | Unsatisfied) -> None:
+    assert parse_content_range(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "bytes",
+        "bytes */*",
+        "bytes 0-99",
+        "bytes=0-99/200",
+        "items 0-99/200",
+        "bytes 99-0/200",
+        "bytes 0-200/200",
+        "bytes 0-99/50",
+        "bytes -5/200",
+        "bytes +0-99/200",
+        "bytes 0-99/200, bytes 100-199/200",
+        "bytes 0-9 9/200",
+        "bytes \u0660-\u0669/200",
+        "bytes 0-" + "9" * 5000 + "/*",
+    ],
+)
+def test_content_ranges_that_mean_nothing_are_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_content_range(text)
+
+
+@given(st.integers(0, 10**15), st.integers(1, 10**15), st.integers(0, 10**15))
+def test_a_range_that_was_asked_is_the_range_that_is_understood(start: int, length: int, more: int) -> None:
+    first, _, last = range_header(start, start + length).removeprefix("bytes=").partition("-")
+    answer = parse_content_range(f"bytes {first}-{last}/{start + length + more}")
+    assert answer == ContentRange(start, start + length, start + length + more)
+
+
+def test_an_open_range_has_no_end() -> None:
+    assert range_header(7, None) == "bytes=7-"
+
+
+@pytest.mark.parametrize(("start", "end"), [(-1, None), (5, 5), (5, 4)])
+def test_a_range_without_a_byte_cannot_be_asked(start: int, end: int | None) -> None:
+    with pytest.raises(InvalidArgument):
+        range_header(start, end)
