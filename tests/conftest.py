@@ -1,6 +1,7 @@
 """What every test has: a guard of the event loop, a check for leaks, directories, users, certificates, and the realm.
 
-The peers on loopback are classes, made by the test that needs them (`peers.py`); the servers of the realm are fixtures of the session.
+The peers on loopback are classes, made by the test that needs them (`peers.py`); the servers of the realm are fixtures of
+the session.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
@@ -19,6 +21,12 @@ from tests import acceptor
 from tests.left_out import LeftOut
 from tests.peers import Authority, SilentKdc
 from tests.realms import SILENT_REALM, Apache, MitKdc, Squid, make_world_directory, write_krb5_conf
+
+if TYPE_CHECKING:
+    from tests.local_users import LocalUser  # imports pwd and fcntl
+
+pytest_plugins = ["pytester"]
+LEAK_PATIENCE = 5.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,7 +70,8 @@ def _descriptors() -> set[str]:
 
 @pytest.fixture
 async def no_leaks() -> AsyncIterator[None]:
-    """After the test no thread, task, socket or file descriptor is left that was not there before; they have five seconds to go.
+    """After the test no thread, task, socket or file descriptor is left that was not there before; they have LEAK_PATIENCE
+    seconds to go.
 
     Name it first, so that it looks last.
     """
@@ -71,7 +80,7 @@ async def no_leaks() -> AsyncIterator[None]:
     loop_tasks = asyncio.all_tasks()
     before = _threads() | _descriptors()
     yield
-    end = time.monotonic() + 5
+    end = time.monotonic() + LEAK_PATIENCE
     while True:
         gc.collect()
         tasks = {repr(task) for task in asyncio.all_tasks() - loop_tasks if task is not asyncio.current_task()}
@@ -179,6 +188,8 @@ class Squids:
         return self._running[auth]
 
     def stop(self) -> None:
+        for server in self._running.values():
+            server.ask_to_stop()
         for server in self._running.values():
             server.stop()
 

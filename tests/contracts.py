@@ -1,6 +1,7 @@
 """What every implementation of a seam promises. A test class inherits the contract and says how to make one.
 
-Knows no implementation. `StoreContract` wants a fixture `journal`: a function that makes a new, closed store on the same journal each time.
+Knows no implementation. `StoreContract` wants a fixture `journal`: a function that makes a new, closed store on the
+same journal each time.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Real users of this machine, made for the tests and removed after them.
 
-Runs of the tests may overlap, and a run may have been killed: the users are marked by their GECOS field, taken over where they exist,
-shared under a lock, and removed by the last run that used them.
+Runs of the tests may overlap, and a run may have been killed: the users are marked by their GECOS field, taken over where
+they exist, shared, and removed by the last run that used them.
 """
 
 import fcntl
@@ -37,17 +37,23 @@ class LocalUser:
 @contextmanager
 def local_users() -> Iterator[Mapping[str, LocalUser]]:
     """The users, while the `with` block runs."""
-    with _lock() as lock:
-        users = _take(lock)
+    with _lock_file("use") as use:
+        with _change():
+            fcntl.flock(use, fcntl.LOCK_SH)
+            for name in NAMES:
+                _make(name)
         try:
-            yield users
+            yield {name: _read(name) for name in NAMES}
         finally:
-            _give_back(lock)
+            with _change():
+                if _is_last(use):
+                    for name in NAMES:
+                        _remove(name)
 
 
 @contextmanager
-def _lock() -> Iterator[int]:
-    path = Path(tempfile.gettempdir()) / "bits-async-test-users.lock"
+def _lock_file(purpose: str) -> Iterator[int]:
+    path = Path(tempfile.gettempdir()) / f"bits-async-test-users.{purpose}"
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         yield lock
@@ -55,24 +61,20 @@ def _lock() -> Iterator[int]:
         os.close(lock)
 
 
-def _take(lock: int) -> Mapping[str, LocalUser]:
-    while True:
+@contextmanager
+def _change() -> Iterator[None]:
+    """Only one run at a time begins or ends its use, so nobody removes users that another has just found to exist."""
+    with _lock_file("change") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for name in NAMES:
-            _make(name)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        # Changing the kind of lock lets go of it for a moment, in which another run that ends may have removed the users.
-        if all(_exists(name) for name in NAMES):
-            return {name: _read(name) for name in NAMES}
+        yield
 
 
-def _give_back(lock: int) -> None:
+def _is_last(use: int) -> bool:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return  # another run still uses them, and will remove them
-    for name in NAMES:
-        _remove(name)
+        return False
+    return True
 
 
 def _exists(name: str) -> bool:

@@ -180,9 +180,15 @@ class Server:
             raise ServerFailed(f"{command[0]}: {done.stderr}")
         return done.stdout
 
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
+    def ask_to_stop(self) -> None:
+        """So that several servers end at the same time; `stop` waits."""
+        if not self._ended():
+            assert self.process is not None
             self.process.terminate()
+
+    def stop(self) -> None:
+        self.ask_to_stop()
+        if self.process is not None:
             try:
                 self.process.wait(5)
             except subprocess.TimeoutExpired:

@@ -130,8 +130,11 @@ def guard_directory(directory: Path, *, make_parents: bool = False) -> None:
     _check(directory, _look(directory), kind=stat.S_ISDIR, forbidden=OTHERS_WRITE)
 
 
-def make_private(path: Path) -> None:
+def make_private(path: Path) -> bool:
     """Makes an empty file (0600) that is ours alone; a file that exists is checked instead.
+
+    Returns:
+        Whether it was made.
 
     Raises:
         StoreError: what exists is not a regular file of ours that nobody else may write.
@@ -140,8 +143,10 @@ def make_private(path: Path) -> None:
         os.close(_create(path))
     except FileExistsError:
         check_private(path)
+        return False
     except OSError as exc:
         raise os_fault(exc, path, "create") from scrub(exc)
+    return True
 
 
 def check_private(path: Path, *, forbidden: int = OTHERS_WRITE) -> None:

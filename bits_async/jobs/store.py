@@ -271,12 +271,14 @@ class SqliteStore:
     """
 
     def __init__(self, path: StrPath, *, make_parents: bool = False) -> None:
-        self._path = Path(os.path.abspath(path))
+        whole = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+        self._path = Path(os.path.normpath(whole))
         self._make_parents = make_parents
         self._box: SecretBox | None = None
         self._db: aiosqlite.Connection | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._lock_file: int | None = None
+        self._made: list[Path] = []  # empty files that an open under way has made
         self._turn = asyncio.Lock()
         self._lost = _Lost()
 
@@ -313,6 +315,7 @@ class SqliteStore:
         except BaseException:
             await _finish(self._shut())
             raise
+        self._made.clear()
 
     async def close(self) -> None:
         """See `Store.close`."""
@@ -361,7 +364,8 @@ class SqliteStore:
         guard_directory(self.path.parent, make_parents=self._make_parents)
         self._lock_file = take_lock(self._side(".lock"), self.path)
         for name in ("", "-wal", "-shm"):
-            make_private(self._side(name))
+            if make_private(self._side(name)):
+                self._made.append(self._side(name))
         self._check_files()
         sync_directory(self.path.parent)
 
@@ -421,6 +425,7 @@ class SqliteStore:
                         await db.close()
             if remove:
                 await self._in_thread(self._delete)
+            await self._in_thread(self._unmake)
         finally:
             await self._in_thread(partial(self._release, remove=remove))
             self._pool, self._box = None, None
@@ -433,6 +438,13 @@ class SqliteStore:
             except OSError as exc:
                 raise os_fault(exc, self._side(name), "delete") from scrub(exc)
         sync_directory(self.path.parent)
+
+    def _unmake(self) -> None:
+        """After an open that failed: beside another program's database an empty log would mean something to SQLite."""
+        while self._made:
+            made = self._made.pop()
+            if made.exists() and made.stat().st_size == 0:
+                made.unlink()
 
     def _release(self, *, remove: bool) -> None:
         if self._lock_file is not None:
@@ -1032,7 +1044,7 @@ def _job(row: Row) -> JobRecord:
         priority=JobPriority(row["priority"]),
         state=JobState(row["state"]),
         resumed=bool(row["resumed"]),
-        helper_flags=HelperTokenFlags(row["helper_flags"]),
+        helper_flags=_flags(row["helper_flags"]),
         proxy=ProxySettings(
             ProxyUsage(row["proxy_usage"]),
             tuple(json.loads(row["proxy_list"])),
@@ -1050,6 +1062,13 @@ def _job(row: Row) -> JobRecord:
         stalled=row["stalled"],
         active=row["active"],
     )
+
+
+def _flags(value: int) -> HelperTokenFlags:
+    flags = HelperTokenFlags(value)
+    if flags.value != value:  # some versions of Python drop unknown bits
+        raise ValueError("unknown helper flags")
+    return flags
 
 
 def _error(row: Row) -> BitsError | None:

@@ -182,7 +182,11 @@ class Attempt:
             try:
                 await self._request(download, party)
             except FileChanged as change:
-                await self._restart(download, files, change.reason)
+                if change.changed:
+                    await self._restart(download, files, change.reason)
+                else:
+                    # the server cannot go on where we stopped; bounded by the number of broken connections
+                    await self._anew(download, files, change.reason)
             except AlreadyComplete as done:
                 if done.total != download.piece.written:
                     await self._restart(download, files, "the file's size on the server is another one")

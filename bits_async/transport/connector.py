@@ -1,20 +1,20 @@
 """Opens a lane's connection: names, TCP, the legs of CONNECT, TLS; keeps the certificates that channel binding needs.
 
-aiohttp sends one CONNECT and hangs up on any status but 200, so a login at a proxy is impossible with it. Here `_create_connection`
-is overridden, and nothing else: the connection is opened before the request, with as many CONNECT legs on it as the login needs, and
-handed over when aiohttp asks for it. So a connection is known, with its certificates, before the first header is written for it.
+aiohttp sends one CONNECT and hangs up on any status but 200, so a login at a proxy is impossible with it. Here
+`_create_connection` is overridden, and nothing else: the connection is opened before the request, with as many CONNECT legs on it
+as the login needs, and handed over when aiohttp asks for it. So a connection is known, with its certificates, before the first
+header is written for it.
 
 This is the only module that opens sockets to peers. It knows the route and the logins; it never sees the file that is fetched.
 """
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from ssl import SSLContext
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 
 import aiohappyeyeballs
@@ -53,10 +53,15 @@ HAPPY_EYEBALLS_DELAY: Final = 0.25
 KEEPALIVE: Final = 86_400.0  # the lane decides when an idle connection goes; aiohttp's own clock must not be the earlier one
 READ_SIZE: Final = 64 * 1024
 
-try:
-    USER_AGENT: Final = f"bits_async/{version('bits-async')}"
-except PackageNotFoundError:  # a copied source tree without metadata still works
-    USER_AGENT = "bits_async"
+
+def _user_agent() -> str:
+    try:
+        return f"bits_async/{version('bits-async')}"
+    except PackageNotFoundError:
+        return "bits_async"  # a copied source tree without metadata works too
+
+
+USER_AGENT: Final = _user_agent()
 
 
 # -- errors at this seam ------------------------------------------------------------------------------------------------------
@@ -233,10 +238,6 @@ class Link(asyncio.Protocol):
             raise ConnectionResetError("closed")
         self.transport.write(data)
 
-    def abort(self) -> None:
-        if self.transport is not None:
-            self.transport.abort()
-
 
 @dataclass(frozen=True)
 class ConnectAnswer:
@@ -402,7 +403,7 @@ class LaneConnector(aiohttp.TCPConnector):
         self._tls = tls
         self._proxy_login = proxy_login
         self._current: ResponseHandler | None = None
-        self._transports: list[asyncio.Transport] = []
+        self._wire: asyncio.Transport | None = None  # TCP itself, under all TLS: to abort it always works
         self._fresh = False
 
     # -- for the lane
@@ -436,9 +437,9 @@ class LaneConnector(aiohttp.TCPConnector):
     def drop(self) -> None:
         """Closes the connection at once; without the farewell of TLS, which a peer may draw out."""
         self._current, self._fresh = None, False
-        for transport in reversed(self._transports):
-            transport.abort()
-        self._transports.clear()
+        if self._wire is not None:
+            self._wire.abort()
+            self._wire = None
 
     # -- opening
 
@@ -490,25 +491,12 @@ class LaneConnector(aiohttp.TCPConnector):
 
     async def _secure(self, transport: asyncio.Transport, link: Link, url: str, timeouts: Timeouts) -> None:
         """TLS with the origin, inside the tunnel."""
-        loop = asyncio.get_running_loop()
         protocol = self._factory()
         with network_errors(url, f"agree on TLS with the server {connect_target(url)}"):
-            context = self._tls.effective()
             if link.pending:
                 raise bad_proxy_answer(url, "bytes follow the tunnel's head")
             async with asyncio.timeout(timeouts.connect):
-                inner = await loop.start_tls(
-                    transport,
-                    protocol,
-                    context,
-                    server_hostname=_certified_name(url),
-                    ssl_handshake_timeout=timeouts.connect,
-                    ssl_shutdown_timeout=SHUTDOWN_TIMEOUT,
-                )
-            if inner is None:
-                raise ConnectionAbortedError("closed in the handshake")
-        self._transports.append(cast(asyncio.Transport, inner))
-        protocol.connection_made(inner)
+                inner = await self._start_tls(transport, protocol, url)
         self._current = protocol
         self.peer_certificate = peer_certificate(inner)
 
@@ -516,19 +504,28 @@ class LaneConnector(aiohttp.TCPConnector):
         """A connection to the peer of the route (a URL), with TLS where its scheme says so."""
         loop, tls = asyncio.get_running_loop(), peer[:6].lower() == "https:"
         connected = await _connected_socket(*authority(peer))
+        protocol = factory()
         try:
-            transport, protocol = await loop.create_connection(
-                factory,
-                sock=connected,
-                ssl=self._tls.effective() if tls else None,
-                server_hostname=_certified_name(peer) if tls else None,
-                ssl_shutdown_timeout=SHUTDOWN_TIMEOUT if tls else None,
-            )
+            self._wire, _ = await loop.create_connection(asyncio.Protocol if tls else lambda: protocol, sock=connected)
         except BaseException:
             connected.close()
             raise
-        self._transports.append(transport)
+        transport = await self._start_tls(self._wire, protocol, peer) if tls else self._wire
         return transport, protocol
+
+    async def _start_tls(self, transport: asyncio.Transport, protocol: asyncio.Protocol, url: str) -> asyncio.Transport:
+        """TLS over what stands already, with the host of the URL. The deadline is the caller's."""
+        inner = await asyncio.get_running_loop().start_tls(
+            transport,
+            protocol,
+            self._tls.effective(),
+            server_hostname=authority(url)[0].removesuffix("."),  # a trailing dot is the resolver's affair
+            ssl_shutdown_timeout=SHUTDOWN_TIMEOUT,
+        )
+        if inner is None:
+            raise ConnectionAbortedError("closed in the handshake")
+        protocol.connection_made(inner)
+        return inner
 
     # -- for aiohttp
 
@@ -541,11 +538,6 @@ class LaneConnector(aiohttp.TCPConnector):
             raise aiohttp.ServerDisconnectedError
         self._fresh = False
         return current
-
-
-def _certified_name(url: str) -> str:
-    """The host as certificates name it: a trailing dot is the resolver's affair."""
-    return authority(url)[0].removesuffix(".")
 
 
 async def _connected_socket(host: str, port: int) -> socket.socket:

@@ -1,12 +1,12 @@
 """Requests on one connection of one identity, its challenges answered, its answers judged: `get(asked)` gives a `Body`.
 
-A lane is one `aiohttp.ClientSession` over one `LaneConnector`, never more than one connection, requests one after the other. Logins of the
-NTLM kind belong to the connection they were made on, so whoever shares it is logged in as somebody else: a lane is used for exactly one
-key (token instance, what may be shown at both seats, rules, TLS settings, origin, proxy), and for no other, ever. That is the first
-security property of the product.
+A lane is one `aiohttp.ClientSession` over one `LaneConnector`: never more than one connection, requests one after the other.
+Logins of the NTLM kind belong to the connection they were made on, so whoever shares it is logged in as somebody else. A lane is
+therefore used for exactly one key (token instance, what may be shown at both seats, rules, TLS settings, origin, proxy), and for
+no other, ever. That is the first security property of the product.
 
-`Lanes` keeps lanes between requests, bounds them per host, and follows redirects; a new origin is a new lane, so nothing travels with
-the old one. This module knows no job and no local file, and it decides nothing about an answer: `answers.judge` does.
+`Lanes` keeps lanes between requests, bounds them per host, and follows redirects; a new origin is a new lane, so nothing travels
+with the old one. This module knows no job and no local file, and decides nothing about an answer: `answers.judge` does.
 """
 
 import asyncio
@@ -31,6 +31,7 @@ from ..errors import (
     ErrorCode,
     ErrorContext,
     ManagerClosed,
+    NetworkError,
     error_from_network,
     error_from_status,
     make_error,
@@ -134,7 +135,7 @@ class Network(Protocol):
         ...
 
     async def forget(self, token: Token) -> None:
-        """A token or one of its credentials was replaced or removed: connections made with it are closed when this returns (T25)."""
+        """A token or credential was replaced or removed: connections made with it are closed when this returns (T25)."""
         ...
 
     async def aclose(self) -> None: ...
@@ -281,8 +282,8 @@ def rest_of(content: aiohttp.StreamReader) -> bytes:
 
 @dataclass(frozen=True)
 class LaneKey:
-    """What two requests must have in common to use the same connection. Compared by equality; the token and the TLS context are equal
-    only to themselves."""
+    """What two requests must have in common to use the same connection: they must be equal in all of it. A token and a TLS context
+    are equal only to themselves."""
 
     token: Token
     shown: tuple[tuple[Seat, str, str, bool], ...]
@@ -397,21 +398,17 @@ class Lane:
     async def _exchange(self, asked: Asked) -> aiohttp.ClientResponse:
         """One request and the head of its answer.
 
-        A kept connection may have been closed by the peer at the very moment it is used again; then, and only then, the request is made
-        once more on a new one. It is a GET: asking twice does no harm, and the logins know that the connection is another.
+        A kept connection may have been closed by the peer at the very moment it is used again; then, and only then, the request
+        is made once more on a new one. It is a GET: asking twice does no harm, and the logins know that the connection changed.
         """
-        reused = self._connector.ready
-        if not reused:
-            await self._connect(asked.url)
-        try:
-            return await self._send(asked)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
-            lost = exc
-        if not reused:
-            throw(_wire_error(lost, asked.url, "get an answer"), lost)
+        if self._connector.ready:
+            try:
+                return await self._send(asked)
+            except NetworkError as error:
+                if error.code != ErrorCode.BG_E_CONNECTION_CLOSED:
+                    raise
         await self._connect(asked.url)
-        with wire_errors(asked.url, "get an answer"):
-            return await self._send(asked)
+        return await self._send(asked)
 
     async def _connect(self, url: str) -> None:
         await self._connector.open(url, self.timeouts)
@@ -420,7 +417,6 @@ class Lane:
             login.opened(self._connector.proxy_certificate if proxy else self._connector.peer_certificate)
 
     async def _send(self, asked: Asked) -> aiohttp.ClientResponse:
-        """Lets the two errors of a lost connection through; the caller knows whether they are a surprise."""
         url = yarl.URL(asked.url, encoded=True)
         headers = {"User-Agent": USER_AGENT, **asked.headers()}
         for login in self._logins:
@@ -431,19 +427,14 @@ class Lane:
         if self._route.forwarded:
             headers["Proxy-Connection"] = "keep-alive"
         proxy = yarl.URL(self._route.proxy) if self._route.forwarded and self._route.proxy else None
-        try:
+        with wire_errors(asked.url, "get an answer"):
             async with asyncio.timeout(self.timeouts.response):
                 return await self._session.get(url, headers=headers, proxy=proxy, allow_redirects=False)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-            raise
-        except (aiohttp.ClientError, OSError) as exc:
-            failed = exc
-        throw(_wire_error(failed, asked.url, "get an answer"), failed)
 
     # -- after an answer
 
     async def settle(self, response: aiohttp.ClientResponse, limit: int, seconds: float) -> None:
-        """Reads a body that nobody wants, so that the connection can go on; larger or slower than that: the connection goes (T26)."""
+        """Reads a body that nobody wants, so that the connection can go on; a larger or slower one costs the connection (T26)."""
         left = limit
         try:
             announced = response.content_length
@@ -545,7 +536,7 @@ class _Host:
 class Lanes:
     """The real `Network`: lanes kept per key, bounded per host, closed when they idle.
 
-    Belongs to one event loop. `refusals` and `tickets` are shared by all of its lanes; tickets that it made itself it also closes.
+    Belongs to one event loop. `refusals` and `tickets` are shared by all of its lanes; tickets that it made it also closes.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import ssl
 from dataclasses import dataclass
 
 SHUTDOWN_TIMEOUT = 1.0
-"""Seconds a closing connection waits for the peer's close_notify; an HTTP body has its own end, so nothing is lost by not waiting."""
+"""Seconds a closing connection waits for the peer's close_notify; an HTTP body has an end of its own, so nothing is lost."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TlsSettings:
 
     @property
     def key(self) -> object:
-        """What lanes are told apart by: the context itself. Equal looking contexts of a caller may differ in what cannot be read back."""
+        """What lanes are told apart by: the context itself; two that look alike may differ in what cannot be read back."""
         return self.effective()
 
 

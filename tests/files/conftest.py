@@ -1,6 +1,7 @@
 """Real files, and real threads of the process's own token."""
 
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,13 @@ async def part(files: TokenExecutor, tmp_path: Path) -> AsyncIterator[PartFile]:
     part = await PartFile.create(files, tmp_path / "file.iso", JOB)
     yield part
     await part.close()
+
+
+@pytest.fixture
+def small_volume(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB, for `privileged` tests."""
+    path = tmp_path / "volume"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)

@@ -31,7 +31,7 @@ async def refused(files: TokenExecutor, destination: Path) -> LocalFileError:
     return error
 
 
-# -- making ----------------------------------------------------------------------------------------------------------------------
+# -- making --------------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_new_part_file_is_private_and_beside_its_destination(part: PartFile, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ async def test_t15_a_directory_is_not_opened_through_a_magic_link(files: TokenEx
     assert os.listdir(tmp_path) == []
 
 
-# -- finding again ---------------------------------------------------------------------------------------------------------------
+# -- finding again -------------------------------------------------------------------------------------------------------------
 
 
 async def left_behind(files: TokenExecutor, destination: Path, data: bytes = b"0123456789") -> PartRecord:
@@ -267,7 +267,7 @@ async def test_a_directory_that_cannot_be_opened_is_an_error_and_not_a_reason_to
     await part.close()
 
 
-# -- throwing away ---------------------------------------------------------------------------------------------------------------
+# -- throwing away -------------------------------------------------------------------------------------------------------------
 
 
 async def test_discard_deletes_the_part_file_and_closes_it(part: PartFile, tmp_path: Path) -> None:

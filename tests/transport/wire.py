@@ -72,7 +72,8 @@ class Connection:
         await self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
     def cut(self) -> None:
-        self.writer.transport.abort()
+        with suppress(AttributeError):  # asyncio's TLS transport, when it was closed twice
+            self.writer.transport.abort()
 
 
 Handler = Callable[[Connection], Awaitable[None]]

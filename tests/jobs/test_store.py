@@ -1,0 +1,755 @@
+import asyncio
+import contextlib
+import logging
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from blockbuster import blockbuster_ctx
+
+from bits_async.auth.policy import AuthScheme, AuthTarget, Origin
+from bits_async.errors import ErrorCode, ErrorContext, InvalidState, NotFound, StoreError, make_error
+from bits_async.files import PartRecord
+from bits_async.identity.tokens import HelperTokenFlags
+from bits_async.jobs import store as store_module
+from bits_async.jobs.model import FileRecord, GrantRemoved, JobPriority, JobRecord, JobRemoved, JobState, StoredJob
+from bits_async.jobs.secrets import make_private
+from bits_async.jobs.store import APPLICATION_ID, SCHEMA, SqliteStore, Store
+from bits_async.transport.proxies import ProxySettings
+from bits_async.transport.ranges import Slice, Validator
+from tests.contracts import ALICE, BOB, Journal, StoreContract, a_file, a_grant, a_job, look
+
+RELEASED = Path(__file__).parent / "journals"
+RELEASED_KEY = bytes(range(32))
+SOMEBODY = 54321
+SIDES = ("", "-wal", "-shm", ".lock", ".key")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "state").mkdir(mode=0o700)
+    return tmp_path / "state" / "jobs.db"
+
+
+@asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[SqliteStore]:
+    store = SqliteStore(path)
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def refused(path: Path) -> StoreError:
+    """The error of opening; nothing may be left open after it."""
+    with pytest.raises(StoreError) as caught:
+        await SqliteStore(path).open()
+    await until(lambda: not store_threads())
+    return caught.value
+
+
+def side(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def store_threads() -> list[str]:
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith("bits-store") or "connection_worker" in thread.name
+    ]
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < deadline, "did not happen in time"
+        await asyncio.sleep(0.005)
+
+
+@contextlib.contextmanager
+def raw(path: Path) -> Iterator[sqlite3.Connection]:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        yield db
+
+
+class TestSqliteStore(StoreContract):
+    """The journal in a file keeps every promise of a journal."""
+
+    @pytest.fixture
+    def journal(self, path: Path) -> Journal:
+        def make() -> Store:
+            return SqliteStore(path)
+
+        return make
+
+
+# -- the files
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o777], ids=oct)
+async def test_t13_every_file_of_the_journal_is_for_its_owner_only_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    path = tmp_path / "made" / "jobs.db"
+    before = os.umask(umask)
+    try:
+        for _ in range(2):  # SQLite makes some of them anew
+            async with opened(path) as store:
+                await store.save(a_job())
+                assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in path.parent.iterdir()} == {
+                    side(path, suffix).name: 0o600 for suffix in SIDES
+                }
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("suffix", [*SIDES, "-journal"])
+@pytest.mark.parametrize("fault", ["writable", "link", "dangling"])
+async def test_t13_a_file_that_somebody_else_could_have_written_is_refused(path: Path, suffix: str, fault: str) -> None:
+    async with opened(path) as store:
+        await store.save(a_job())
+    suspect, elsewhere = side(path, suffix), path.parent / "elsewhere"
+    if fault == "writable":
+        make_private(suspect)
+        suspect.chmod(0o620)
+    else:
+        if suspect.exists():
+            suspect.rename(elsewhere)
+        elif fault == "link":
+            make_private(elsewhere)
+        if fault == "dangling":
+            elsewhere.unlink(missing_ok=True)
+        suspect.symlink_to(elsewhere)
+    error = await refused(path)
+    assert (error.path, error.code) == (suspect, ErrorCode.ERROR_DIRECTORY)
+    assert str(suspect) in str(error)
+    assert "another journal" in str(error) or "real path" in str(error)
+    assert elsewhere.exists() == (fault == "link")
+
+
+@pytest.mark.privileged
+@pytest.mark.parametrize("suffix", SIDES)
+async def test_t13_a_file_of_somebody_else_is_refused_for_root_too(path: Path, suffix: str) -> None:
+    async with opened(path):
+        pass
+    make_private(side(path, suffix))
+    os.chown(side(path, suffix), SOMEBODY, SOMEBODY)
+    error = await refused(path)
+    assert error.path == side(path, suffix)
+    assert f"belongs to uid {SOMEBODY}" in str(error)
+
+
+@pytest.mark.privileged
+async def test_t13_a_forged_journal_in_a_directory_of_somebody_else_is_refused_for_root_too(path: Path) -> None:
+    async with opened(path) as store:
+        await store.save(a_job())
+    os.chown(path.parent, SOMEBODY, SOMEBODY)
+    error = await refused(path)
+    assert error.path == path.parent
+
+
+async def test_t13_nothing_is_opened_or_made_before_the_directory_was_checked(path: Path) -> None:
+    path.parent.chmod(0o777)
+    assert (await refused(path)).path == path.parent
+    assert os.listdir(path.parent) == []
+
+
+async def test_t13_what_the_schema_names_is_not_trusted_and_what_is_removed_is_overwritten(path: Path) -> None:
+    async with opened(path) as store:
+        values = {
+            name: await store_module._pragma(store._db, name) for name in ("trusted_schema", "secure_delete", "foreign_keys")
+        }
+        assert values == {"trusted_schema": 0, "secure_delete": 1, "foreign_keys": 1}
+        assert await store_module._pragma(store._db, "journal_mode") == "wal"
+        assert await store_module._pragma(store._db, "synchronous") == 2  # FULL
+
+
+@pytest.mark.parametrize("column", ["password_secret", "url_secret"])
+async def test_t13_a_secret_that_was_moved_to_another_job_does_not_open(path: Path, column: str) -> None:
+    victim, thief = a_job(), a_job(owner=BOB)
+    async with opened(path) as store:
+        for job in (victim, thief):
+            await store.save(job, a_file(job), a_grant(job, password=f"of {job.owner.name}"))
+    table = "grants" if column == "password_secret" else "files"
+    with raw(path) as db:
+        db.execute(
+            f"UPDATE {table} SET {column} = (SELECT {column} FROM {table} WHERE job_id = ?) WHERE job_id = ?",
+            (str(victim.id), str(thief.id)),
+        )
+    async with opened(path) as store:
+        first, second = await store.load()
+        assert store.lost_secrets == {thief.id}
+    assert first.grants[0].password == "of alice"
+    assert second.grants == (() if table == "grants" else (a_grant(thief, password="of bob"),))
+    assert second.files[0].url == ("http://files.example/0" if table == "files" else a_file(thief).url)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE jobs SET owner_sid = 'uid:0'",
+        "UPDATE grants SET target = 2",
+        "UPDATE grants SET scheme = 1",
+        "UPDATE files SET original_url_secret = url_secret",
+        "UPDATE files SET file_index = 5",
+    ],
+)
+async def test_t13_a_secret_whose_row_was_altered_does_not_open(path: Path, change: str) -> None:
+    job = a_job()
+    async with opened(path) as store:
+        await store.save(job, a_file(job), a_grant(job))
+    with raw(path) as db:
+        db.execute(change)
+    async with opened(path) as store:
+        await store.load()
+        assert store.lost_secrets == {job.id}
+
+
+async def test_the_files_carry_the_name_of_the_journal_and_only_they_are_left(path: Path) -> None:
+    async with opened(path) as store:
+        await store.save(a_job())
+    assert sorted(os.listdir(path.parent)) == ["jobs.db", "jobs.db.key", "jobs.db.lock"]
+
+
+async def test_a_relative_path_means_the_directory_of_its_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    store = SqliteStore(Path("jobs.db"))
+    monkeypatch.chdir("/")
+    assert store.path == path
+
+
+async def test_making_a_store_touches_no_file(tmp_path: Path) -> None:
+    SqliteStore(tmp_path / "missing" / "jobs.db")
+    assert os.listdir(tmp_path) == []
+
+
+# -- secrets
+
+
+SECRETS = ("hunter2-geheim", "query-s3cret", "redirect-t0ken", "userinfo-pw", "fragment-x7", "proxy-pass-99")
+
+
+def a_secretive_job() -> tuple[Any, ...]:
+    job = a_job(
+        error=make_error(ErrorCode.BG_E_CONNECTION_CLOSED, ErrorContext.GENERAL_TRANSPORT, url="http://h/p?sig=query-s3cret")
+    )
+    file = a_file(
+        job,
+        original_url="http://files.example/a?sig=query-s3cret#fragment-x7",
+        url="http://me:userinfo-pw@cdn.example/a?t=redirect-t0ken",
+    )
+    proxy = a_grant(job, target=AuthTarget.PROXY, scheme=AuthScheme.BASIC, password="proxy-pass-99")
+    return job, file, a_grant(job, password="hunter2-geheim"), proxy
+
+
+async def test_t14_no_password_and_no_query_is_in_any_file_or_log_of_the_journal(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    job, file, *grants = a_secretive_job()
+    async with opened(path) as store:
+        await store.save(job, file, *grants)
+        await store.save(replace(file, restarts=1), replace(job, owner=BOB))
+        loaded = await store.load()
+        on_disk = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+        shown = repr(store) + repr(vars(store)) + caplog.text + "".join(repr(record.args) for record in caplog.records)
+    on_disk["closed"] = path.read_bytes()
+    assert loaded[0].files == (replace(file, restarts=1),)
+    assert loaded[0].grants == tuple(grants)
+    assert on_disk["jobs.db-wal"]
+    assert any("INSERT INTO grants" in record.getMessage() for record in caplog.records)  # aiosqlite does log its parameters
+    for secret in SECRETS:
+        assert [name for name, content in on_disk.items() if secret.encode() in content] == []
+        assert secret not in shown
+
+
+async def test_t14_what_may_be_read_is_in_the_clear(path: Path) -> None:
+    async with opened(path) as store:
+        await store.save(*a_secretive_job())
+    with raw(path) as db:
+        assert db.execute("SELECT original_url, url FROM files").fetchall() == [
+            ("http://files.example/a", "http://cdn.example/a")
+        ]
+        assert db.execute("SELECT DISTINCT user_name FROM grants").fetchall() == [("DOM\\alice",)]
+
+
+@pytest.mark.parametrize("fault", ["full", "unknown job", "damaged"])
+async def test_t14_no_error_of_the_journal_holds_a_secret(path: Path, fault: str) -> None:
+    job, file, *grants = a_secretive_job()
+    async with opened(path) as store:
+        with pytest.raises((StoreError, NotFound)) as caught:
+            if fault == "full":
+                await fill(store)
+                await store.save(job, file, *(replace(grant, user_name="x" * 100_000) for grant in grants))
+            elif fault == "unknown job":
+                await store.save(file, *grants)
+            else:
+                await store.save(job, file, *grants)
+                await store._db.execute_fetchall("UPDATE jobs SET state = 99")
+                await store.load()
+    error: BaseException | None = caught.value
+    seen = "".join(traceback.format_exception(caught.value))
+    while error is not None:
+        seen += repr(error) + str(error) + repr(vars(error))
+        error = error.__cause__
+    for secret in SECRETS:
+        assert secret not in seen
+
+
+# -- a key that is lost
+
+
+async def test_a_journal_whose_key_is_lost_opens_and_names_the_jobs_that_need_a_secret(path: Path) -> None:
+    plain, query, password = a_job(), a_job(), a_job()
+    implicit = a_grant(plain, scheme=AuthScheme.NEGOTIATE, user_name=None, password=None)
+    async with opened(path) as store:
+        await store.save(plain, a_file(plain, original_url="http://h/p", url="http://h/p"), implicit)
+        await store.save(query, a_file(query))
+        await store.save(password, a_grant(password), a_grant(password, target=AuthTarget.PROXY, password=None))
+        before = store.fingerprint_key
+    side(path, ".key").unlink()
+    async with opened(path) as store:
+        first, second, third = await store.load()
+        assert store.lost_secrets == {query.id, password.id}
+        assert store.fingerprint_key != before
+    assert (first.files[0].url, first.grants) == ("http://h/p", (implicit,))
+    assert second.files[0].url == second.files[0].original_url == "http://files.example/0"
+    assert third.grants == (a_grant(password, target=AuthTarget.PROXY, password=None),)
+
+
+async def test_a_key_that_is_brought_back_brings_the_secrets_back(path: Path) -> None:
+    job = a_job()
+    async with opened(path) as store:
+        await store.save(job, a_file(job), a_grant(job))
+    side(path, ".key").rename(path.parent / "backup")
+    async with opened(path) as store:
+        (stored,) = await store.load()
+        failed = replace(stored.job, state=JobState.ERROR)
+        await store.save(failed, replace(stored.files[0], restarts=1))  # as the manager does: what it knows of the job
+        assert store.lost_secrets == {job.id}
+    (path.parent / "backup").rename(side(path, ".key"))
+    async with opened(path) as store:
+        assert look((await store.load())[0]) == look(StoredJob(failed, (replace(a_file(job), restarts=1),), (a_grant(job),)))
+        assert store.lost_secrets == frozenset()
+
+
+async def test_a_job_is_no_longer_lost_when_its_secrets_were_given_anew(path: Path) -> None:
+    job, other = a_job(), a_job()
+    async with opened(path) as store:
+        await store.save(job, a_file(job), a_grant(job), a_grant(job, target=AuthTarget.PROXY), other, a_file(other))
+    side(path, ".key").unlink()
+    async with opened(path) as store:
+        await store.load()
+        await store.save(a_grant(job, password="new"))
+        await store.save(GrantRemoved(job.id, AuthTarget.PROXY, AuthScheme.NTLM))
+        assert store.lost_secrets == {job.id, other.id}
+        await store.save(a_file(job), JobRemoved(other.id))
+        assert store.lost_secrets == frozenset()
+    async with opened(path) as store:
+        assert look((await store.load())[0]) == look(StoredJob(job, (a_file(job),), (a_grant(job, password="new"),)))
+
+
+async def test_a_save_that_failed_loses_no_secret(path: Path) -> None:
+    job = a_job()
+    async with opened(path) as store:
+        await store.save(job, a_grant(job))
+    side(path, ".key").unlink()
+    async with opened(path) as store:
+        await store.load()
+        with pytest.raises(NotFound):
+            await store.save(a_grant(job), a_file(a_job()))
+        assert store.lost_secrets == {job.id}
+
+
+# -- schemas
+
+
+def released_jobs() -> list[StoredJob]:
+    """What `journals/v1.sql` holds."""
+    job = a_job(
+        id=UUID(int=1),
+        priority=JobPriority.FOREGROUND,
+        state=JobState.TRANSIENT_ERROR,
+        resumed=True,
+        helper_flags=HelperTokenFlags.NETWORK,
+        proxy=ProxySettings.override("proxy.example:3128", [".example"]),
+        error=make_error(0x80190000 | 503, ErrorContext.REMOTE_FILE, "busy", url="http://h/", http_status=503, retry_after=3.0),
+        error_file=0,
+        error_count=2,
+        retry_number=1,
+        retry_at=a_job().created,
+        stalled=4.5,
+        active=60.25,
+    )
+    file = a_file(
+        job,
+        sha256="ab" * 32,
+        validator=Validator('"v1"', "Sun, 01 Mar 2026 00:00:00 GMT", 1000),
+        part=PartRecord("/srv/in", ".0.bits-part", 64769, 2, 64769, 2**64 - 3, 1000),
+        slices=(Slice(0, 500, 100, 100), Slice(500, 1000, 600, 600)),
+        boot_id="boot-1",
+        restarts=1,
+    )
+    plain = a_job(id=UUID(int=2), owner=BOB)
+    grant = a_grant(job, origins=frozenset({Origin("http", "files.example", 80)}))
+    finished = a_file(plain, url="http://h/p", original_url="http://h/p", transferred=True, committed=True)
+    return [StoredJob(job, (file,), (grant,)), StoredJob(plain, (finished,), ())]
+
+
+def schema_of(path: Path) -> list[tuple[str, str, str]]:
+    with raw(path) as db:
+        rows = db.execute("SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type, name").fetchall()
+        return [(kind, name, " ".join(sql.replace('"', "").split())) for kind, name, sql in rows]
+
+
+def restore(path: Path, version: int) -> None:
+    """A journal as the program that released this schema left it."""
+    make_private(path)
+    with raw(path) as db:
+        db.executescript((RELEASED / f"v{version}.sql").read_text())
+    make_private(side(path, ".key"))
+    side(path, ".key").write_bytes(RELEASED_KEY)
+
+
+@pytest.mark.parametrize("version", range(1, len(SCHEMA) + 1))
+async def test_a_journal_of_every_released_schema_is_read(path: Path, version: int) -> None:
+    restore(path, version)
+    async with opened(path) as store:
+        assert [look(stored) for stored in await store.load()] == [look(stored) for stored in released_jobs()]
+        assert store.lost_secrets == frozenset()
+        assert await store_module._pragma(store._db, "user_version") == len(SCHEMA)
+
+
+async def test_a_released_schema_is_never_edited(path: Path) -> None:
+    restore(path.with_name("released.db"), 1)
+    with raw(path) as db:
+        db.executescript(SCHEMA[0])
+    assert schema_of(path) == schema_of(path.with_name("released.db"))
+
+
+async def test_a_newer_journal_is_refused_and_left_alone(path: Path) -> None:
+    async with opened(path) as store:
+        await store.save(a_job())
+    with raw(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    before = path.read_bytes()
+    error = await refused(path)
+    assert "version 99" in str(error)
+    assert "newer program" in error.advice
+    assert error.path == path
+    assert path.read_bytes() == before
+
+
+async def test_an_interrupted_migration_never_happened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restore(path, 1)
+    monkeypatch.setattr(store_module, "SCHEMA", (*SCHEMA, "ALTER TABLE jobs ADD COLUMN extra TEXT; SELECT broken;"))
+    await refused(path)
+    with raw(path) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (len(SCHEMA),)
+        assert "extra" not in str(schema_of(path))
+    monkeypatch.undo()
+    async with opened(path) as store:
+        assert len(await store.load()) == 2
+
+
+async def test_a_migration_adds_to_what_is_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restore(path, 1)
+    monkeypatch.setattr(store_module, "SCHEMA", (*SCHEMA, "ALTER TABLE jobs ADD COLUMN extra TEXT;"))
+    async with opened(path) as store:
+        assert len(await store.load()) == 2
+        assert await store_module._pragma(store._db, "user_version") == len(SCHEMA) + 1
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+async def test_the_database_of_another_program_is_refused_and_left_alone(path: Path, journal_mode: str) -> None:
+    make_private(path)
+    with raw(path) as db:
+        db.execute(f"PRAGMA journal_mode={journal_mode}")
+        db.executescript("CREATE TABLE theirs (x); INSERT INTO theirs VALUES (1)")
+    before = path.read_bytes()
+    error = await refused(path)
+    assert "not a journal" in str(error)
+    assert path.read_bytes() == before
+    assert set(os.listdir(path.parent)) == {"jobs.db", "jobs.db.lock"}
+
+
+async def test_a_crash_between_making_the_file_and_the_schema_is_healed(path: Path) -> None:
+    make_private(path)
+    with raw(path) as db:
+        db.execute("PRAGMA journal_mode=WAL")
+    assert path.stat().st_size > 0
+    async with opened(path) as store:
+        assert await store.load() == []
+    with raw(path) as db:
+        assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+
+
+async def test_the_next_job_of_a_class_is_found_by_an_index(path: Path) -> None:
+    async with opened(path) as store:
+        plan = await store_module._fetch(
+            store._db, "EXPLAIN QUERY PLAN SELECT id FROM jobs WHERE state = 0 AND priority = 2 ORDER BY number LIMIT 64"
+        )
+    assert ["jobs_by_turn" in row["detail"] for row in plan] == [True]
+
+
+# -- faults
+
+
+async def fill(store: SqliteStore) -> None:
+    """From now on the volume is full."""
+    pages = await store_module._pragma(store._db, "page_count")
+    await store._db.execute_fetchall(f"PRAGMA max_page_count={pages}")
+
+
+async def test_a_full_disk_is_a_clear_error_and_the_journal_stays_as_it_was(path: Path) -> None:
+    job = a_job()
+    async with opened(path) as store:
+        await store.save(job)
+        await fill(store)
+        with pytest.raises(StoreError) as caught:
+            await store.save(replace(job, display_name="changed"), *(a_job(display_name="x" * 5000) for _ in range(10)))
+        assert (caught.value.code, caught.value.path, caught.value.transient) == (ErrorCode.ERROR_DISK_FULL, path, False)
+        assert "make room" in caught.value.advice
+        assert [stored.job for stored in await store.load()] == [job]
+        await store._db.execute_fetchall("PRAGMA max_page_count=1000000")
+        await store.save(replace(job, display_name="changed"))
+        assert [stored.job.display_name for stored in await store.load()] == ["changed"]
+
+
+async def test_a_journal_that_cannot_be_written_is_a_clear_error(path: Path) -> None:
+    async with opened(path) as store:
+        await store._db.execute_fetchall("PRAGMA query_only=ON")
+        with pytest.raises(StoreError, match="cannot be written") as caught:
+            await store.save(a_job())
+    assert (caught.value.code, caught.value.path) == (ErrorCode.ERROR_WRITE_FAULT, path)
+
+
+@pytest.mark.parametrize("content", [b"this is a text file, not a database\n" * 100, b"SQLite format 3\x00" + b"\xff" * 4080])
+async def test_a_file_that_is_no_database_is_refused_and_kept(path: Path, content: bytes) -> None:
+    make_private(path)
+    path.write_bytes(content)
+    error = await refused(path)
+    assert (error.code, error.path) == (ErrorCode.BG_E_DATABASE_CORRUPT, path)
+    assert path.read_bytes() == content
+
+
+async def test_a_damaged_journal_is_a_clear_error_and_kept(path: Path) -> None:
+    async with opened(path) as store:
+        await store.save(*(a_job(display_name="x" * 500) for _ in range(200)))
+    content = bytearray(path.read_bytes())
+    for page in range(1, len(content) // 4096):
+        content[page * 4096 : page * 4096 + 200] = os.urandom(200)
+    path.write_bytes(content)
+    with pytest.raises(StoreError) as caught:
+        async with opened(path) as store:
+            await store.load()
+    assert (caught.value.code, caught.value.path) == (ErrorCode.BG_E_DATABASE_CORRUPT, path)
+    assert "damaged" in str(caught.value)
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE jobs SET state = 99",
+        "UPDATE jobs SET created = 'yesterday'",
+        "UPDATE jobs SET id = 'no uuid'",
+        "UPDATE jobs SET proxy_list = '{'",
+        "UPDATE jobs SET helper_flags = 64",
+        "UPDATE jobs SET error_code = 1, error_context = 77",
+        "UPDATE slices SET durable = -5",
+        "UPDATE files SET part_name = 'x', part_inode = 'y'",
+        "UPDATE grants SET origins = '[[1]]'",
+        "UPDATE grants SET scheme = 9",
+    ],
+)
+async def test_a_record_that_makes_no_sense_is_an_error_that_names_the_journal(path: Path, damage: str) -> None:
+    job = a_job()
+    async with opened(path) as store:
+        await store.save(job, a_file(job, slices=(Slice(0, 10, 5, 5),)), a_grant(job))
+    with raw(path) as db:
+        db.execute(damage)
+    async with opened(path) as store:
+        with pytest.raises(StoreError) as caught:
+            await store.load()
+    assert (caught.value.code, caught.value.path) == (ErrorCode.BG_E_DATABASE_CORRUPT, path)
+    assert "damaged" in str(caught.value)
+
+
+async def test_a_journal_that_is_held_by_another_program_is_a_clear_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "BUSY_TIMEOUT", 0.01)
+    async with opened(path) as store:
+        with raw(path) as db:
+            db.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreError, match="another program") as caught:
+                await store.save(a_job())
+            db.execute("ROLLBACK")
+        assert caught.value.code == ErrorCode.ERROR_SHARING_VIOLATION
+        await store.save(a_job())
+
+
+async def test_a_cancelled_save_that_failed_tells_why(path: Path) -> None:
+    async with opened(path) as store:
+        saving = asyncio.ensure_future(store.save(a_file(a_job())))
+        await asyncio.sleep(0)
+        saving.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await saving
+    assert isinstance(caught.value.__cause__, NotFound)
+
+
+def test_what_was_saved_is_there_after_kill_9(path: Path) -> None:
+    script = (
+        "import asyncio, sys, os, signal; sys.path.insert(0, sys.argv[2])\n"
+        "from tests.contracts import *\n"
+        "from bits_async.jobs.store import SqliteStore\n"
+        "async def main():\n"
+        "    store = SqliteStore(Path(sys.argv[1])); await store.open()\n"
+        "    job = a_job(); await store.save(job, a_file(job))\n"
+        "    for n in range(1, 10**9):\n"
+        "        await store.save(a_file(job, slices=(Slice(0, None, n, n),))); print(n, flush=True)\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path), str(Path(__file__).parents[2])], stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        for _ in range(20):
+            line = writer.stdout.readline()
+        writer.kill()
+        last = [line, *writer.stdout.readlines()][-1]
+
+    async def durable() -> int:
+        async with opened(path) as store:
+            return (await store.load())[0].files[0].slices[0].durable
+
+    assert asyncio.run(durable()) >= int(last)
+
+
+# -- load and leaks
+
+
+async def test_the_event_loop_is_never_blocked(path: Path) -> None:
+    jobs = [a_job() for _ in range(50)]
+    with blockbuster_ctx():
+        async with opened(path) as store:
+            for job in jobs:
+                await store.save(job, a_file(job), a_grant(job))
+            await store.load()
+        with pytest.raises(StoreError):
+            await SqliteStore(path / "not a directory" / "jobs.db").open()
+        await SqliteStore(path).remove()
+
+
+async def test_nothing_runs_in_the_default_executor(path: Path) -> None:
+    loop: Any = asyncio.get_running_loop()
+    async with opened(path) as store:
+        await store.save(a_job())
+        assert any(name.startswith("bits-store") for name in store_threads())
+    assert loop._default_executor is None
+
+
+async def test_closing_leaves_no_thread_and_no_descriptor(path: Path) -> None:
+    def descriptors() -> set[str]:
+        return {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")}
+
+    async with opened(path) as store:
+        await store.save(a_job())
+        assert any(str(path) in name for name in descriptors())
+    await until(lambda: not store_threads())
+    assert [name for name in descriptors() if str(path) in name] == []
+
+
+async def test_ten_thousand_jobs_are_read_quickly_and_by_one_query_for_each_table(path: Path) -> None:
+    jobs = [a_job(display_name=str(number), state=JobState.QUEUED) for number in range(10_000)]
+    changes: list[JobRecord | FileRecord] = []
+    for job in jobs:
+        changes += [job, a_file(job, slices=(Slice(0, None, 0, 0),))]
+    async with opened(path) as store:
+        await store.save(*changes)
+    async with opened(path) as store:
+        queries: list[str] = []
+        await store._db.set_trace_callback(queries.append)
+        began = time.perf_counter()
+        stored = await store.load()
+        took = time.perf_counter() - began
+        await store._db.set_trace_callback(lambda _: None)
+    assert len(queries) == 4
+    assert [s.job.display_name for s in stored[:3]] == ["0", "1", "2"]
+    assert stored[-1].files == (a_file(jobs[-1], slices=(Slice(0, None, 0, 0),)),)
+    assert took < 10
+
+
+async def test_one_save_takes_as_many_statements_for_two_thousand_files_as_for_two(path: Path) -> None:
+    counts = []
+    async with opened(path) as store:
+        for number in (2, 2000):
+            job = a_job()
+            calls: list[str] = []
+            put = store_module._each
+
+            async def counted(db: Any, sql: str, rows: Any, calls: list[str] = calls, put: Any = put) -> None:
+                calls.append(sql)
+                await put(db, sql, rows)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(store_module, "_each", counted)
+                await store.save(job, *(a_file(job, index) for index in range(number)))
+            counts.append(len(calls))
+    assert counts[0] == counts[1]
+
+
+# -- removal
+
+
+async def test_a_journal_without_jobs_can_be_removed_whole(path: Path) -> None:
+    job = a_job()
+    async with opened(path) as store:
+        await store.save(job)
+        await store.save(JobRemoved(job.id))
+        assert await store.remove()
+        assert os.listdir(path.parent) == []
+        with pytest.raises(InvalidState):
+            await store.save(job)
+
+
+async def test_a_closed_journal_can_be_removed_too(path: Path) -> None:
+    async with opened(path) as store:
+        pass
+    assert await store.remove()
+    assert os.listdir(path.parent) == []
+
+
+async def test_a_journal_with_a_job_is_not_removed(path: Path) -> None:
+    job = a_job()
+    async with opened(path) as store:
+        await store.save(job)
+    assert not await store.remove()
+    async with opened(path) as store:
+        assert [stored.job for stored in await store.load()] == [job]
+
+
+async def test_a_journal_that_another_manager_uses_is_not_removed(path: Path) -> None:
+    async with opened(path) as store:
+        assert not await SqliteStore(path).remove()
+        await store.save(a_job())
+
+
+async def test_the_owner_key_is_stored_whole(path: Path) -> None:
+    async with opened(path) as store:
+        await store.save(a_job(owner=ALICE), a_job(owner=BOB))
+    async with opened(path) as store:
+        assert [stored.job.owner for stored in await store.load()] == [ALICE, BOB]
