@@ -144,7 +144,7 @@ _HOMES: Final = {
 }
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - one table says where each name lives; tests/test_public_api.py holds the exact list
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

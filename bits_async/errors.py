@@ -1,7 +1,7 @@
 """What can go wrong: every code of BITS, whose fault it was, and whether waiting may help.
 
-The tables here are the only place where a status, an exception of a socket or an exception of a file becomes one of our errors, and the
-only place that says which class a code has. An error that the journal brings back therefore has the class and the fields it was stored with.
+The tables here are the only place where a status, an exception of a socket or an exception of a file becomes one of our errors, and
+the only place that says which class a code has. An error that the journal brings back has the class and fields it was stored with.
 This module knows nothing of jobs, lanes or files. Text and exceptions that come from elsewhere pass `show_text`, `show_url` and `scrub`
 before they are kept, because they may carry a signed query, a header or a terminal's escape codes.
 """

@@ -962,6 +962,8 @@ class PartFile:
 
     def _store(self, handles: _Handles, offset: int, chunks: Sequence[Chunk]) -> None:
         """In a thread: the bytes, then all that is known of them."""
+        if offset < 0:
+            raise OverflowError  # pwritev would take -1 for "where the descriptor stands"
         _, file = handles.opened()
         end = offset + sum(map(len, chunks))
         self._digests.rewrite(offset)

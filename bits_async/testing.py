@@ -104,7 +104,7 @@ class _Failure:
 
 
 class FakeNetwork:
-    """Servers that exist in this process only. Use it in `with`; managers made inside use it, in this context and the tasks started from it.
+    """Servers that exist in this process only. Managers made inside its `with` use it, in this context and the tasks started from it.
 
     Attributes:
         requests: every request so far, oldest first.
@@ -123,9 +123,7 @@ class FakeNetwork:
         self._undo = seams.set(Seams(self, self.clock))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         assert self._undo is not None
         seams.reset(self._undo)
 

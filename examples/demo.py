@@ -1,4 +1,4 @@
-r"""The whole story in one run: two identities, a proxy and a server that want a login, a cut connection, and a check of every claim.
+r"""The whole story in one run: two identities, a proxy and a server that want a login, a cut connection, each claim checked.
 
 An origin and a proxy are started on loopback. Both want NTLM, and the origin cuts the connection once in the middle of the
 file. The download has two identities, its owner and its helper. Afterwards the servers' own logs and the file itself are asked

@@ -1,7 +1,7 @@
 r"""One call: fetch a file, resumably. Run it again after Ctrl-C or a kill and it goes on where it stopped.
 
-    python examples/download.py                         against a server of its own
-    python examples/download.py URL DEST [--proxy URL]
+python examples/download.py                         against a server of its own
+python examples/download.py URL DEST [--proxy URL]
 """
 
 import argparse

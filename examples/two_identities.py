@@ -1,8 +1,8 @@
 r"""The helper-token story: a service writes where only it may write, and shows the servers somebody with fewer rights.
 
-The job belongs to the service (its owner). A second token, the helper, is set on it as BITS does with IBitsTokenOptions: take the
-options, impersonate, set the token; the flags say where it acts. Here that is the network, so the proxy and the origin see the helper,
-and the file is the service's. With HelperTokenFlags.LOCAL_FILE it would be the other way round.
+The job belongs to the service (its owner). A second token, the helper, is set on it as BITS does with IBitsTokenOptions: take
+the options, impersonate, set the token; the flags say where it acts. Here that is the network, so the proxy and the origin see
+the helper, and the file is the service's. With HelperTokenFlags.LOCAL_FILE it would be the other way round.
 
     python examples/two_identities.py                                      against servers of its own (NTLM)
     python examples/two_identities.py URL DEST KEYTAB PRINCIPAL [--proxy URL]     Kerberos: the helper is PRINCIPAL

@@ -84,7 +84,7 @@ def test_a_failed_file_call_says_which_path_and_which_identity(number, code, tra
 def test_network_failures_are_told_apart():
     codes = {
         error_from_network(exc, url="http://h/").code
-        for exc in (TimeoutError(), ConnectionResetError(), ConnectionRefusedError(errno.ECONNREFUSED, "no"), OSError(errno.ENETUNREACH, "no"))
+        for exc in (TimeoutError(), ConnectionResetError(), ConnectionRefusedError(errno.ECONNREFUSED, ""), OSError(errno.ENETUNREACH, ""))
     }
     assert codes == {
         ErrorCode.ERROR_WINHTTP_TIMEOUT,

@@ -88,7 +88,9 @@ class Client:
                 if context is not None:
                     return status, body, found
                 bindings = GssChannelBindings(application_data=self.binding) if self.binding else None
-                options = spnego.NegotiateOptions.use_ntlm if self.protocol == "negotiate" else spnego.NegotiateOptions.none
+                options = spnego.NegotiateOptions.none
+                if self.protocol == "negotiate":
+                    options = spnego.NegotiateOptions.use_negotiate | spnego.NegotiateOptions.use_ntlm
                 context = spnego.client(
                     self.user, self.password, "localhost", "HTTP", bindings, protocol=self.protocol, options=options
                 )

@@ -54,7 +54,7 @@ async def for_user(user: str | int, network: "spnego.Credential | None") -> Toke
     # Worn once before the token exists: what would fail at the first file fails here, and the principal is read by whom it
     # belongs to.
     principal = await wear(local, _principal, credential)
-    return Token._make(local, network=credential, principal=principal)
+    return Token._make(local, network=_named(credential, principal), principal=principal)
 
 
 def _find(user: str | int) -> LocalIdentity:
@@ -71,7 +71,7 @@ def for_network(network: "spnego.Credential") -> Token:
         raise TypeError("for_network() takes a credential of spnego")
     local = for_process().local
     principal = _principal(credential)
-    return Token._make(local, name=principal, network=credential, principal=principal)
+    return Token._make(local, name=principal, network=_named(credential, principal), principal=principal)
 
 
 # -- credentials ------------------------------------------------------------------------------------------------------
@@ -87,6 +87,17 @@ def _own_copy(credential: "spnego.Credential | None") -> "spnego.Credential | No
         raise TypeError(f"network credentials are a credential of spnego, not {type(credential).__name__}")
     copy: spnego.Credential = dataclasses.replace(credential)
     return copy
+
+
+def _named(credential: "spnego.Credential | None", principal: str | None) -> "spnego.Credential | None":
+    """The credential with the principal that was read from it: whoever replaces the file does not replace the identity."""
+    if credential is None:
+        return None
+    import spnego
+
+    if isinstance(credential, spnego.KerberosCCache | spnego.KerberosKeytab):
+        return dataclasses.replace(credential, principal=principal)
+    return credential
 
 
 def _refuse_unguarded(credential: "spnego.Credential", name: str) -> None:
@@ -160,7 +171,8 @@ def _principal_of_keytab(place: str) -> str:
     import krb5
 
     context = krb5.init_context()
-    return _text(next(iter(krb5.kt_resolve(context, place.encode()))).principal.name)
+    entry = next(iter(krb5.kt_resolve(context, place.encode())))  # held: its principal is freed with it
+    return _text(entry.principal.name)
 
 
 def _text(name: bytes | None) -> str:

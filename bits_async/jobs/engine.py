@@ -1,8 +1,8 @@
 """The queue at work: the jobs in memory, the commands on them, and the loop that starts and ends their attempts.
 
-The engine knows tokens only as values to hand on; who may open a job is decided at the door (`manager`). Every change of a job is in the
-journal before it is told to anybody. A command on a job first holds it (nothing picks it up), stops its attempt at a durable point, and then
-moves it along the table of `model`.
+The engine knows tokens only as values to hand on; who may open a job is decided at the door (`manager`). Every change of a job is in
+the journal before it is told to anybody. A command on a job first holds it (nothing picks it up), stops its attempt at a durable point,
+and then moves it along the table of `model`.
 
 Races this module answers: a command and the end of an attempt (commands wait for the attempt's supervisor, then look at the state again);
 two commands on one job (`Entry.lock`); a cancelled caller (the journal's transaction is shielded by the store; `Entry.lock` is released).
@@ -20,7 +20,17 @@ from typing import Any, Final
 from uuid import UUID
 
 from ..clock import Clock
-from ..errors import BitsError, ErrorCode, ErrorContext, ImpersonationFailed, InvalidState, ManagerClosed, TokenRequired, make_error, show_url
+from ..errors import (
+    BitsError,
+    ErrorCode,
+    ErrorContext,
+    ImpersonationFailed,
+    InvalidState,
+    ManagerClosed,
+    TokenRequired,
+    make_error,
+    show_url,
+)
 from ..files import PartFile, committed_length, discard_part
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
@@ -321,9 +331,7 @@ class Engine:
         job = entry.job
         error = job.error if job.state in (JobState.ERROR, JobState.TRANSIENT_ERROR) else None
         now = self.clock.now()
-        return JobChanged(
-            time=now, job_id=job.id, state=job.state, waiting=self.waiting(entry), error=error, progress=entry.progress
-        )
+        return JobChanged(time=now, job_id=job.id, state=job.state, waiting=self.waiting(entry), error=error, progress=entry.progress)
 
     def publish_progress(self, entry: Entry) -> None:
         """Tell the listeners how far the job is."""

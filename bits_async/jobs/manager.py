@@ -261,9 +261,7 @@ class Job:
         async with engine.command(self._entry):
             await engine.change(self._entry, **fields)
 
-    async def set_credentials(
-        self, target: AuthTarget, scheme: AuthScheme, user_name: str | None, password: str | None
-    ) -> None:
+    async def set_credentials(self, target: AuthTarget, scheme: AuthScheme, user_name: str | None, password: str | None) -> None:
         """What the job may answer a challenge with; None, None: the acting token's own credentials (NTLM and NEGOTIATE only).
 
         Kept encrypted until the job leaves the queue. Bound to the origins that the job names when it is first resumed, or names now if it
@@ -375,7 +373,7 @@ class Job:
 
 @final
 class TokenOptions:
-    """The helper token of a job (IBitsTokenOptions). It works under any ambient identity: who may use it was decided when it was obtained."""
+    """The helper token of a job (IBitsTokenOptions). It works under any ambient identity: the access check was made when it was obtained."""
 
     def __init__(self, manager: "BitsManager", entry: Entry, caller: Token) -> None:
         self._manager = manager
@@ -404,7 +402,8 @@ class TokenOptions:
     async def _set_helper(self, token: Token | None) -> None:
         engine = self._manager._ready()
         if token is None:
-            raise ImpersonationFailed("set_helper_token() takes the token of an enclosing impersonate(); there is none", job_id=self._entry.job.id)
+            message = "set_helper_token() takes the token of an enclosing impersonate(); there is none"
+            raise ImpersonationFailed(message, job_id=self._entry.job.id)
         self._manager._check_helper(token, self._caller)
         async with engine.command(self._entry):
             before, self._entry.helper = self._entry.helper, token
@@ -487,13 +486,9 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             boot_id = await files.run(native.boot_id)
             if self._path is None or self._private:
                 await files.run(_make_state_directories, self._store.path.parent)
-        self._network = self._seams.network if self._seams else Lanes(
-            self._limits.connections_per_host, refusals=self._refusals
-        )
+        self._network = self._seams.network if self._seams else Lanes(self._limits.connections_per_host, refusals=self._refusals)
         shop = Workshop(self._network, self._executors, clock, boot_id)
-        engine = Engine(
-            store=self._store, shop=shop, limits=self._limits, run=self._run, party=self._party, find_owner=self._find_owner
-        )
+        engine = Engine(store=self._store, shop=shop, limits=self._limits, run=self._run, party=self._party, find_owner=self._find_owner)
         try:
             await engine.start(self._adopt, hold=self._hold)
         except BaseException:
@@ -502,9 +497,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._engine = engine
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         await self.aclose()
         failure = self._engine.failure if self._engine else None
         if failure is not None and exc is None:
@@ -580,9 +573,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             message = f"{key.name} has {most} unfinished jobs"
             raise make_error(ErrorCode.BG_E_TOO_MANY_JOBS_PER_USER, ErrorContext.GENERAL_QUEUE_MANAGER, message, identity=key.name)
         now, proxy = engine.clock.now(), resolve(ProxySettings.preconfig(), os.environ)
-        return JobRecord(
-            id=uuid4(), display_name=display_name, owner=key, created=now, modified=now, priority=priority, proxy=proxy
-        )
+        return JobRecord(id=uuid4(), display_name=display_name, owner=key, created=now, modified=now, priority=priority, proxy=proxy)
 
     def get_job(self, job_id: UUID | str) -> Coroutine[Any, Any, Job]:
         """The access check: a handle on an unfinished job, for the ambient identity at this call.
@@ -731,9 +722,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
 
     def _bind(self, entry: Entry) -> Sequence[GrantRecord]:
         """Grants without origins get those that the job names now (T19)."""
-        return [
-            grant if grant.origins is not None else replace(grant, origins=_origins(entry, grant.target)) for grant in entry.grants
-        ]
+        return [grant if grant.origins is not None else replace(grant, origins=_origins(entry, grant.target)) for grant in entry.grants]
 
     async def _save_grants(self, entry: Entry, credentials: Iterable[AuthCredentials]) -> None:
         records = [
@@ -969,10 +958,8 @@ class _Order:
         """The given credentials, or what naming a token with network credentials permits: NEGOTIATE, for the server and the proxy."""
         if self.credentials is not None:
             return self.credentials
-        if HelperTokenFlags.NETWORK in self.helper_flags:
-            token = self.helper
-        else:
-            token = self.owner if self.owner_named else None
+        named_owner = self.owner if self.owner_named else None
+        token = self.helper if HelperTokenFlags.NETWORK in self.helper_flags else named_owner
         if token is None or not token.has_credentials:
             return ()
         return [AuthCredentials(target, AuthScheme.NEGOTIATE, None, None) for target in AuthTarget]

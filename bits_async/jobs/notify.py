@@ -219,7 +219,5 @@ class EventStream(AsyncIterator[Event], AbstractAsyncContextManager["EventStream
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         await self.aclose()

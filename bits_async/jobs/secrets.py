@@ -72,13 +72,14 @@ class Place:
 class SecretBox:
     """Seals and opens secrets with the journal's key. Neither its repr nor an exception of it shows a key or a secret."""
 
-    __slots__ = ("_sealing", "fingerprint_key")
+    __slots__ = ("_last", "_sealing", "fingerprint_key")
 
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_SIZE:
             raise InvalidArgument(f"the journal's key has {len(key)} bytes instead of {KEY_SIZE}")
         self._sealing = _derive(key, b"bits_async journal: secrets")
         self.fingerprint_key = _derive(key, b"bits_async journal: fingerprints")
+        self._last: tuple[UUID, AESGCM] | None = None  # a job's secrets are read and written one after the other
 
     def __repr__(self) -> str:
         return "<SecretBox>"
@@ -99,7 +100,11 @@ class SecretBox:
             return None
 
     def _cipher(self, place: Place) -> AESGCM:
-        return AESGCM(HKDFExpand(SHA256(), KEY_SIZE, b"job " + place.job_id.bytes).derive(self._sealing))
+        last = self._last
+        if last is None or last[0] != place.job_id:
+            key = HKDFExpand(SHA256(), KEY_SIZE, b"job " + place.job_id.bytes).derive(self._sealing)
+            last = self._last = place.job_id, AESGCM(key)
+        return last[1]
 
 
 def _derive(key: bytes, purpose: bytes) -> bytes:

@@ -409,8 +409,7 @@ class SqliteStore:
     async def _migrate(self, db: aiosqlite.Connection) -> None:
         for version in range(await _pragma(db, "user_version"), len(SCHEMA)):
             await db.executescript(  # one transaction for each step: an interrupted one never happened
-                f"BEGIN IMMEDIATE; {SCHEMA[version]}"
-                f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={version + 1}; COMMIT;"
+                f"BEGIN IMMEDIATE; {SCHEMA[version]}PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={version + 1}; COMMIT;"
             )
 
     async def _shut(self, *, remove: bool = False) -> None:
@@ -508,9 +507,7 @@ class SqliteStore:
         await _put(db, "files", rows.files, key=("job_id", "file_index"))
         await _each(db, "DELETE FROM slices WHERE job_id = :job_id AND file_index = :file_index", rows.files)
         await _put(db, "slices", rows.slices, key=("job_id", "file_index", "slice_index"))
-        await _each(
-            db, "DELETE FROM grants WHERE job_id = :job_id AND target = :target AND scheme = :scheme", rows.grants_removed
-        )
+        await _each(db, "DELETE FROM grants WHERE job_id = :job_id AND target = :target AND scheme = :scheme", rows.grants_removed)
         await _put(db, "grants", rows.grants, key=("job_id", "target", "scheme"))
 
     async def _reseal(self, db: aiosqlite.Connection, writer: "_Writer", job_id: UUID, old: str, new: str) -> None:
@@ -793,9 +790,7 @@ class _Writer:
 
     def rows(self, batch: _Batch, owners: Mapping[UUID, str]) -> _Rows:
         for job_id in batch.job_ids():
-            if job_id not in owners and any(
-                key[0] == job_id for key in (*batch.files, *(k for k, v in batch.grants.items() if v))
-            ):
+            if job_id not in owners and any(key[0] == job_id for key in (*batch.files, *(k for k, v in batch.grants.items() if v))):
                 raise NotFound(job_id=job_id)
         return _Rows(
             [_job_row(job) for job in batch.jobs.values()],
@@ -967,9 +962,7 @@ class _Reader:
             files = [self._file(file, job, slices_of.get((name, file["file_index"]), ())) for file in files_of.get((name,), ())]
             grants = [self._grant(grant, job) for grant in grants_of.get((name,), ())]
         except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as exc:
-            raise StoreError(f"the journal's record of job {show_text(str(name), 40)} is damaged", path=self._path) from scrub(
-                exc
-            )
+            raise StoreError(f"the journal's record of job {show_text(str(name), 40)} is damaged", path=self._path) from scrub(exc)
         return StoredJob(job, tuple(files), tuple(grant for grant in grants if grant))
 
     def _file(self, row: Row, job: JobRecord, slices: Iterable[Row]) -> FileRecord:

@@ -1,8 +1,8 @@
 """One attempt at one job: the only place where a connection meets a file.
 
-The byte's line runs through `_pump`: body -> batch -> part file -> checkpoint. A checkpoint is fdatasync and then the journal's row, in this
-order, so that the journal never speaks of bytes that may still be in the air. Cancelling the attempt is how it is suspended, pre-empted and
-closed: what has arrived is written, made durable and journalled, then the cancel goes on.
+The byte's line runs through `_pump`: body -> batch -> part file -> checkpoint. A checkpoint is fdatasync and then the journal's row, in
+this order, so that the journal never speaks of bytes that may still be in the air. Cancelling the attempt is how it is suspended,
+pre-empted and closed: what has arrived is written, made durable and journalled, then the cancel goes on.
 
 This module decides nothing about jobs: it raises what went wrong and its caller (`manager`) says what becomes of the job.
 """
@@ -101,9 +101,7 @@ class Attempt:
     `party` makes the network side of the job for the token that acts there and its security threads.
     """
 
-    def __init__(
-        self, shop: Workshop, recorder: Recorder, pair: TokenPair, party: Callable[[Token, TokenExecutor], Party]
-    ) -> None:
+    def __init__(self, shop: Workshop, recorder: Recorder, pair: TokenPair, party: Callable[[Token, TokenExecutor], Party]) -> None:
         self._shop = shop
         self._recorder = recorder
         self._pair = pair
@@ -214,9 +212,7 @@ class Attempt:
     async def _pin(self, download: _Download, body: Body) -> None:
         """The first answer names the version that every later one must be of; the journal knows it before the first byte is written."""
         if body.start != download.piece.written:
-            raise make_error(
-                ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorContext.REMOTE_FILE, "the answer starts elsewhere", url=body.url
-            )
+            raise make_error(ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorContext.REMOTE_FILE, "the answer starts elsewhere", url=body.url)
         if download.validator is None or download.validator.size is None:
             download.validator = replace(body.validator, size=body.total)
             download.piece.end = body.total

@@ -282,8 +282,7 @@ def rest_of(content: aiohttp.StreamReader) -> bytes:
 
 @dataclass(frozen=True)
 class LaneKey:
-    """What two requests must have in common to use the same connection: they must be equal in all of it. A token and a TLS context
-    are equal only to themselves."""
+    """What two requests must have in common to use the same connection. A token and a TLS context are equal only to themselves."""
 
     token: Token
     shown: tuple[tuple[Seat, str, str, bool], ...]

@@ -137,8 +137,11 @@ uid, directory = int(sys.argv[1]), sys.argv[2]
 drop_to(65534, [6, 7, 1, 3])  # SETGID, SETUID, and DAC_OVERRIDE and FOWNER, which the kernel does not drop for a user that is not root
 
 def make():
-    os.close(os.open(directory + "/made", os.O_CREAT | os.O_EXCL, 0o600))
-    return os.stat(directory + "/made").st_uid, kernel.status()[b"CapEff"], type(failure(os.listdir, "/root"))
+    path = f"{directory}/made-{os.getpid()}"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+    owner = os.stat(path).st_uid
+    os.unlink(path)
+    return owner, kernel.status()[b"CapEff"], type(failure(os.listdir, "/root"))
 
 async def main():
     token = await Token.for_user(uid)
@@ -210,8 +213,12 @@ def test_whoever_changes_the_credential_later_does_not_change_the_token() -> Non
 
 
 def test_the_principal_of_a_cache_or_keytab_is_read_from_it(tmp_path: Path) -> None:
-    assert Token.for_network(spnego.KerberosCCache(make_cache(tmp_path / "cc"))).principal == PRINCIPAL
-    assert Token.for_network(spnego.KerberosKeytab(make_keytab(tmp_path / "kt"))).principal == PRINCIPAL
+    cache = spnego.KerberosCCache(make_cache(tmp_path / "cc"))
+    keytab = spnego.KerberosKeytab(make_keytab(tmp_path / "kt"))
+    for credential in (cache, keytab):
+        token = Token.for_network(credential)
+        assert token.principal == PRINCIPAL
+        assert token.network == dataclasses.replace(credential, principal=PRINCIPAL)  # and it stays that one
 
 
 @pytest.mark.parametrize("credential", [spnego.KerberosCCache("FILE:/no/cache"), spnego.KerberosKeytab("/no/keytab")])

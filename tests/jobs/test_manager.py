@@ -469,8 +469,7 @@ async def test_another_event_loop_is_refused(network, store):
 
         thread = threading.Thread(target=elsewhere)
         thread.start()
-        while thread.is_alive():
-            await asyncio.sleep(0.01)
+        await asyncio.get_running_loop().run_in_executor(None, thread.join)
         assert "event loop" in str(caught[0])
     with pytest.raises(RuntimeError, match="not open"):
         await bits.BitsManager(store=store).join()

@@ -44,7 +44,7 @@ def test_a_transferred_job_with_a_new_file_goes_back_to_the_queue():
 
 
 def test_every_state_can_be_reached_and_every_unfinished_one_left():
-    assert {to for to in NEXT.values()} == set(S)
+    assert set(NEXT.values()) == set(S)
     assert {before for before, _ in NEXT} == {s for s in S if not s.is_final}
 
 

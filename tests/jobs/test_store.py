@@ -17,7 +17,6 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from blockbuster import blockbuster_ctx
 
 from bits_async.auth.policy import AuthScheme, AuthTarget, Origin
 from bits_async.errors import ErrorCode, ErrorContext, InvalidState, NotFound, StoreError, make_error
@@ -642,16 +641,16 @@ def test_what_was_saved_is_there_after_kill_9(path: Path) -> None:
 # -- load and leaks
 
 
+@pytest.mark.usefixtures("blocked_loop_is_an_error")
 async def test_the_event_loop_is_never_blocked(path: Path) -> None:
     jobs = [a_job() for _ in range(50)]
-    with blockbuster_ctx():
-        async with opened(path) as store:
-            for job in jobs:
-                await store.save(job, a_file(job), a_grant(job))
-            await store.load()
-        with pytest.raises(StoreError):
-            await SqliteStore(path / "not a directory" / "jobs.db").open()
-        await SqliteStore(path).remove()
+    async with opened(path) as store:
+        for job in jobs:
+            await store.save(job, a_file(job), a_grant(job))
+        await store.load()
+    with pytest.raises(StoreError):
+        await SqliteStore(path / "not a directory" / "jobs.db").open()
+    assert not await SqliteStore(path).remove()
 
 
 async def test_nothing_runs_in_the_default_executor(path: Path) -> None:

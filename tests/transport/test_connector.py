@@ -343,19 +343,19 @@ async def test_t26_a_head_of_more_than_64_kib_is_refused(trust: ssl.SSLContext, 
 @pytest.mark.parametrize(
     "answer",
     [
-        b"SSH-2.0-OpenSSH_9.2p1\r\n",
+        b"SSH-2.0-OpenSSH_9.2p1\r\n\r\n",
         b"HTTP/1.1 407 Who?\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nwho?",
         b"HTTP/1.1 407 Who?\r\nContent-Length: 4\r\nContent-Length: 4\r\n\r\nwho?",
         b"HTTP/1.1 407 Who?\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\nwho?",
         b"HTTP/1.1 407 Who?\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
-        b"HTTP/1.1 100 Continue\r\n\r\n" * 1000,
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 4000,
     ],
     ids=["not HTTP", "two lengths", "a length twice", "length and coding", "a strange coding", "interim for ever"],
 )
 async def test_t26_an_answer_that_breaks_http_ends_the_attempt(trust: ssl.SSLContext, answer: bytes) -> None:
     async with answering(answer) as proxy, opening(proxy, trust) as (_, go, flows):
         error = await failure(go())
-        assert error.code == ErrorCode.BG_E_INVALID_SERVER_RESPONSE
+        assert error.code in (ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorCode.BG_E_TOO_LARGE)
         assert error.context is ErrorContext.GENERAL_TRANSPORT
         assert not flows, "nothing was shown to it"
 

@@ -1,0 +1,119 @@
+"""Never run: mypy --strict reads it as an application's code, so that the public types stay what they are."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import assert_type
+from uuid import UUID
+
+import spnego
+from yarl import URL
+
+import bits_async as bits
+from bits_async.testing import FakeNetwork, fake_token
+
+
+def show(progress: bits.Progress) -> None:
+    assert_type(progress.bytes_total, int | None)
+
+
+async def one_call(token: bits.Token) -> None:
+    path = await bits.download(
+        URL("https://h/f"),
+        "f",
+        proxy="http://proxy:3128",
+        credentials=[bits.AuthCredentials(bits.AuthTarget.PROXY, bits.AuthScheme.NEGOTIATE, None, None)],
+        owner=token,
+        helper=fake_token("helper", elevated=False),
+        helper_flags=bits.HelperTokenFlags.NETWORK | bits.HelperTokenFlags.LOCAL_FILE,
+        sha256="0" * 64,
+        progress=show,
+        priority=bits.JobPriority.FOREGROUND,
+        retry_for=0,
+        store=Path("queue.db"),
+        ssl=ssl.create_default_context(),
+    )
+    assert_type(path, Path)
+
+
+async def logon(job: bits.Job) -> bits.Token | None:
+    return None
+
+
+async def the_queue() -> None:
+    manager = bits.BitsManager(
+        store="queue.db", limits=bits.Limits(background_jobs=2), timeouts=bits.Timeouts(connect=5), run=True, logon=logon
+    )
+    async with manager as same:
+        assert_type(same, bits.BitsManager)
+        job = await manager.create_job("name", priority=bits.JobPriority.HIGH, owner=None)
+        assert_type(job, bits.Job)
+        assert_type(job.id, UUID)
+        assert_type(job.state, bits.JobState)
+        assert_type(job.state.is_final, bool)
+        assert_type(job.error, bits.BitsError | None)
+        assert_type(job.waiting, bits.Waiting | None)
+        assert_type(job.progress.bytes_total, int | None)
+        assert_type(await job.add_file("http://h/f", "/f", sha256=None), bits.JobFile)
+        assert_type(await job.add_file_set([bits.FileInfo("http://h/f", "/f")]), Sequence[bits.JobFile])
+        await job.set_proxy_settings(bits.ProxySettings.override(["http://proxy:1"], bypass=("<local>",)))
+        await job.set_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC, "user", "password")
+        assert_type(await job.remove_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC), bool)
+        await job.set_priority(bits.JobPriority.LOW)
+        await job.set_minimum_retry_delay(5)
+        await job.set_no_progress_timeout(60.0)
+        options = await job.token_options()
+        assert_type(options.helper_token_sid, str | None)
+        with bits.impersonate(fake_token("helper")) as helper:
+            assert_type(helper, bits.Token)
+            await options.set_helper_token()
+        await options.set_helper_token_flags(bits.HelperTokenFlags.NONE)
+        await options.clear_helper_token()
+        await job.resume()
+        async with job.events(follow=True) as stream:
+            async for event in stream:
+                assert_type(event.time, datetime)
+                if isinstance(event, bits.JobChanged):
+                    assert_type(event.state, bits.JobState)
+                else:
+                    assert_type(event.job_id, UUID)
+        await job.wait(transient=True)
+        assert_type(await job.complete(partial=False), Sequence[Path])
+        await job.suspend()
+        await job.cancel()
+        assert_type(manager.enum_jobs(all_users=True), AsyncIterator[bits.Job])
+        assert_type(await manager.get_job(str(job.id)), bits.Job)
+        await manager.join()
+        await manager.aclose(grace=1)
+
+
+async def identities() -> None:
+    token = await bits.Token.for_user("alice", network=spnego.KerberosCCache("FILE:/tmp/cc"))
+    assert_type(bits.Token.for_network(spnego.Password("alice@REALM", "secret")), bits.Token)
+    assert_type(bits.Token.for_process(), bits.Token)
+    assert_type(token.level, bits.ImpersonationLevel)
+    with bits.impersonate(token), bits.revert_to_self():
+        assert_type(bits.current_token(), bits.Token)
+    assert_type(await bits.run_as(token, len, "abc"), int)
+    token.close()
+
+
+def errors() -> None:
+    try:
+        asyncio.run(the_queue())
+    except bits.InvalidArgument as error:
+        assert_type(error.code, int)
+    except (bits.TokenRequired, bits.LocalFileError) as error:
+        assert_type(error.identity, str | None)
+        assert_type(error.advice, str)
+
+
+def fakes() -> None:
+    with FakeNetwork() as network:
+        network.serve("http://h/f", b"body", etag='"1"', status=200, cut_after=None, require="alice")
+        network.fail()
+        network.disconnect()
+        network.reconnect()
+        assert_type(network.requests[0].identity, str)
