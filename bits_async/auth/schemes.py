@@ -419,9 +419,7 @@ def _begin_kerberos(tickets: Tickets, offer: Offer, host: str, binding: bytes | 
         import spnego
 
         with _quietly():
-            context = spnego.client(
-                credential, hostname=host, service="HTTP", protocol="kerberos", channel_bindings=_bindings(binding)
-            )
+            context = spnego.client(credential, hostname=host, service="HTTP", protocol="kerberos", channel_bindings=_bindings(binding))
             return context, context.step() or b""
 
     context, token = kerberos(begin)
@@ -638,9 +636,7 @@ class AuthFlow:
         self._answered = self._shown = False
         if current is None or not shown:
             return
-        challenges = [
-            challenge for challenge in parse_challenges(challenge_lines) if challenge.scheme == current.offer.scheme.word
-        ]
+        challenges = [challenge for challenge in parse_challenges(challenge_lines) if challenge.scheme == current.offer.scheme.word]
         try:
             complete = await current.exchange.conclude(challenges, parse_params(info_lines))
         except _Refused as refused:
@@ -695,9 +691,7 @@ class AuthFlow:
                 self._current = _Current(offer, exchange, self._realm(asked))
                 return header
         if failures:
-            raise self._located(failures[0], challenges, [*[other.message for other in failures[1:]], *why]) from failures[
-                0
-            ].__cause__
+            raise self._located(failures[0], challenges, [*[other.message for other in failures[1:]], *why]) from failures[0].__cause__
         raise self._failure(challenges, "; ".join(why) or "no credentials were given for it")
 
     async def _obstacle(self, offer: Offer, asked: Sequence[Challenge]) -> str:
@@ -733,9 +727,7 @@ class AuthFlow:
             self._current = None
             raise self._located(failed, challenges) from failed.__cause__
         await self._give_up(current, blame)
-        raise self._failure(
-            challenges, f"{current.offer.scheme.name} as {current.offer.who}: {reason}", advice=self._suspicion(current)
-        )
+        raise self._failure(challenges, f"{current.offer.scheme.name} as {current.offer.who}: {reason}", advice=self._suspicion(current))
 
     async def _check_again(self, current: _Current, challenges: Sequence[Challenge]) -> None:
         """Basic went unasked and is asked for again: for another realm that is a first challenge, for the same it is a no."""
@@ -775,9 +767,7 @@ class AuthFlow:
             pass
         raise silent_kdc()
 
-    def _failure(
-        self, challenges: Sequence[Challenge], reason: str, *, code: int | None = None, advice: str | None = None
-    ) -> AuthFailed:
+    def _failure(self, challenges: Sequence[Challenge], reason: str, *, code: int | None = None, advice: str | None = None) -> AuthFailed:
         """The error of this seat: what was asked for, what was permitted, as whom, and what to do."""
         return AuthFailed(
             self._sentence(challenges, reason),
@@ -813,7 +803,6 @@ class AuthFlow:
 def _listed(challenges: Sequence[Challenge]) -> str:
     """The schemes of a challenge list, for a message."""
     names = dict.fromkeys(
-        challenge.scheme.upper() + (f" (realm {show_text(challenge.realm, 40)})" if challenge.realm else "")
-        for challenge in challenges
+        challenge.scheme.upper() + (f" (realm {show_text(challenge.realm, 40)})" if challenge.realm else "") for challenge in challenges
     )
     return show_text(", ".join(names), 200) or "a login without naming a scheme that can be read"

@@ -70,6 +70,7 @@ class Entry:
     owner: Token | None = None
     helper: Token | None = None
     positions: dict[int, int] = field(default_factory=dict)  # bytes written, by file
+    farthest: dict[int, int] = field(default_factory=dict)  # of the same version: what counts as progress is beyond
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     held: int = 0  # commands at work: the scheduler leaves the job alone
     work: asyncio.Task[None] | None = None
@@ -82,7 +83,9 @@ class Entry:
 
     def __post_init__(self) -> None:
         for file in self.files:
-            self.positions.setdefault(file.index, file.slices[0].durable if file.slices else 0)
+            position = file.slices[0].durable if file.slices else 0
+            self.positions.setdefault(file.index, position)
+            self.farthest.setdefault(file.index, position)
 
     @property
     def pair(self) -> TokenPair:
@@ -128,12 +131,15 @@ class _Report:
 
     def moved(self, index: int, position: int) -> None:
         entry = self._entry
-        if position > entry.positions.get(index, 0):
+        if position > entry.farthest.get(index, 0):
             entry.failing_since = None
+            entry.farthest[index] = position
         entry.positions[index] = position
         self._engine.publish_progress(entry)
 
-    def restarted(self, index: int, reason: str) -> None:
+    def restarted(self, index: int, reason: str, *, changed: bool) -> None:
+        if changed:
+            self._entry.farthest[index] = 0
         file = self._entry.files[index]
         now, job = self._engine.clock.now(), self._entry.job.id
         self._engine.publish(FileRestarted(time=now, job_id=job, url=show_url(file.url), path=file.path, reason=reason))
@@ -525,7 +531,7 @@ class Engine:
                 token = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
                 with self.executors.lease(token, "files") as executor:
                     gone = await discard_part(executor, file.path, file.part)
-            except (TokenRequired, ImpersonationFailed) as error:
+            except BitsError as error:
                 log.warning("job %s: BG_S_UNABLE_TO_DELETE_FILES %s: %s", entry.job.id, left, error)
             else:
                 if not gone:
@@ -590,9 +596,10 @@ class Engine:
     async def _search(self, entry: Entry) -> None:
         try:
             token = await self._find_owner(entry)
-        except BitsError as error:
-            entry.paused_by = error
-            log.warning("job %s: no token for its owner %s: %s", entry.job.id, entry.job.owner.name, error)
+        except Exception as error:  # whatever the application's logon() raises must not end the queue
+            message = f"logon() failed: {type(error).__name__}"
+            entry.paused_by = error if isinstance(error, BitsError) else ImpersonationFailed(message)
+            log.warning("job %s: no token for its owner %s: %s", entry.job.id, entry.job.owner.name, entry.paused_by)
             self.announce(entry)
             return
         if token is not None:
@@ -693,9 +700,12 @@ class Engine:
 
     # -- tokens -----------------------------------------------------------------------------------------------------------------------
 
-    async def token_lost(self, entry: Entry, token: Token) -> None:
-        """A token of the job was replaced or removed: its lanes are closed at once (T25)."""
-        await self._shop.network.forget(token)
+    async def drop_lanes(self, entry: Entry, *tokens: Token | None) -> None:
+        """A token or credential of the job was replaced or removed: its attempt ends, and its connections are closed at once (T25)."""
+        await self.halt(entry)
+        for token in tokens:
+            if token is not None:
+                await self._shop.network.forget(token)
 
     def jobs(self) -> Iterator[Entry]:
         """Every job in the queue."""

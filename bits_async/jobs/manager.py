@@ -64,6 +64,7 @@ from .model import (
     Waiting,
 )
 from .notify import EventStream, JobChanged, Progress
+from .secrets import release_lock, take_lock
 from .scheduler import Limits
 from .store import SqliteStore
 from .transfer import Workshop
@@ -407,8 +408,8 @@ class TokenOptions:
         self._manager._check_helper(token, self._caller)
         async with engine.command(self._entry):
             before, self._entry.helper = self._entry.helper, token
-            if before is not None and before is not token:
-                await engine.token_lost(self._entry, before)
+            if before is not token:
+                await engine.drop_lanes(self._entry, before)
 
     async def set_helper_token_flags(self, flags: HelperTokenFlags) -> None:
         """Where the helper acts, from the next attempt on. Kept on the job, with or without a token; NONE: the owner does everything.
@@ -429,7 +430,7 @@ class TokenOptions:
         async with engine.command(self._entry):
             before, self._entry.helper = self._entry.helper, None
             if before is not None:
-                await engine.token_lost(self._entry, before)
+                await engine.drop_lanes(self._entry, before)
 
 
 class BitsManager(AbstractAsyncContextManager["BitsManager"]):
@@ -463,8 +464,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._run = run
         self._logon = logon
         self._seams = seams.get()
-        self._hold = False  # for download(): found jobs wait until their owner and helper are set
-        self._private = False  # a journal of download(): removed when nothing is left to continue
+        self._one_shot: _OneShot | None = None  # for download(): found jobs wait until their owner and helper are set
         self._engine: Engine | None = None
         self._network: Network | None = None
         self._executors: TokenExecutors | None = None
@@ -479,23 +479,28 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         if self._loop is not None:
             raise RuntimeError("a BitsManager is entered once")
         self._loop = asyncio.get_running_loop()
-        clock = self._seams.clock if self._seams else SystemClock()
-        self._executors = TokenExecutors()
-        self._store = SqliteStore(self._path or default_store())
-        with self._executors.lease(Token.for_process(), "files") as files:
-            boot_id = await files.run(native.boot_id)
-            if self._path is None or self._private:
-                await files.run(_make_state_directories, self._store.path.parent)
-        self._network = self._seams.network if self._seams else Lanes(self._limits.connections_per_host, refusals=self._refusals)
-        shop = Workshop(self._network, self._executors, clock, boot_id)
-        engine = Engine(store=self._store, shop=shop, limits=self._limits, run=self._run, party=self._party, find_owner=self._find_owner)
         try:
-            await engine.start(self._adopt, hold=self._hold)
+            self._engine = await self._start()
         except BaseException:
             await self._close_parts()
             raise
-        self._engine = engine
         return self
+
+    async def _start(self) -> Engine:
+        self._executors = TokenExecutors()
+        with self._executors.lease(Token.for_process(), "files") as files:
+            boot_id = await files.run(native.boot_id)
+            if self._path is None or self._one_shot:
+                await files.run(_make_state_directories, _state_directory() / "downloads")
+            if self._one_shot is not None:
+                await self._one_shot.claim(files)
+        self._store = SqliteStore(self._path or default_store())
+        self._network = self._seams.network if self._seams else Lanes(self._limits.connections_per_host, refusals=self._refusals)
+        clock = self._seams.clock if self._seams else SystemClock()
+        shop = Workshop(self._network, self._executors, clock, boot_id)
+        engine = Engine(store=self._store, shop=shop, limits=self._limits, run=self._run, party=self._party, find_owner=self._find_owner)
+        await engine.start(self._adopt, hold=self._one_shot is not None)
+        return engine
 
     async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         await self.aclose()
@@ -520,13 +525,16 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         async with contextlib.AsyncExitStack() as stack:
             if self._executors is not None:
                 stack.push_async_callback(self._executors.aclose)
+            if self._one_shot is not None and self._executors is not None:
+                stack.push_async_callback(self._one_shot.release, self._executors)
             if self._store is not None:
                 stack.push_async_callback(self._close_store, self._store)
             if self._network is not None:
                 stack.push_async_callback(self._network.aclose)
 
     async def _close_store(self, store: SqliteStore) -> None:
-        if self._private and self._engine is not None and not self._engine.entries and self._engine.failure is None:
+        private = self._one_shot is not None and self._one_shot.private
+        if private and self._engine is not None and not self._engine.entries and self._engine.failure is None:
             await store.remove()  # nothing is left to continue
         else:
             await store.close()
@@ -757,9 +765,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
 
     async def _forget_network(self, entry: Entry) -> None:
         """A credential was replaced or removed: connections that used the old one are closed at once (T25)."""
-        for token in (entry.owner, entry.helper):
-            if token is not None:
-                await self._ready().token_lost(entry, token)
+        await self._ready().drop_lanes(entry, entry.owner, entry.helper)
 
     # -- one call -----------------------------------------------------------------------------------------------------------------------
 
@@ -803,10 +809,12 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         elif not entry.job.state.is_settled and entry.job.state is not JobState.SUSPENDED:
             await engine.suspend(entry)
         if order.helper is not None:
-            self._check_helper(order.helper, Token.for_process())
+            self._check_helper(order.helper, order.caller)
         async with engine.command(entry):
             entry.owner, entry.helper = order.owner, order.helper
-            file = replace(entry.files[0], sha256=order.file.sha256)
+            file = entry.files[0]
+            if order.file.sha256 not in (None, file.sha256):
+                file = replace(file, sha256=order.file.sha256, transferred=False)  # its digest has not been looked at
             await engine.change(
                 entry,
                 files=[file],
@@ -902,6 +910,7 @@ class _Order:
     file: _File
     proxy: ProxySettings
     credentials: tuple[AuthCredentials, ...] | None
+    caller: Token
     owner: Token
     owner_named: bool
     helper: Token | None
@@ -940,6 +949,7 @@ class _Order:
             file=_checked(FileInfo(url, os.path.abspath(os.fspath(path)), sha256=sha256)),
             proxy=resolve(ProxySettings.of(proxy), os.environ),
             credentials=given,
+            caller=current_token(),
             owner=current_token() if owner is None else owner,
             owner_named=owner is not None,
             helper=helper,
@@ -1007,15 +1017,39 @@ async def download(
     """
     order = _Order.checked(url, path, proxy, credentials, owner, helper, helper_flags, sha256, progress, priority, retry_for)
     manager = BitsManager(store=private_store(order.owner, order.file.path) if store is None else store, ssl=ssl)
-    manager._hold, manager._private = True, store is None
-    async with contextlib.AsyncExitStack() as stack:
-        try:
-            await stack.enter_async_context(manager)
-        except StoreError as error:
-            if manager._private and error.code == ErrorCode.ERROR_SHARING_VIOLATION:
-                raise locked(order.file.path) from None
-            raise
+    manager._one_shot = _OneShot(order.file.path, private=store is None)
+    async with manager:
         return await manager._download(order)
+
+
+class _OneShot:
+    """What tells the manager of one `download()` from a queue: a lock on the destination, and perhaps a journal of its own."""
+
+    def __init__(self, destination: Path, *, private: bool) -> None:
+        self.private = private
+        self._destination = destination
+        self._path = _state_directory() / "downloads" / f"{_digest(str(destination))}.lock"
+        self._lock: int | None = None
+
+    async def claim(self, files: TokenExecutor) -> None:
+        """Lock the destination against other transfers of this user, in this process or another.
+
+        Raises:
+            LocalFileError: another transfer holds it (BG_E_DESTINATION_LOCKED).
+        """
+        try:
+            self._lock = await files.run(take_lock, self._path, self._path)
+        except StoreError as error:
+            if error.code == ErrorCode.ERROR_SHARING_VIOLATION:
+                raise locked(self._destination) from None
+            raise
+
+    async def release(self, executors: TokenExecutors) -> None:
+        """Give the destination back."""
+        if self._lock is not None:
+            lock, self._lock = self._lock, None
+            with executors.lease(Token.for_process(), "files") as files:
+                await files.run(release_lock, lock, self._path, remove=True)
 
 
 def locked(path: Path) -> LocalFileError:
@@ -1034,8 +1068,11 @@ def default_store() -> Path:
 
 def private_store(owner: Token, path: Path) -> Path:
     """The journal of `download()` for one owner and one destination."""
-    name = hashlib.sha256(f"{owner.sid}\0{path}".encode()).hexdigest()[:32]
-    return _state_directory() / "downloads" / f"{name}.db"
+    return _state_directory() / "downloads" / f"{_digest(owner.sid, str(path))}.db"
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def _state_directory() -> Path:

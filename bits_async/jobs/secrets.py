@@ -177,7 +177,9 @@ def os_fault(exc: OSError, path: Path, doing: str) -> StoreError:
         code=code,
         transient=False,
         path=path,
-        advice=None if full else "check that the path exists and that this user may write there, or name another journal",
+        advice="make room on the volume of the journal"
+        if full
+        else "check that the path exists and that this user may write there, or name another journal",
     )
 
 

@@ -55,8 +55,8 @@ class Recorder(Protocol):
         """So many bytes of that file are written; it can fall."""
         ...
 
-    def restarted(self, index: int, reason: str) -> None:
-        """That file is fetched anew."""
+    def restarted(self, index: int, reason: str, *, changed: bool) -> None:
+        """That file is fetched anew; `changed`: because it is another version."""
         ...
 
     def retrying(self, number: int, delay: float, error: BitsError) -> None:
@@ -137,7 +137,7 @@ class Attempt:
         if record.part is not None:
             part = await PartFile.reopen(files, record.path, record.part)
             if part is None:
-                self._recorder.restarted(record.index, "the part file is not as it was left")
+                self._recorder.restarted(record.index, "the part file is not as it was left", changed=True)
         if part is None:
             record = replace(record, part=None, slices=(), validator=None)
             part = await PartFile.create(files, record.path, record.job_id)
@@ -160,7 +160,7 @@ class Attempt:
         durable = record.slices[0].durable
         length = await part.length()
         if length < durable:
-            self._recorder.restarted(record.index, "the part file is shorter than the journal says")
+            self._recorder.restarted(record.index, "the part file is shorter than the journal says", changed=True)
             durable = 0
         elif record.boot_id == self._shop.boot_id:
             durable = length if record.size is None else min(length, record.size)
@@ -184,7 +184,7 @@ class Attempt:
                     await self._restart(download, files, change.reason)
                 else:
                     # the server cannot go on where we stopped; bounded by the number of broken connections
-                    await self._anew(download, files, change.reason)
+                    await self._anew(download, files, change.reason, changed=False)
             except AlreadyComplete as done:
                 if done.total != download.piece.written:
                     await self._restart(download, files, "the file's size on the server is another one")
@@ -273,7 +273,7 @@ class Attempt:
         self._recorder.retrying(self._reconnects, delay, error)
         await self._shop.clock.sleep(delay)
         if download.validator is None or not download.validator.resumable:
-            await self._anew(download, files, "the server gives no validator to go on by")
+            await self._anew(download, files, "the server gives no validator to go on by", changed=False)
 
     async def _restart(self, download: _Download, files: TokenExecutor, reason: str) -> None:
         """The remote file is another one: fetch this file anew, a bounded number of times."""
@@ -282,9 +282,9 @@ class Attempt:
             message = f"the file changed {record.restarts + 1} times while it was fetched: {reason}"
             raise make_error(ErrorCode.BG_E_REMOTE_FILE_CHANGED, ErrorContext.REMOTE_FILE, message, url=record.url)
         download.record = replace(record, restarts=record.restarts + 1)
-        await self._anew(download, files, reason)
+        await self._anew(download, files, reason, changed=True)
 
-    async def _anew(self, download: _Download, files: TokenExecutor, reason: str) -> None:
+    async def _anew(self, download: _Download, files: TokenExecutor, reason: str, *, changed: bool) -> None:
         log.info("job %s: %s is fetched anew: %s", download.record.job_id, show_url(download.record.url), reason)
         old = download.part
         download.part = await PartFile.create(files, download.record.path, download.record.job_id)
@@ -295,7 +295,7 @@ class Attempt:
         download.checkpoint_from = 0
         await self._keep(download)
         await self._start_digest(download)
-        self._recorder.restarted(download.index, reason)
+        self._recorder.restarted(download.index, reason, changed=changed)
         self._recorder.moved(download.index, 0)
 
     # -- the end ------------------------------------------------------------------------------------------------------------------------

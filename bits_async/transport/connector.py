@@ -89,7 +89,7 @@ def network_errors(url: str, doing: str) -> Iterator[None]:
 
 def bad_proxy_answer(url: str, why: str, code: int = ErrorCode.BG_E_INVALID_SERVER_RESPONSE) -> BitsError:
     """The proxy broke the protocol in its answer to CONNECT."""
-    return make_error(code, ErrorContext.GENERAL_TRANSPORT, f"the proxy's answer to CONNECT is not HTTP: {why}", url=url)
+    return make_error(code, ErrorContext.GENERAL_TRANSPORT, f"cannot use the proxy's answer to CONNECT: {why}", url=url)
 
 
 # -- where to -----------------------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ async def _read_head(link: Link, machine: h11.Connection, url: str) -> h11.Respo
     except h11.RemoteProtocolError as exc:
         large = exc.error_status_hint == 431
         code = ErrorCode.BG_E_TOO_LARGE if large else ErrorCode.BG_E_INVALID_SERVER_RESPONSE
-        throw(bad_proxy_answer(url, "its head is too large" if large else show_text(str(exc), 80), code))
+        throw(bad_proxy_answer(url, "its head is too large" if large else "it breaks the protocol", code))
     if len(_FRAMING.findall(head)) > 1:  # h11 hides a repetition; two of them are the stuff of smuggled answers (T26)
         raise bad_proxy_answer(url, "several headers say where its body ends")
     return event
@@ -387,9 +387,7 @@ class LaneConnector(aiohttp.TCPConnector):
     """
 
     def __init__(self, route: Route, tls: TlsSettings, proxy_login: Login) -> None:
-        super().__init__(
-            limit=1, force_close=False, keepalive_timeout=KEEPALIVE, use_dns_cache=False, resolver=aiohttp.ThreadedResolver()
-        )
+        super().__init__(limit=1, force_close=False, keepalive_timeout=KEEPALIVE, use_dns_cache=False, resolver=aiohttp.ThreadedResolver())
         self.route = route
         self.opened = 0
         """How many connections were made."""
@@ -524,9 +522,7 @@ class LaneConnector(aiohttp.TCPConnector):
 
     # -- for aiohttp
 
-    async def _create_connection(
-        self, req: "ClientRequest", traces: list["Trace"], timeout: "ClientTimeout"
-    ) -> "ResponseHandler":
+    async def _create_connection(self, req: "ClientRequest", traces: list["Trace"], timeout: "ClientTimeout") -> "ResponseHandler":
         """aiohttp's pool is empty: it gets what `open` made. Gone meanwhile: the lane opens another."""
         current = self._current
         if not self._fresh or current is None or not current.is_connected():

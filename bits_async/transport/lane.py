@@ -156,9 +156,7 @@ def wire_errors(url: str, doing: str) -> Iterator[None]:
 def _wire_error(exc: BaseException, url: str, doing: str) -> BitsError:
     if isinstance(exc, aiohttp.ClientResponseError | aiohttp.http_exceptions.HttpProcessingError):
         large = "got more than" in exc.message.lower() or "too many headers" in exc.message.lower()
-        return (
-            _bad_answer(url, "its head is too large", ErrorCode.BG_E_TOO_LARGE) if large else _bad_answer(url, "it is not HTTP")
-        )
+        return _bad_answer(url, "its head is too large", ErrorCode.BG_E_TOO_LARGE) if large else _bad_answer(url, "it is not HTTP")
     if isinstance(exc, TimeoutError | ssl.SSLError) and not isinstance(exc, aiohttp.ClientError):
         return error_from_network(exc, url=url, doing=doing)
     return error_from_network(ConnectionResetError(), url=url, doing=doing)
@@ -169,9 +167,7 @@ def _bad_answer(url: str, why: str, code: int = ErrorCode.BG_E_INVALID_SERVER_RE
 
 
 def _bad_redirect(url: str, why: str) -> BitsError:
-    return make_error(
-        ErrorCode.ERROR_WINHTTP_REDIRECT_FAILED, ErrorContext.REMOTE_FILE, f"the redirect is not followed: {why}", url=url
-    )
+    return make_error(ErrorCode.ERROR_WINHTTP_REDIRECT_FAILED, ErrorContext.REMOTE_FILE, f"the redirect is not followed: {why}", url=url)
 
 
 @contextmanager
@@ -282,7 +278,7 @@ def rest_of(content: aiohttp.StreamReader) -> bytes:
 
 @dataclass(frozen=True)
 class LaneKey:
-    """What two requests must have in common to use the same connection. A token and a TLS context are equal only to themselves."""
+    """What two requests must have in common to share a connection. A token and a TLS context are equal only to themselves."""
 
     token: Token
     shown: tuple[tuple[Seat, str, str, bool], ...]
@@ -493,8 +489,7 @@ def _per_request(offers: Offers, rules: AuthRules) -> Offers:
     the connection where this one was logged in (RFC 4559, 6)."""
     kept = [offer for offer in offers if not _connection_bound(offer, rules)]
     reason = (
-        "its login belongs to a connection, and the proxy does not promise to keep one for us "
-        "(Proxy-Support: Session-Based-Authentication)"
+        "its login belongs to a connection, and the proxy does not promise to keep one for us (Proxy-Support: Session-Based-Authentication)"
     )
     dropped = [f"{offer.scheme.name}: {reason}" for offer in offers if _connection_bound(offer, rules)]
     return Offers.of(kept, [*offers.withheld, *dropped])
@@ -650,9 +645,7 @@ class Lanes:
         offers = {Seat.ORIGIN: choose_offers(Seat.ORIGIN, origin, party.grants, party.token), Seat.PROXY: Offers()}
         if proxy is not None:
             offers[Seat.PROXY] = choose_offers(Seat.PROXY, Origin.of(proxy), party.grants, party.token)
-        shown = tuple(
-            (seat, offer.scheme.word, offer.fingerprint, offer.implicit) for seat, given in offers.items() for offer in given
-        )
+        shown = tuple((seat, offer.scheme.word, offer.fingerprint, offer.implicit) for seat, given in offers.items() for offer in given)
         return LaneKey(party.token, shown, party.rules, party.tls.key, origin, proxy), offers
 
     def _new_lane(self, host: _Host, key: LaneKey, offers: Mapping[Seat, Offers], party: Party) -> Lane:

@@ -84,9 +84,7 @@ def test_a_list_over_one_or_many_lines_is_read_challenge_by_challenge(
         ('Basic realm="\udce9", NTLM', [("basic", None, {"realm": "\udce9"}), ("ntlm", None, {})]),
     ],
 )
-def test_what_cannot_be_read_is_left_out_and_hides_nothing_else(
-    line: str, expected: list[tuple[str, str | None, dict[str, str]]]
-) -> None:
+def test_what_cannot_be_read_is_left_out_and_hides_nothing_else(line: str, expected: list[tuple[str, str | None, dict[str, str]]]) -> None:
     assert read(line) == expected
 
 

@@ -74,26 +74,16 @@ def test_an_origin_is_scheme_host_and_port_normalised(url: str, text: str, port:
     assert Origin.of(str(origin)) == origin
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "",
-        "files",
-        "//host/",
-        "ftp://host/",
-        "http://",
-        "http:///path",
-        "http://h:0/",
-        "http://h:99999/",
-        "http://h:x/",
-        "http://./",
-    ]
-    + [f"http://a{character}b/" for character in " \t\n\r\0\\%^<"][:6]
-    + ["http://a%2eb/", "http://xn--\udcff/"],
-)
-def test_what_is_no_http_origin_is_an_invalid_argument(url: str) -> None:
+@pytest.mark.parametrize("url", ["", "files", "//host/", "ftp://host/", "http://", "http:///path", "http://./", "http://h:x/"])
+def test_what_names_no_host_is_an_invalid_argument(url: str) -> None:
     with pytest.raises(InvalidArgument):
         Origin.of(url)
+
+
+@pytest.mark.parametrize("authority", ["h:0", "h:99999", "a b", "a\tb", "a\r\nb", "a\0b", "a\\b", "a%2eb", "xn--\udcff"])
+def test_a_host_that_readers_could_understand_differently_is_an_invalid_argument(authority: str) -> None:
+    with pytest.raises(InvalidArgument):
+        Origin.of(f"http://{authority}/")
 
 
 def test_t19_hosts_that_only_look_alike_are_other_origins() -> None:
@@ -102,9 +92,7 @@ def test_t19_hosts_that_only_look_alike_are_other_origins() -> None:
     assert Origin.of("http://files.corp.example:81") != Origin.of("http://files.corp.example")
 
 
-@pytest.mark.parametrize(
-    "host", ["localhost", "a.localhost", "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "10.0.0.7"]
-)
+@pytest.mark.parametrize("host", ["localhost", "a.localhost", "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "10.0.0.7"])
 def test_loopback_and_addresses_in_any_spelling_need_listing(host: str) -> None:
     assert Origin.of(f"http://{host}/").needs_listing
     assert Origin.of(f"http://{host}./").needs_listing
@@ -203,9 +191,7 @@ def test_t22_the_processs_own_credentials_never_go_to_loopback_or_addresses() ->
 
 def test_t22_a_token_built_from_a_credential_is_the_permission_for_loopback() -> None:
     there = Origin.of("http://127.0.0.1:8080")
-    [offer] = choose_offers(
-        Seat.ORIGIN, there, [implicit(origins=frozenset({there}))], a_token(PASSWORD, principal="alice@REALM")
-    )
+    [offer] = choose_offers(Seat.ORIGIN, there, [implicit(origins=frozenset({there}))], a_token(PASSWORD, principal="alice@REALM"))
     assert offer.credential is PASSWORD
     assert offer.principal == offer.who == "alice@REALM"
 
@@ -259,9 +245,7 @@ def test_a_closed_token_is_required_again() -> None:
         (Offer(NEGOTIATE, spnego.CredentialCache(), implicit=True), ["kerberos"], ["kerberos", "ntlm"]),
     ],
 )
-def test_kerberos_where_kerberos_is_meant_and_ntlm_only_by_rule_or_name(
-    offer: Offer, plain: list[str], relaxed: list[str]
-) -> None:
+def test_kerberos_where_kerberos_is_meant_and_ntlm_only_by_rule_or_name(offer: Offer, plain: list[str], relaxed: list[str]) -> None:
     assert list(mechanisms(offer, AuthRules())) == plain
     assert list(mechanisms(offer, AuthRules(ntlm_in_negotiate=True))) == relaxed
 

@@ -29,9 +29,7 @@ async def put_by_write(part: PartFile, offset: int, data: bytes) -> None:
     await part.write(offset, [data[:third], b"", memoryview(data)[third:]])
 
 
-async def put_by_receive(
-    part: PartFile, offset: int, data: bytes, limiter: Limiter | None = None, stop: Stop | None = None
-) -> None:
+async def put_by_receive(part: PartFile, offset: int, data: bytes, limiter: Limiter | None = None, stop: Stop | None = None) -> None:
     """A few bytes read before, the rest over a socket."""
     piece = Slice.fresh(offset, offset + len(data))
     with plugged(data[len(data) // 7 :]) as ours:

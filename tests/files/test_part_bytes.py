@@ -137,9 +137,7 @@ class TestPut:
         await until(lambda: len(interrupted) > 10)
         assert part.path.read_bytes() == DATA * 10
 
-    async def test_bytes_are_moved_by_the_tokens_threads_alone(
-        self, part: PartFile, put: Put, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_bytes_are_moved_by_the_tokens_threads_alone(self, part: PartFile, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = watch_threads(monkeypatch)
         await put(part, 0, DATA)
         await part.reserve(0, 10)

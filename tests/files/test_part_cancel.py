@@ -299,9 +299,7 @@ async def test_when_the_token_is_gone_the_descriptors_are_closed_all_the_same(to
     assert part.path.exists()  # it is deleted by its token or not at all (T17)
 
 
-async def test_t01_an_identity_lost_during_create_hands_nothing_out(
-    token: Token, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_t01_an_identity_lost_during_create_hands_nothing_out(token: Token, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = TokenExecutor(token)
     create = native.create_exclusive
 

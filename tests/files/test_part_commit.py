@@ -1,4 +1,4 @@
-"""A finished part file gets its name, its mode and its time; what stood there is replaced, and nothing else anywhere is touched."""
+"""A finished part file gets its name, mode and time; what stood there is replaced, and nothing else anywhere is touched."""
 
 import os
 import stat
@@ -71,9 +71,7 @@ async def test_commit_leaves_the_file_and_nothing_else(files: TokenExecutor, tmp
 
 
 @pytest.mark.parametrize("mtime", [-1e30, 1e30, float("nan"), float("inf"), -86400.0, 0.0])
-async def test_a_date_that_no_file_can_have_does_not_fail_the_download(
-    files: TokenExecutor, tmp_path: Path, mtime: float
-) -> None:
+async def test_a_date_that_no_file_can_have_does_not_fail_the_download(files: TokenExecutor, tmp_path: Path, mtime: float) -> None:
     await committed(files, tmp_path / "file", mtime=mtime)
 
 
@@ -173,9 +171,7 @@ async def test_t16_the_part_file_is_private_whatever_the_directory_grants(files:
 
 
 @pytest.mark.parametrize("umask", [0o022], indirect=True)
-async def test_t16_a_replaced_files_access_list_is_kept_but_grants_no_writing(
-    files: TokenExecutor, tmp_path: Path, umask: int
-) -> None:
+async def test_t16_a_replaced_files_access_list_is_kept_but_grants_no_writing(files: TokenExecutor, tmp_path: Path, umask: int) -> None:
     (tmp_path / "file").write_bytes(b"old")
     os.setxattr(tmp_path / "file", ACL, shared_with_alice(6))
     await committed(files, tmp_path / "file")
@@ -216,9 +212,7 @@ async def test_t16_an_access_list_that_cannot_be_kept_gives_the_group_nothing(
 # -- T15: others at work -------------------------------------------------------------------------------------------------------
 
 
-async def test_t15_a_directory_swapped_for_a_link_in_mid_transfer_changes_nothing_elsewhere(
-    files: TokenExecutor, tmp_path: Path
-) -> None:
+async def test_t15_a_directory_swapped_for_a_link_in_mid_transfer_changes_nothing_elsewhere(files: TokenExecutor, tmp_path: Path) -> None:
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     home.mkdir()
     elsewhere.mkdir()

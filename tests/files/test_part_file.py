@@ -42,9 +42,7 @@ async def test_a_new_part_file_is_private_and_beside_its_destination(part: PartF
     assert (stat.S_IMODE(found.st_mode), found.st_size, found.st_uid) == (0o600, 0, os.geteuid())
     where = tmp_path.stat()
     record = part.record
-    assert record == PartRecord(
-        str(tmp_path), part.path.name, where.st_dev, where.st_ino, found.st_dev, found.st_ino, os.geteuid()
-    )
+    assert record == PartRecord(str(tmp_path), part.path.name, where.st_dev, where.st_ino, found.st_dev, found.st_ino, os.geteuid())
     assert record.path == part.path
     assert not (tmp_path / "file.iso").exists()
 
@@ -251,9 +249,7 @@ async def test_t15_another_directory_under_the_same_path_means_start_anew(files:
     assert os.listdir(home) == os.listdir(tmp_path / "old") == [record.name]
 
 
-async def test_a_directory_that_cannot_be_opened_is_an_error_and_not_a_reason_to_start_anew(
-    files: TokenExecutor, tmp_path: Path
-) -> None:
+async def test_a_directory_that_cannot_be_opened_is_an_error_and_not_a_reason_to_start_anew(files: TokenExecutor, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     record = await left_behind(files, home / "file")

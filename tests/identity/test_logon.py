@@ -253,10 +253,7 @@ def test_no_secret_is_shown(tmp_path: Path) -> None:
 UNGUARDED = [
     spnego.CredentialCache(),
     spnego.CredentialCache("alice@REALM"),
-    *(
-        spnego.KerberosCCache(f"{kind}:x", "alice@REALM")
-        for kind in ("KEYRING", "KCM", "API", "DIR", "MSLSA", "keyring", "XYZ", "")
-    ),
+    *(spnego.KerberosCCache(f"{kind}:x", "alice@REALM") for kind in ("KEYRING", "KCM", "API", "DIR", "MSLSA", "keyring", "XYZ", "")),
     spnego.KerberosKeytab("KDB:", "alice@REALM"),
 ]
 

@@ -38,7 +38,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=[0o000, 0o077, 0o777], ids=oct)
-def umask(request: pytest.FixtureRequest) -> Iterator[None]:
+def umask(request: pytest.FixtureRequest, directory: Path) -> Iterator[None]:  # which is made before
     before = os.umask(request.param)
     yield
     os.umask(before)

@@ -294,9 +294,7 @@ async def test_a_tunnel_has_no_body_whatever_its_length_says(trust: ssl.SSLConte
     class Wordy(Proxy):
         async def tunnel(self, connection: Connection, request: Request) -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", origin.port)
-            await connection.send(
-                b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\nTransfer-Encoding: identity\r\n\r\n"[:39] + b"\r\n"
-            )
+            await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\nTransfer-Encoding: identity\r\n\r\n"[:39] + b"\r\n")
             await self._pump(connection, reader, writer)
 
     async with Origin(tls=server_tls) as origin, Wordy() as proxy, opening(proxy, trust, origin.base) as (connector, go, _):
@@ -378,9 +376,7 @@ async def test_t25_a_401_from_connect_is_not_answered(trust: ssl.SSLContext) -> 
 
 
 @pytest.mark.parametrize(("status", "transient"), [(403, False), (502, True), (503, True), (504, True)])
-async def test_a_refused_tunnel_is_the_proxys_fault_and_waiting_may_help(
-    trust: ssl.SSLContext, status: int, transient: bool
-) -> None:
+async def test_a_refused_tunnel_is_the_proxys_fault_and_waiting_may_help(trust: ssl.SSLContext, status: int, transient: bool) -> None:
     answer = b"HTTP/1.1 %d No \x1b[31mway\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n" % status
     async with answering(answer.replace(b"\x1b", b"?")) as proxy, opening(proxy, trust) as (_, go, _):
         error = await failure(go())

@@ -1,0 +1,117 @@
+# Two commands, each doing all of its own set-up:
+#
+#   make demo    a download through an authenticating proxy, as two identities, on loopback; no compiler, no root
+#   make test    everything that is checked; as root it installs the Debian packages of tests/packages.txt first
+#
+# Settings: PYTHON=python3.12, PYTEST_ARGS='-k lane'.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help demo test packages install-test lint types pytest clean
+
+# Debian's interpreter can be read by the other users that the tests become; one below a home directory often cannot.
+PYTHON ?= $(shell for candidate in /usr/bin/python3 python3; do \
+	"$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$candidate" && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
+PACKAGES := $(shell sed 's/\#.*//' tests/packages.txt)
+PYTEST_ARGS ?=
+
+export PIP_ROOT_USER_ACTION := ignore
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+demo: $(VENV)/pyvenv.cfg
+	@mkdir -p .make
+	want="$$(cat pyproject.toml | cksum)"
+	if [ "$$(cat .make/demo 2>/dev/null || true)" != "$$want" ]; then
+		echo "Installing bits_async, from wheels only ..."
+		if ! $(PIP) install --only-binary :all: --editable .; then
+			echo "make demo: a dependency has no wheel for this Python ($$($(BIN)/python -V), $$(uname -m)), or the package index" >&2
+			echo "was not reached; see pip's message above. The demo builds nothing: try a released CPython 3.11 or newer." >&2
+			exit 1
+		fi
+		echo "$$want" > .make/demo
+	fi
+	$(BIN)/python examples/demo.py
+
+test: lint types pytest
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install-test
+	$(BIN)/mypy
+
+# Last, so that the run ends with pytest's list of what was left out.
+pytest: lint types
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# As root on Debian or Ubuntu: what is missing of tests/packages.txt. Otherwise nothing; pytest lists the tests that were left out.
+packages:
+	@[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0
+	missing=()
+	for package in $(PACKAGES); do
+		[[ "$$(dpkg-query -W -f '$${db:Status-Abbrev}' "$$package" 2>/dev/null || true)" == ii* ]] || missing+=("$$package")
+	done
+	[ "$${#missing[@]}" -gt 0 ] || exit 0
+	echo "Installing $${missing[*]} ..."
+	# The tests start servers of their own; Debian's are kept from starting, now and when the machine is booted again.
+	if [ ! -e /usr/sbin/policy-rc.d ]; then
+		trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+		printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
+		chmod 755 /usr/sbin/policy-rc.d
+	fi
+	export DEBIAN_FRONTEND=noninteractive
+	mkdir -p .make
+	if ! { apt-get update && apt-get install -y --no-install-recommends "$${missing[@]}"; } >.make/apt.log 2>&1 </dev/null; then
+		tail -n 30 .make/apt.log >&2
+		exit 1
+	fi
+	if [ -d /run/systemd/system ]; then
+		for unit in apache2 squid krb5-kdc krb5-admin-server; do
+			case " $${missing[*]} " in *" $$unit "*) systemctl disable --quiet "$$unit" || true ;; esac
+		done
+	fi
+
+install-test: packages $(VENV)/pyvenv.cfg
+	@mkdir -p .make
+	# gssapi and krb5 are built: that needs krb5-config, a compiler and Python's headers. Without them the tests that need
+	# Kerberos are left out, and pytest says so.
+	extras=test
+	header='import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
+	if command -v krb5-config >/dev/null && command -v cc >/dev/null && $(BIN)/python -c "$$header"; then
+		extras=kerberos,test
+	fi
+	want="$$extras $$($(BIN)/python -V) $$(cat pyproject.toml | cksum)"
+	[ "$$(cat .make/test 2>/dev/null || true)" != "$$want" ] || exit 0
+	echo "Installing bits_async[$$extras] (the first time gssapi and krb5 are built, which takes a minute or two) ..."
+	CFLAGS="-O0 -g0" $(PIP) install --editable ".[$$extras]"
+	echo "$$want" > .make/test
+
+$(VENV)/pyvenv.cfg:
+	@if [ -z "$(PYTHON)" ]; then
+		echo "bits_async needs Python 3.11 or newer; none was found (apt-get install python3)." >&2
+		exit 1
+	fi
+	if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+			{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv; } >/dev/null </dev/null
+		else
+			echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: sudo apt-get install python3-venv" >&2
+			exit 1
+		fi
+	fi
+	rm -f .make/demo .make/test
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .make .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

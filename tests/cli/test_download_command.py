@@ -1,0 +1,351 @@
+"""`bits-async download` as a process: what it leaves on the disk, on the terminal and in its exit code, also when it is killed."""
+
+import asyncio
+import hashlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from bits_async.cli.download import Stop
+from bits_async.cli.progress import Reporter
+from tests.cli.command import Command, held, part_of
+from tests.local_users import LocalUser
+from tests.peers import Authority, Door, Fault, Hold, Origin, Proxy, redirect
+
+BODY = os.urandom(3 * 1024 * 1024)
+SIGNED = "sig=top-secret-signature"
+
+
+# -- what it does
+
+
+async def test_the_file_is_there_and_nothing_was_said(command: Command, origin: Origin, tmp_path: Path) -> None:
+    done = await command("download", origin.serve("/file", BODY), "file")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert (tmp_path / "file").read_bytes() == BODY
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "state"]
+    assert not [each for each in (tmp_path / "state").rglob("*") if each.is_file()], "no journal is left of a finished download"
+
+
+async def test_json_is_one_event_a_line_and_the_last_says_done(command: Command, origin: Origin, tmp_path: Path) -> None:
+    done = await command("download", origin.serve("/file", BODY), "file", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert {event["event"] for event in done.events[:-1]} == {"Progress"}
+    assert done.events[-2]["state"] == "TRANSFERRED"
+    assert (done.events[-2]["bytes_transferred"], done.events[-2]["bytes_total"]) == (len(BODY), len(BODY))
+    assert (done.events[-1]["event"], done.events[-1]["path"]) == ("Done", str(tmp_path / "file"))
+
+
+async def test_a_terminal_shows_a_bar(command: Command, origin: Origin, tmp_path: Path) -> None:
+    theirs, ours = os.openpty()
+    running = await command.start("download", origin.serve("/file", BODY), "file", stderr=ours)
+    os.close(ours)
+    done = await running.end()
+    shown = os.read(theirs, 65536).decode()
+    os.close(theirs)
+    assert (done.code, done.out) == (0, "")
+    assert "file" in shown
+    assert "3.0/3.0 MiB" in shown
+
+
+async def test_the_environments_proxy_is_used_unless_the_options_say_otherwise(command: Command, origin: Origin) -> None:
+    url = origin.serve("/file", b"bytes")
+    async with Proxy() as usual, Proxy() as other:
+        command.environment["http_proxy"] = usual.url
+        assert (await command("download", url, "file")).code == 0
+        assert len(usual.passed) == 1
+        assert (await command("download", url, "file", "--no-proxy")).code == 0
+        assert (await command("download", url, "file", "--proxy", other.url)).code == 0
+        assert (len(usual.passed), len(other.passed)) == (1, 1)
+
+
+async def test_cacert_decides_whom_to_trust(command: Command, authority: Authority) -> None:
+    async with Origin(tls=authority.server) as origin:
+        url = origin.serve("/file", b"bytes")
+        refused = await command("download", url, "file", "--retry-for", "0")
+        assert refused.code == 1
+        assert "certificate" in refused.complaint
+        assert (await command("download", url, "file", "--cacert", authority.ca_file)).code == 0
+
+
+async def test_a_digest_is_checked(command: Command, origin: Origin, tmp_path: Path) -> None:
+    url = origin.serve("/file", BODY)
+    wrong = await command("download", url, "file", "--sha256", "0" * 64)
+    assert wrong.code == 1
+    assert "BG_E_VALIDATION_FAILED" in wrong.complaint
+    assert not (tmp_path / "file").exists()
+    assert part_of(tmp_path / "file") is None
+    assert (await command("download", url, "file", "--sha256", hashlib.sha256(BODY).hexdigest())).code == 0
+
+
+async def test_the_journal_is_kept_where_store_says(command: Command, origin: Origin, tmp_path: Path) -> None:
+    (tmp_path / "journal").mkdir(mode=0o700)
+    assert (await command("download", origin.serve("/file", BODY), "file", "--store", "journal/queue.db")).code == 0
+    assert (tmp_path / "journal/queue.db").exists()
+    assert not (tmp_path / "state/bits_async").exists()
+
+
+# -- what it says when it fails
+
+
+async def test_a_failure_is_one_line_that_says_what_whose_where_and_what_to_do(command: Command, origin: Origin) -> None:
+    failed = await command("download", origin.url("/missing"), "file")
+    assert (failed.code, failed.out) == (1, "")
+    assert failed.complaint.startswith("bits-async: BG_E_HTTP_ERROR_404 (0x80190194, REMOTE_FILE)")
+    for part in ("identity ", f"URL {origin.url('/missing')}", "check the URL"):
+        assert part in failed.complaint
+
+
+async def test_a_failure_is_the_last_json_line_too(command: Command, origin: Origin) -> None:
+    failed = await command("download", origin.url("/missing"), "file", "--json")
+    assert failed.code == 1
+    assert "BG_E_HTTP_ERROR_404" in failed.complaint
+    last = failed.events[-1]
+    assert (last["event"], last["name"], last["context"]) == ("Failed", "BG_E_HTTP_ERROR_404", "REMOTE_FILE")
+    assert (last["http_status"], last["url"], last["transient"]) == (404, origin.url("/missing"), False)
+
+
+@pytest.mark.parametrize("dest", ["there", "there/", "absent/", "there/.", "there/..", ".", ""])
+async def test_a_directory_is_no_destination_and_no_name_is_guessed(dest: str, command: Command, origin: Origin, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    failed = await command("download", origin.serve("/file", BODY), dest)
+    assert failed.code == 1
+    assert "LOCAL_FILE" in failed.complaint
+    assert "name a file, not a directory" in failed.complaint
+    assert not [each for each in tmp_path.rglob("*") if each.is_file() and "state" not in each.parts]
+    assert not (tmp_path / "absent").exists()
+
+
+async def test_a_missing_directory_is_named_with_the_identity(command: Command, origin: Origin, tmp_path: Path) -> None:
+    failed = await command("download", origin.serve("/file", BODY), "absent/file")
+    assert failed.code == 1
+    assert "LOCAL_FILE" in failed.complaint
+    assert f"file {tmp_path}/absent/file" in failed.complaint
+    assert "identity " in failed.complaint
+
+
+async def test_a_cacert_that_cannot_be_used_is_named(command: Command, origin: Origin, tmp_path: Path) -> None:
+    (tmp_path / "not.pem").write_text("no certificate")
+    for name in ("missing.pem", "not.pem"):
+        failed = await command("download", origin.serve("/file", BODY), "file", "--cacert", name)
+        assert failed.code == 1
+        assert name in failed.complaint
+    assert not origin.passed
+
+
+async def test_an_unknown_user_is_refused_before_anything_is_sent(command: Command, origin: Origin) -> None:
+    failed = await command("download", origin.serve("/file", BODY), "file", "--user", "nobody-has-this-name")
+    assert failed.code == 1
+    assert "CO_E_FAILEDTOIMPERSONATE" in failed.complaint
+    assert "nobody-has-this-name" in failed.complaint
+    assert not origin.passed
+
+
+async def test_a_second_transfer_to_the_same_file_is_refused(command: Command, origin: Origin, tmp_path: Path) -> None:
+    hold = Hold(after=1024)
+    url = origin.serve("/file", BODY)
+    origin.fault("/file", Fault(hold=hold))
+    first = await command.start("download", url, "file")
+    await hold.reached.wait()
+    second = await command("download", url, tmp_path / "file")
+    assert second.code == 1
+    assert "BG_E_DESTINATION_LOCKED" in second.complaint
+    hold.release()
+    assert (await first.end()).code == 0
+
+
+async def test_retry_for_zero_makes_the_first_error_final(command: Command, origin: Origin) -> None:
+    url = origin.serve("/file", BODY)
+    origin.always("/file", Fault(status=503))
+    failed = await command("download", url, "file", "--retry-for", "0")
+    assert failed.code == 1
+    assert "BG_E_HTTP_ERROR_503" in failed.complaint
+
+
+async def test_closed_standard_output_suspends_the_transfer(command: Command, origin: Origin, tmp_path: Path) -> None:
+    url = origin.serve("/file", BODY)
+    origin.fault("/file", Fault(hold=Hold(after=2_000_000)))
+    reading, writing = os.pipe()
+    running = await command.start("download", url, "file", "--json", stdout=writing)
+    os.close(writing)
+    os.close(reading)
+    failed = await running.end()
+    assert failed.code == 1
+    assert "standard output" in failed.complaint
+    assert (await command("download", url, "file", "--json")).code == 0
+    assert (tmp_path / "file").read_bytes() == BODY
+
+
+# -- killed, stopped, and run again
+
+
+def resumed_at(origin: Origin) -> int:
+    """Where the last request began."""
+    found = re.fullmatch(r"bytes=(\d+)-", origin.passed[-1].range or "")
+    assert found is not None
+    return int(found[1])
+
+
+async def test_after_kill_9_it_goes_on_where_it_stopped(command: Command, origin: Origin, tmp_path: Path) -> None:
+    url = origin.serve("/file", BODY)
+    origin.fault("/file", Fault(hold=Hold(after=2 * 1024 * 1024)))
+    running = await command.start("download", url, "file")
+    part = await held(tmp_path / "file", 2 * 1024 * 1024)
+    assert (await running.end(signal.SIGKILL)).code == -signal.SIGKILL
+    written = part.stat().st_size
+    again = await command("download", url, "file", "--json")
+    assert (again.code, again.err) == (0, "")
+    assert (tmp_path / "file").read_bytes() == BODY
+    assert resumed_at(origin) == written
+    assert len(origin.passed) == 2
+    assert part_of(tmp_path / "file") is None
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+async def test_a_signal_suspends_durably_and_the_next_run_goes_on(
+    number: signal.Signals, code: int, command: Command, origin: Origin, tmp_path: Path
+) -> None:
+    url = origin.serve("/file", BODY)
+    origin.fault("/file", Fault(hold=Hold(after=2 * 1024 * 1024)))
+    running = await command.start("download", url, "file", "--json")
+    await held(tmp_path / "file", 2 * 1024 * 1024)
+    stopped = await running.end(number)
+    assert stopped.code == code
+    assert stopped.complaint == f"bits-async: interrupted by {number.name}; run the same command again to continue"
+    assert (stopped.events[-1]["event"], stopped.events[-1]["signal"]) == ("Interrupted", number.name)
+    part = part_of(tmp_path / "file")
+    assert part is not None
+    written = part.stat().st_size
+    assert (await command("download", url, "file")).code == 0
+    assert (tmp_path / "file").read_bytes() == BODY
+    assert resumed_at(origin) == written
+
+
+async def test_ctrl_c_stops_it_in_every_phase(command: Command, tmp_path: Path) -> None:
+    """Also where the server has not answered yet, or the transfer waits to try again."""
+    async with Origin() as origin:
+        url, hold = origin.serve("/file", BODY), Hold()
+        origin.fault("/file", Fault(hold=hold))
+        connecting = await command.start("download", url, "file")
+        await hold.reached.wait()
+        assert (await connecting.end(signal.SIGINT)).code == 130
+        origin.fault("/file", Fault(status=503))
+        waiting = await command.start("download", url, "file", "--json")
+        assert waiting.process.stdout is not None
+        while b"TRANSIENT_ERROR" not in await waiting.process.stdout.readline():
+            pass
+        assert (await waiting.end(signal.SIGINT)).code == 130
+        assert (await command("download", url, "file")).code == 0
+        assert (tmp_path / "file").read_bytes() == BODY
+
+
+async def test_what_the_parent_told_it_to_ignore_does_not_stop_it(command: Command, origin: Origin, tmp_path: Path) -> None:
+    """nohup, and a shell's background jobs."""
+    url, hold = origin.serve("/file", BODY), Hold(after=1024)
+    origin.fault("/file", Fault(hold=hold))
+    program = f"""import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, "-m", "bits_async", "download", {url!r}, "file"])
+"""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, cwd=tmp_path, env=command.environment)
+    await hold.reached.wait()
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGINT)
+    hold.release()
+    assert await process.wait() == 0
+    assert (tmp_path / "file").read_bytes() == BODY
+
+
+async def test_a_second_ctrl_c_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    stop, task = Stop(), asyncio.create_task(asyncio.sleep(3600, Path()))
+    stop._on_signal(signal.SIGTERM, task, Reporter())
+    stop._on_signal(signal.SIGHUP, task, Reporter())
+    assert (exits, task.cancelling()) == ([], 1)
+    stop._on_signal(signal.SIGINT, task, Reporter())
+    assert (exits, task.cancelling()) == ([130], 1)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+# -- secrets
+
+
+async def test_t14_neither_queries_nor_a_peers_text_reach_the_terminal(command: Command, origin: Origin, tmp_path: Path) -> None:
+    hostile = b"HTTP/1.1 403 \x1b[31mNo\x07 [bold red]entry[/bold red]\r\nContent-Length: 0\r\n\r\n"
+    url = origin.serve("/file", BODY)
+    runs = []
+    for fault in (Fault(raw=hostile), redirect(f"/missing?{SIGNED}"), Fault(status=404), Fault(hold=Hold(after=1024))):
+        origin.fault("/file", fault)
+        running = await command.start("download", f"{url}?{SIGNED}", "file", "--json", "--retry-for", "0")
+        if fault.hold is not None:
+            await fault.hold.reached.wait()
+            runs.append(await running.end(signal.SIGTERM))
+        else:
+            runs.append(await running.end())
+    assert [run.code for run in runs] == [1, 1, 1, 143]
+    assert "?…" in runs[2].complaint
+    for run in runs:
+        assert SIGNED not in run.out + run.err
+        assert "\x1b" not in run.out + run.err
+        assert "\x07" not in run.out + run.err
+
+
+async def test_t14_a_password_in_an_argument_is_refused_and_not_repeated(command: Command, origin: Origin) -> None:
+    url = origin.serve("/file", BODY).replace("://", "://me:pass-word@")
+    for arguments in ([url, "file"], [origin.url("/file"), "file", "--proxy", "http://me:pass-word@proxy.test:3128"]):
+        refused = await command("download", *arguments, "--json")
+        assert refused.code == 1
+        assert "E_INVALIDARG" in refused.complaint
+        assert "pass-word" not in refused.out + refused.err
+    assert not origin.passed
+
+
+async def test_without_options_no_credentials_are_sent(command: Command) -> None:
+    async with Origin(door=Door("NTLM", "Negotiate", "Basic")) as origin:
+        failed = await command("download", origin.serve("/file", BODY), "file")
+    assert failed.code == 1
+    assert "GENERAL_TRANSPORT" in failed.complaint or "REMOTE_FILE" in failed.complaint
+    assert not [seen for seen in origin.seen if seen.header("Authorization")]
+
+
+# -- other users of this machine
+
+
+@pytest.mark.privileged
+async def test_the_owner_writes_as_a_local_user(command: Command, origin: Origin, users: Mapping[str, LocalUser]) -> None:
+    alice, bob = users["bitsalice"], users["bitsbob"]
+    url = origin.serve("/file", BODY)
+    assert (await command("download", url, alice.home / "file", "--user", alice.name)).code == 0
+    assert alice.owns(alice.home / "file")
+    failed = await command("download", url, bob.home / "file", "--user", alice.name)
+    assert failed.code == 1
+    for part in ("LOCAL_FILE", f"identity {alice.name}", str(bob.home / "file")):
+        assert part in failed.complaint
+    assert not list(bob.home.glob("*file*"))
+
+
+@pytest.mark.privileged
+async def test_the_helper_writes_and_after_a_kill_the_same_command_goes_on(
+    command: Command, origin: Origin, users: Mapping[str, LocalUser]
+) -> None:
+    helper = users["bitshelper"]
+    url, destination = origin.serve("/file", BODY), helper.home / "file"
+    origin.fault("/file", Fault(hold=Hold(after=1024 * 1024)))
+    arguments = ("download", url, destination, "--helper-user", helper.name, "--helper-for", "local-file")
+    running = await command.start(*arguments)
+    part = await held(destination, 1024 * 1024)
+    assert helper.owns(part)
+    await running.end(signal.SIGKILL)
+    written = part.stat().st_size
+    assert (await command(*arguments)).code == 0
+    assert helper.owns(destination)
+    assert destination.read_bytes() == BODY
+    assert resumed_at(origin) == written
