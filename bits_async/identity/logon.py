@@ -151,9 +151,9 @@ def _read(what: str, place: str, reader: Callable[[str], str]) -> str:
     try:
         return reader(place)
     except ImportError as exc:
-        raise ImpersonationFailed(
-            f"cannot read whose {what} is", advice="install bits-async[kerberos], or name its principal"
-        ) from scrub(exc)
+        raise ImpersonationFailed(f"cannot read whose {what} is", advice="install bits-async[kerberos], or name its principal") from scrub(
+            exc
+        )
     except Exception as exc:  # krb5's errors, which name the file and the reason
         raise ImpersonationFailed(
             f"cannot read whose {what} is: {show_text(str(exc))}", advice="check the file, or name its principal"

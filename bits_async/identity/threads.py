@@ -184,7 +184,7 @@ class _Crew(concurrent.futures.Executor):
         self._lock = threading.RLock()  # calls come from the loop, their ends from the threads; a finalizer may stop it anywhere
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._waiting = 0  # calls in the queue
-        self._idle = 0
+        self._idle = 0  # threads of the pool without a call
         self._pool: set[_Worker] = set()  # those that serve the queue
         self._alone: set[_Worker] = set()  # those with one call of their own
         self._running: dict[concurrent.futures.Future[Any], _Worker] = {}
@@ -319,8 +319,6 @@ class _Crew(concurrent.futures.Executor):
     # -- in the crew's threads
 
     def next(self) -> _Call | None:
-        with self._lock:
-            self._idle += 1
         call = self._queue.get()
         with self._lock:
             self._idle -= 1
@@ -338,19 +336,25 @@ class _Crew(concurrent.futures.Executor):
             return False
         return True
 
+    def rest(self, worker: _Worker) -> None:
+        """The worker can take the next call: said before the outcome is, so that whoever gets it finds the worker free."""
+        with self._lock:
+            self._idle += worker in self._pool
+
     def perform(self, worker: _Worker, call: _Call) -> None:
         future = call.future
         with self._lock:  # both or neither: give_up() asks the one, then the other
             if not future.set_running_or_notify_cancel():
+                self.rest(worker)
                 return
             self._running[future] = worker
         try:
             outcome = Context().run(self._checked, call.work)
         except BaseException as exc:  # also SystemExit: it belongs to whoever waits, as in every executor
-            self._ended(future)
+            self._ended(worker, future)
             future.set_exception(exc)
         else:
-            self._ended(future)
+            self._ended(worker, future)
             future.set_result(outcome)
 
     def fail(self, call: _Call) -> None:
@@ -358,9 +362,10 @@ class _Crew(concurrent.futures.Executor):
             assert self._refusal is not None
             call.future.set_exception(self._refusal())
 
-    def _ended(self, future: "concurrent.futures.Future[Any]") -> None:
+    def _ended(self, worker: _Worker, future: "concurrent.futures.Future[Any]") -> None:
         with self._lock:
             self._running.pop(future, None)
+            self.rest(worker)
 
     def _checked(self, work: Callable[[], T]) -> T:
         self._check()
@@ -396,6 +401,7 @@ def _live(crew: _Crew, worker: _Worker) -> None:
     """A thread that serves the queue, from birth to death."""
     if not crew.be_born():
         return
+    crew.rest(worker)
     while not worker.retired and (call := crew.next()) is not None:
         crew.perform(worker, call)
         del call  # nothing of it stays while this thread waits

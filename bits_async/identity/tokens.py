@@ -318,9 +318,7 @@ class _Impersonation:
 
     def __del__(self) -> None:
         if not self._entered:
-            warnings.warn(
-                f"{self._what}() was never entered: write `with {self._what}(...):`", RuntimeWarning, stacklevel=2, source=self
-            )
+            warnings.warn(f"{self._what}() was never entered: write `with {self._what}(...):`", RuntimeWarning, stacklevel=2, source=self)
 
 
 def _entered_by_async_generator(frame: FrameType | None) -> bool:

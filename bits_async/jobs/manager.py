@@ -494,7 +494,10 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
                 await files.run(_make_state_directories, _state_directory() / "downloads")
             if self._one_shot is not None:
                 await self._one_shot.claim(files)
-        self._store = SqliteStore(self._path or default_store())
+            own = self._path is None or (self._one_shot is not None and self._one_shot.private)
+            path = self._path or default_store()
+            # our own place may be reached through links (a home directory often is); a path that was named may not (T13)
+            self._store = SqliteStore(Path(await files.run(os.path.realpath, path)) if own else path)
         self._network = self._seams.network if self._seams else Lanes(self._limits.connections_per_host, refusals=self._refusals)
         clock = self._seams.clock if self._seams else SystemClock()
         shop = Workshop(self._network, self._executors, clock, boot_id)

@@ -277,8 +277,8 @@ class FileRecord:
 
     job_id: UUID
     index: int
-    original_url: str
-    url: str
+    original_url: str = field(repr=False)  # their queries may be secrets (T14)
+    url: str = field(repr=False)
     path: Path
     sha256: str | None = None
     validator: Validator | None = None

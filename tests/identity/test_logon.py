@@ -223,7 +223,7 @@ def test_the_principal_of_a_cache_or_keytab_is_read_from_it(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("credential", [spnego.KerberosCCache("FILE:/no/cache"), spnego.KerberosKeytab("/no/keytab")])
 def test_a_cache_that_cannot_be_read_is_an_error_that_names_the_file(credential: Any) -> None:
-    with pytest.raises(ImpersonationFailed, match="/no/(cache|keytab)"):
+    with pytest.raises(ImpersonationFailed, match=r"/no/(cache|keytab)"):
         Token.for_network(credential)
 
 

@@ -312,22 +312,32 @@ async def test_a_cancelled_call_that_still_waits_for_a_thread_is_made(token: Tok
     await executor.aclose()
 
 
-async def test_the_error_of_a_cancelled_call_is_not_reported_as_forgotten(executor: TokenExecutor, gate: Gate) -> None:
+@pytest.mark.parametrize("manner", ["run", "security", "spawn"])
+async def test_the_error_of_a_cancelled_call_is_not_reported_as_forgotten(executor: TokenExecutor, gate: Gate, manner: str) -> None:
     def fail() -> None:
         gate()
         raise OSError(5, "late")
 
+    async def call() -> None:
+        match manner:
+            case "run":
+                await executor.run(fail)
+            case "security":
+                await executor.run_security(fail, deadline=10)
+            case "spawn":
+                await executor.spawn(fail)
+
     told: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
-    for call in (executor.run(fail), executor.run_security(fail, deadline=10)):
-        task = asyncio.create_task(call)
-        await gate.reached()
-        task.cancel()
-        gate.open()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        del task
-        gc.collect()
+    task = asyncio.create_task(call())
+    await gate.reached()
+    task.cancel()
+    gate.open()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    del task
+    await executor.aclose()
+    gc.collect()
     assert told == []
 
 

@@ -242,9 +242,12 @@ def test_impersonate_takes_a_token_only() -> None:
 
 @pytest.mark.parametrize("make", [lambda token: impersonate(token), lambda token: revert_to_self()], ids=["impersonate", "revert"])
 def test_what_was_never_entered_warns(make: Any, alice: Token) -> None:
-    with pytest.warns(RuntimeWarning, match="never entered"):
+    def forget() -> None:
         make(alice)
         gc.collect()
+
+    with pytest.warns(RuntimeWarning, match="never entered"):
+        forget()
 
 
 def test_impersonate_is_entered_once(alice: Token) -> None:
