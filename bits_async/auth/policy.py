@@ -13,7 +13,7 @@ import hmac
 import ipaddress
 import re
 import secrets
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -243,14 +243,19 @@ class Offer:
     implicit: bool = False
     fingerprint: str = field(default="", repr=False)
     principal: str | None = field(default=None, repr=False)
-    holder: Hashable = field(default=None, repr=False, compare=False)
+    holder: object | None = field(default=None, repr=False, compare=False)
     process: bool = field(default=True, repr=False)
 
     @property
-    def who(self) -> str:
-        """The name the peer will see, as far as it is known beforehand."""
+    def user(self) -> str | None:
+        """The name the peer will see, where it is known beforehand."""
         known = self.user_name or self.principal or getattr(self.credential, "username", None)
-        return known or getattr(self.credential, "principal", None) or "its own credentials"
+        return known or getattr(self.credential, "principal", None)
+
+    @property
+    def who(self) -> str:
+        """The same, for a message."""
+        return self.user or "whoever it is logged on as"
 
 
 class Offers(tuple[Offer, ...]):

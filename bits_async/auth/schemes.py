@@ -127,7 +127,7 @@ class _Basic:
     bound = False
 
     def __init__(self, offer: Offer) -> None:
-        self._header = "Basic " + _b64(f"{offer.user_name}:{offer.password}".encode())
+        self._header = "Basic " + _b64(f"{offer.user_name}:{offer.password}".encode("utf-8", "surrogatepass"))
 
     async def first(self, challenges: Sequence[Challenge], ask: _Ask) -> str:
         return self._header
@@ -181,7 +181,7 @@ class _Nonce:
 
     def digest(self, *parts: str) -> str:
         """H(a:b:c) in hexadecimal."""
-        return hashlib.new(self.hash, ":".join(parts).encode("utf-8", "surrogateescape"), usedforsecurity=False).hexdigest()
+        return hashlib.new(self.hash, ":".join(parts).encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()
 
 
 class _Digest:
@@ -262,7 +262,7 @@ class _Digest:
             return [f"username={quote(nonce.digest(self._user, nonce.realm))}"]
         if self._user.isascii():
             return [f"username={quote(self._user)}"]
-        return [f"username*=UTF-8''{percent(self._user, safe='')}"]
+        return [f"username*=UTF-8''{percent(self._user, safe='', errors='surrogatepass')}"]
 
     def _response(self, method: str) -> str:
         """For a method; for "" the peer's own proof (rspauth)."""
@@ -543,7 +543,7 @@ class AuthFlow:
     Attributes:
         connection_bound: the login under way, or done, belongs to the connection (NTLM).
         authenticated: the peer let us pass after a whole login.
-        user: who the peer was shown, as far as the offer says.
+        user: who the peer was shown, where that is known beforehand.
     """
 
     def __init__(
@@ -585,7 +585,7 @@ class AuthFlow:
 
     @property
     def user(self) -> str | None:
-        return self._current.offer.who if self._current else None
+        return self._current.offer.user if self._current else None
 
     async def answer(self, lines: Sequence[str], *, method: str, target: str) -> str:
         """The value of the answer header for these challenge lines.

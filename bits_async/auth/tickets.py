@@ -11,11 +11,13 @@ credentials pass unchanged. This module also reads a ticket's target out of a to
 """
 
 import os
+import re
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
@@ -32,13 +34,17 @@ RENEW_BEFORE: Final = 300.0  # seconds before a ticket's end (the clock skew tha
 KDC: Final = "kdc"  # the realm under which a KDC's own refusal is remembered
 
 
+_Holder = weakref.ref[object] | None
+"""A token, which lives no longer for having tickets."""
+
+
 class Tickets:
     """The ticket-granting tickets of all lanes of one manager."""
 
     def __init__(self, refusals: Refusals | None = None, *, clock: Callable[[], float] = time.time) -> None:
         self._refusals = refusals or Refusals()
         self._clock = clock
-        self._entries: dict[tuple[Hashable, str], _Entry] = {}
+        self._entries: dict[tuple[_Holder, str], _Entry] = {}
         self._closed = False
         self._lock = threading.Lock()  # never held while the KDC is asked: each entry has `asking` for that
 
@@ -80,10 +86,10 @@ class Tickets:
             return ""
         return f"{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}:{found.st_size}"
 
-    def forget(self, holder: Hashable) -> None:
+    def forget(self, holder: object) -> None:
         """Destroy what was got for this token: it was closed or replaced."""
         with self._lock:
-            for key in [key for key in self._entries if key[0] == holder]:
+            for key in [key for key in self._entries if key[0] is not None and key[0]() is holder]:
                 self._entries.pop(key).close()
 
     async def aclose(self) -> None:
@@ -110,12 +116,13 @@ class Tickets:
 
     def _entry(self, offer: Offer) -> "_Entry":
         """One entry per token and credential: the path of a keytab is no proof that another token may read it."""
-        mine = (offer.holder, offer.fingerprint)
+        mine = (None if offer.holder is None else weakref.ref(offer.holder), offer.fingerprint)
         with self._lock:
             if self._closed:
                 raise unable("the manager is closing")
             for key, entry in list(self._entries.items()):
-                if key != mine and entry.ended(self._clock()):
+                alone = key[0] is not None and key[0]() is None  # nobody holds the token any more
+                if alone or (key != mine and entry.ended(self._clock())):
                     self._entries.pop(key).close()
             return self._entries.setdefault(mine, _Entry())
 
@@ -279,12 +286,16 @@ def _first_ticket(credential: object) -> _Cache:
     options = krb5.get_init_creds_opt_alloc(context)
     if kind_of(credential) is CredentialKind.KEYTAB:
         keytab = krb5.kt_resolve(context, str(getattr(credential, "keytab", "")).encode())
-        wanted = getattr(credential, "principal", None) or _text(next(iter(keytab)).principal.name)
+        entry = next(iter(keytab), None)  # before the KDC is asked: is there a keytab? Its principal lives no longer than the entry
+        if entry is None:
+            raise unable("the keytab is empty", advice="export the keytab again")
+        wanted = getattr(credential, "principal", None) or _text(entry.principal.name)
         client = krb5.parse_name_flags(context, wanted.encode())
         ticket = krb5.get_init_creds_keytab(context, client, options, keytab=keytab)
     else:
         client = krb5.parse_name_flags(context, str(getattr(credential, "username", "")).encode())
-        password = str(getattr(credential, "password", "")).encode("utf-8", "replace")
+        # A password of random 16-bit units (a managed service account) may hold lone surrogates; Windows hashes them as U+FFFD.
+        password = re.sub("[\ud800-\udfff]", "\ufffd", str(getattr(credential, "password", ""))).encode()
         ticket = krb5.get_init_creds_password(context, client, options, password=password)
     name = f"MEMORY:bits-{secrets.token_hex(16)}"
     cache = krb5.cc_resolve(context, name.encode())

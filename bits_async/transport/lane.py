@@ -211,6 +211,8 @@ class LaneBody:
         if self._ended:
             raise StopAsyncIteration
         with _placed(self.url, self._lane.identity):
+            if self._lane.withdrawn:
+                throw(error_from_network(ConnectionAbortedError(), url=self.url, doing="go on as this identity"))
             chunk = await self._read()
             if not chunk:
                 self._end()
@@ -345,6 +347,7 @@ class Lane:
             BitsError: no answer, or a challenge that may not be answered.
         """
         self._party = party
+        response: aiohttp.ClientResponse | None = None
         try:
             for _ in range(EXCHANGES):
                 response = await self._exchange(asked)
@@ -356,6 +359,8 @@ class Lane:
                 await self._take_challenge(verdict, asked, response)
             raise AuthFailed("the peer asks for one login after the other")
         except BaseException:
+            if response is not None:
+                response.close()
             self.failed = True
             self.drop()
             raise
@@ -430,19 +435,20 @@ class Lane:
 
     async def settle(self, response: aiohttp.ClientResponse, limit: int, seconds: float) -> None:
         """Reads a body that nobody wants, so that the connection can go on; a larger or slower one costs the connection (T26)."""
-        left = limit
+        left, settled = limit, False
         try:
-            announced = response.content_length
+            announced = response.content_length or 0
             async with asyncio.timeout(seconds):
-                while (announced or 0) <= limit and left >= 0:
+                while announced <= limit and left >= 0 and not settled:
                     chunk = await response.content.readany()
-                    if not chunk:
-                        return
                     left -= len(chunk)
-        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError, ValueError):
+                    settled = not chunk
+        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError):
             pass  # the connection is given up below, whatever is wrong with it
-        response.close()
-        self.drop()
+        finally:
+            if not settled:
+                response.close()
+                self.drop()
 
     def drop(self) -> None:
         """Closes the connection at once; the next request opens another."""

@@ -198,6 +198,13 @@ async def test_repr_shows_no_secret(make_flow: MakeFlow) -> None:
     assert SECRET not in repr(offer(BASIC))
 
 
+@pytest.mark.parametrize("scheme", [BASIC, DIGEST, NTLM])
+async def test_a_password_that_is_no_text_does_not_reach_an_exception(make_flow: MakeFlow, scheme: AuthScheme) -> None:
+    lines = ["NTLM", 'Digest realm="x", nonce="n", qop="auth"', "Basic realm=x"]
+    header = await answer(make_flow(offer(scheme, "\ud800", "\udfff-secret")), *lines)
+    assert header.isascii()
+
+
 # -- Digest
 
 

@@ -45,7 +45,7 @@ class Running:
         async with asyncio.timeout(DEADLINE):
             out, err = await self.process.communicate()
         assert self.process.returncode is not None
-        return Result(self.process.returncode, out.decode(), err.decode())
+        return Result(self.process.returncode, (out or b"").decode(), (err or b"").decode())
 
 
 class Command:

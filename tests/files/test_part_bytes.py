@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import resource
+import selectors
 import signal
 import socket
 import struct
@@ -292,6 +293,22 @@ async def test_receive_gives_a_silent_connection_up(part: PartFile) -> None:
     assert caught.value.code == ErrorCode.ERROR_WINHTTP_TIMEOUT
     assert caught.value.transient
     assert piece.written == await part.length() == 9
+
+
+class Liar(selectors.SelectSelector):
+    """Says that there is something to read; there is not."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        time.sleep(0.001)
+        return [(key, selectors.EVENT_READ) for key in self.get_map().values()]
+
+
+async def test_receive_is_never_caught_in_a_read(part: PartFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selectors, "DefaultSelector", Liar)
+    with plugged(b"only this", keep_open=True) as ours:
+        with pytest.raises(NetworkError) as caught:
+            await part.receive(Detached(ours, b"", 100), Slice.fresh(0, 100), None, None, idle=0.2)
+    assert caught.value.code == ErrorCode.ERROR_WINHTTP_TIMEOUT
 
 
 async def test_receive_counts_what_came_before_the_connection_ended(part: PartFile) -> None:

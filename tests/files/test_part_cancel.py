@@ -217,6 +217,31 @@ async def test_a_call_that_was_still_waiting_for_a_thread_is_never_made(token: T
     await files.aclose()
 
 
+class Late(TokenExecutor):
+    """Whatever it is given it gets to when nobody waits any more."""
+
+    kept: Callable[[], object]
+
+    async def run(self, func: Callable[..., object], /, *args: object, **kwargs: object) -> None:  # type: ignore[override]
+        self.kept = func
+        await asyncio.Event().wait()
+
+
+async def test_a_call_whose_thread_begins_after_the_cancel_does_nothing(
+    part: PartFile, token: Token, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = Late(token)
+    with monkeypatch.context() as patch:
+        patch.setattr(part, "_files", late)
+        task = asyncio.ensure_future(part.write(0, [b"a byte too late"]))
+        await asyncio.sleep(0)
+        await cancelled(task)
+    with pytest.raises(files_module._Closed):
+        late.kept()
+    assert await part.length() == 0
+    await late.aclose()
+
+
 # -- threads that do not come back ---------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Files belong to the token's user, and no user reaches another's files through us."""
 
+import errno
 import os
 import stat
 from collections.abc import AsyncIterator, Mapping
@@ -10,6 +11,7 @@ import pytest
 
 from bits_async.errors import ErrorCode, ErrorContext, LocalFileError
 from bits_async.files import PartFile, discard_part
+from bits_async.identity import native
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
 from tests.files.putting import JOB, Put, open_below
@@ -253,3 +255,28 @@ async def test_t16_a_file_that_the_user_could_not_read_is_not_replaced_by_one_th
     await part.close()
     assert user.owns(home / "file")
     assert stat.S_IMODE((home / "file").stat().st_mode) == 0o600
+
+
+async def test_t16_a_rename_that_fails_leaves_a_part_file_that_its_user_can_open_again(
+    alice: TokenExecutor, users: Users, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination = users["bitsalice"].home / "read-only"
+    destination.write_bytes(b"old")
+    os.chown(destination, users["bitsalice"].uid, users["bitsalice"].gid)
+    destination.chmod(0o400)
+    part = await PartFile.create(alice, destination, JOB)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "rename_at", fail)
+        with pytest.raises(LocalFileError):
+            await part.commit(mtime=None)
+    await part.close()
+    again = await PartFile.reopen(alice, destination, part.record)
+    assert again is not None
+    await again.commit(mtime=None)
+    await again.close()
+    assert stat.S_IMODE(destination.stat().st_mode) == 0o400
+    destination.unlink()

@@ -71,6 +71,11 @@ class Connection:
             lines.append(f"Content-Length: {len(body)}")
         await self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
+    @property
+    def gone(self) -> bool:
+        """The client closed it, whatever it had sent before."""
+        return self.reader._eof or self.reader.exception() is not None  # type: ignore[attr-defined]
+
     def cut(self) -> None:
         with suppress(AttributeError):  # asyncio's TLS transport, when it was closed twice
             self.writer.transport.abort()
@@ -127,7 +132,7 @@ class Server:
     @property
     def open(self) -> int:
         """Connections that the client still holds."""
-        return sum(not connection.reader.at_eof() for connection in self.connections)
+        return sum(not connection.gone for connection in self.connections)
 
 
 # -- gates --------------------------------------------------------------------------------------------------------------------
@@ -263,6 +268,13 @@ class Proxy(Server):
         self.users: list[str | None] = []
 
     async def handle(self, connection: Connection) -> None:
+        try:
+            await self.attend(connection)
+        finally:
+            if "upstream" in connection.state:
+                connection.state["upstream"][1].transport.abort()
+
+    async def attend(self, connection: Connection) -> None:
         while (request := await connection.request()) is not None:
             self.log.append(request)
             lines = await self.gate(connection, request, "Proxy-Authenticate", "Proxy-Authorization") if self.gate else None
