@@ -135,11 +135,19 @@ def prepare() -> None:
             _load_mechanisms()
 
 
+# The second message of an NTLM login (CHALLENGE_MESSAGE of [MS-NLMP]) of a server without a name.
+_NTLM_CHALLENGE: Final = (
+    b"NTLMSSP\0\2\0\0\0" + bytes(4) + b"\x38\0\0\0" + b"\x35\x82\x8a\xe2" + bytes(16) + b"\4\0\4\0\x38\0\0\0" + bytes(12)
+)
+
+
 def _load_mechanisms() -> None:
-    """GSSAPI and libkrb5 load their plug-ins at the first call, NTLM its ciphers."""
+    """NTLM loads its ciphers in its last step, GSSAPI and libkrb5 their plug-ins at the first call."""
     import spnego
 
-    spnego.client(spnego.Password("nobody", "nothing"), protocol="ntlm").step()
+    rehearsal = spnego.client(spnego.Password("nobody", "nothing"), protocol="ntlm")
+    rehearsal.step()
+    rehearsal.step(_NTLM_CHALLENGE)
     try:
         import gssapi
         import krb5

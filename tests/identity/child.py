@@ -44,7 +44,7 @@ def failure(func, *args):
 def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
     """Starts a script with the prelude."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-W", "error", "-c", PRELUDE + textwrap.dedent(script), *map(str, arguments)]
+    command = [sys.executable, "-P", "-W", "error", "-c", PRELUDE + textwrap.dedent(script), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
