@@ -228,9 +228,7 @@ def _local_errors(files: "TokenExecutor", path: Path, doing: str) -> Iterator[No
         raise LocalFileError(f"cannot {doing} the file: {exc}", path=path, identity=who) from None  # the executor was closed
     except OverflowError as exc:
         message = f"cannot {doing} the file: the position is out of range"
-        raise make_error(ErrorCode.ERROR_FILE_TOO_LARGE, ErrorContext.LOCAL_FILE, message, path=path, identity=who) from scrub(
-            exc
-        )
+        raise make_error(ErrorCode.ERROR_FILE_TOO_LARGE, ErrorContext.LOCAL_FILE, message, path=path, identity=who) from scrub(exc)
     except ValueError as exc:
         message = f"cannot {doing} the file: the operating system cannot use that name"
         raise make_error(ErrorCode.E_INVALIDARG, ErrorContext.LOCAL_FILE, message, path=path, identity=who) from scrub(exc)
@@ -264,9 +262,7 @@ class _Call(Generic[T]):
             self._handles.give_up()
 
 
-async def _run(
-    files: "TokenExecutor", handles: _Handles, path: Path, doing: str, func: Callable[[_Handles, *Ts], T], *args: *Ts
-) -> T:
+async def _run(files: "TokenExecutor", handles: _Handles, path: Path, doing: str, func: Callable[[_Handles, *Ts], T], *args: *Ts) -> T:
     """`func(handles, *args)` in a thread of the token, which has left the handles when a cancel goes on."""
     call = _Call(handles, lambda: func(handles, *args))
     with _local_errors(files, path, doing):
@@ -717,9 +713,7 @@ def _set_time(file: int, mtime: float) -> None:
 class _Intake:
     """The loop that moves a socket's bytes into a file, run by one thread of the token from begin to end."""
 
-    def __init__(
-        self, store: Callable[[int, Sequence[Chunk]], None], piece: "Slice", limiter: Limiter | None, stop: Stop | None
-    ) -> None:
+    def __init__(self, store: Callable[[int, Sequence[Chunk]], None], piece: "Slice", limiter: Limiter | None, stop: Stop | None) -> None:
         self._store = store
         self._piece = piece
         self._limiter = limiter
@@ -851,9 +845,7 @@ class PartFile:
     # -- making and finding --
 
     @classmethod
-    async def create(
-        cls, files: "TokenExecutor", destination: Path, job_id: UUID, *, allow_shared_directory: bool = False
-    ) -> "PartFile":
+    async def create(cls, files: "TokenExecutor", destination: Path, job_id: UUID, *, allow_shared_directory: bool = False) -> "PartFile":
         """Make a new, empty part file of mode 0600 beside the destination.
 
         Args:
@@ -864,8 +856,7 @@ class PartFile:
 
         Raises:
             LocalFileError: the directory is missing, not writable, or not fit for a privileged token; or the destination is a
-            directory,
-                a device, a pipe or a socket. Nothing was made.
+                directory, a device, a pipe or a socket. Nothing was made.
         """
         part = cls(files, destination, _Handles())
         try:
@@ -947,7 +938,6 @@ class PartFile:
         """
         handles = self._handles
         intake = _Intake(lambda offset, chunks: self._store(handles, offset, chunks), piece, limiter, stop)
-
         call = _Call(handles, lambda: intake.run(detached, idle))
         with _local_errors(self._files, self.destination, "write"):
             future = self._files.spawn(call)
@@ -1048,9 +1038,8 @@ class PartFile:
             mtime: seconds since the epoch; None: when it was written.
 
         Raises:
-            LocalFileError: also when directory, part file or destination are no longer what they were. The part file is where it
-            was,
-                unless somebody else has moved it.
+            LocalFileError: also when directory, part file or destination are no longer what they were. The part file is where
+                it was, unless somebody else has moved it.
         """
         await self._run("write", _trim_and_sync, self._reservation.clear())
         await self._run("replace", _commit, self.destination, mtime)

@@ -303,9 +303,7 @@ async def forward(
         return False
     reply = found.without(HOP_BY_HOP)
     if found.status == 401:
-        reply.headers.append(
-            ("Proxy-Support", "Session-Based-Authentication")
-        )  # RFC 4559: the connection behind us is yours alone
+        reply.headers.append(("Proxy-Support", "Session-Based-Authentication"))  # RFC 4559: the connection behind us is yours alone
     writer.write(reply.encode())
     async for piece in body_pieces(found, up, answers=head.method):
         writer.write(piece)
@@ -314,9 +312,7 @@ async def forward(
     return "close" not in (found.get("Connection") or "").lower()
 
 
-async def tunnel(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: asyncio.StreamReader, down: asyncio.StreamWriter
-) -> None:
+async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: asyncio.StreamReader, down: asyncio.StreamWriter) -> None:
     """Bytes in both directions until one side ends."""
 
     async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:

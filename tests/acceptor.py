@@ -38,9 +38,7 @@ class Context:
         self._reader, self._writer = reader, writer
 
     @classmethod
-    async def open(
-        cls, mechanism: str, *, users: Mapping[str, str], keytab: Path | None = None, binding: bytes | None = None
-    ) -> "Context":
+    async def open(cls, mechanism: str, *, users: Mapping[str, str], keytab: Path | None = None, binding: bytes | None = None) -> "Context":
         """Begin a login by "ntlm", "negotiate" (SPNEGO around NTLM) or "kerberos".
 
         With `binding`, the application data of the channel binding, a token that lacks it is refused.

@@ -52,9 +52,7 @@ def missing_servers() -> str | None:
 
 def missing_kerberos() -> str | None:
     absent = [name for name in ("gssapi", "krb5") if importlib.util.find_spec(name) is None]
-    return (
-        f"Python packages not installed: {', '.join(absent)} (they are built with krb5-config of libkrb5-dev)" if absent else None
-    )
+    return f"Python packages not installed: {', '.join(absent)} (they are built with krb5-config of libkrb5-dev)" if absent else None
 
 
 @dataclass

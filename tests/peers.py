@@ -10,26 +10,18 @@ They live on the test's own event loop, so a test changes a file, holds a body o
 
 `Origin` serves versions of files; `Fault` says how one answer departs from the truth; `Door` is who may pass, and how it
 misbehaves while it asks; `Hold` stops a peer at a point until the test says go. Logins by NTLM, Negotiate and Kerberos are
-decided by real acceptors (`acceptor.py`). HTTP itself is shared with `examples/embedded.py`. A proxy here connects to this
+decided by real acceptors (`doors.py`). HTTP itself is shared with `examples/embedded.py`. A proxy here connects to this
 machine only, whatever the host is called, so any host name may be used in a URL.
 """
 
 import asyncio
-import base64
 import contextlib
-import hashlib
-import os
-import re
 import socket
-import ssl
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
-from pathlib import Path
 from typing import Final, Self
 from urllib.parse import urlsplit
-
-import trustme
 
 from examples.embedded import (
     HEAD_LIMIT,
@@ -45,77 +37,32 @@ from examples.embedded import (
     read_head,
     wanted_range,
 )
-from tests import acceptor
+from tests.certificates import Authority, ServerTls
+from tests.doors import USERS, Admission, Door, Guard, Hold, Misbehaviour
 
-USERS: Final = {r"LAB\alice": "Password-alice", r"LAB\helper": "Password-helper"}
 REASONS: Final = {200: "OK", 206: "Partial Content", 302: "Found", 401: "Unauthorized", 407: "Proxy Authentication Required"}
 
 
-# -- certificates
-
-
-@dataclass(frozen=True)
-class ServerTls:
-    """A certificate and the server's context that shows it."""
-
-    context: ssl.SSLContext
-    der: bytes
-
-    @property
-    def binding(self) -> bytes:
-        """The channel binding's application data (tls-server-end-point; the authority signs with SHA-256)."""
-        return b"tls-server-end-point:" + hashlib.sha256(self.der).digest()
-
-
-class Authority:
-    """A throw-away certificate authority, the contexts of clients that trust it, and certificates of servers."""
-
-    def __init__(self, directory: Path) -> None:
-        self._ca = trustme.CA()
-        self.ca_file = directory / "ca.pem"
-        self._ca.cert_pem.write_to_path(str(self.ca_file))
-        self.server = self.issue()
-
-    def issue(self, *names: str) -> ServerTls:
-        """A new certificate, for localhost and 127.0.0.1 unless other names are given."""
-        certificate = self._ca.issue_cert(*(names or ("localhost", "127.0.0.1")))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        certificate.configure_cert(context)
-        return ServerTls(context, ssl.PEM_cert_to_DER_cert(certificate.cert_chain_pems[0].bytes().decode()))
-
-    def client(self) -> ssl.SSLContext:
-        """A new context that trusts this authority alone."""
-        return ssl.create_default_context(cafile=str(self.ca_file))
-
-    def write_server_files(self, directory: Path, *names: str) -> tuple[Path, Path]:
-        """A certificate chain and its key as files, for servers in other processes."""
-        certificate = self._ca.issue_cert(*(names or ("localhost", "127.0.0.1")))
-        chain, key = directory / "server.pem", directory / "server.key"
-        chain.write_bytes(b"".join(pem.bytes() for pem in certificate.cert_chain_pems))
-        certificate.private_key_pem.write_to_path(str(key))
-        return chain, key
-
+__all__ = [
+    "HONEST",
+    "USERS",
+    "Authority",
+    "Door",
+    "Fault",
+    "Hold",
+    "Misbehaviour",
+    "Origin",
+    "Proxy",
+    "Seen",
+    "ServerTls",
+    "SilentKdc",
+    "Version",
+    "answer",
+    "header_bomb",
+    "redirect",
+]
 
 # -- what a test says to a peer
-
-
-class Hold:
-    """A peer waits here: `await hold.reached.wait()`, do something, `hold.release()`.
-
-    `after` counts bytes of the body; None holds the answer before its first byte.
-    """
-
-    def __init__(self, after: int | None = None) -> None:
-        self.after = after
-        self.reached = asyncio.Event()
-        self._released = asyncio.Event()
-
-    def release(self) -> None:
-        self._released.set()
-
-    async def here(self) -> None:
-        self.reached.set()
-        await self._released.wait()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,218 +144,6 @@ class Seen:
 
     def header(self, name: str) -> str | None:
         return self.head.get(name)
-
-
-# -- the door: Basic, Digest, NTLM, Negotiate and Kerberos at either seat
-
-
-@dataclass
-class Door:
-    r"""Who may pass a seat, by which schemes, and how it misbehaves while it asks.
-
-    Schemes are "Basic", "Digest", "NTLM", "Negotiate" (NTLM inside) and "Kerberos" (Negotiate on the wire; needs `keytab`).
-    With `binding` (`ServerTls.binding`) NTLM, Negotiate and Kerberos must be bound to the channel.
-    One Door belongs to one peer; its nonces and its log of logins are shared by the connections.
-    """
-
-    schemes: tuple[str, ...]
-    users: Mapping[str, str]
-    realm: str
-    algorithms: tuple[str, ...]
-    keytab: Path | None
-    binding: bytes | None
-    misbehave: "Misbehaviour"
-    logins: list[tuple[int, str, str]]  # connection, scheme, user: one entry each time somebody has proved a name
-
-    def __init__(
-        self,
-        *schemes: str,
-        users: Mapping[str, str] = USERS,
-        realm: str = "lab",
-        algorithms: Sequence[str] = ("SHA-256", "MD5"),
-        keytab: Path | None = None,
-        binding: bytes | None = None,
-        misbehave: "Misbehaviour | None" = None,
-    ) -> None:
-        self.schemes, self.users, self.realm, self.algorithms = schemes, users, realm, tuple(algorithms)
-        self.keytab, self.binding, self.misbehave = keytab, binding, misbehave or Misbehaviour()
-        self.logins = []
-        self.nonces: dict[str, int] = {}  # nonce: the highest count seen
-
-    def new_nonce(self) -> str:
-        nonce = os.urandom(12).hex()
-        self.nonces[nonce] = 0
-        return nonce
-
-
-@dataclass(kw_only=True)
-class Misbehaviour:
-    """What a door does wrong, or only awkwardly, while it asks."""
-
-    one_line: bool = False  # all challenges in one header line
-    refusal_body: int = 100  # length of the body of a 401 or 407
-    refusal_chunked: bool = False
-    refusal_headers: tuple[tuple[str, str], ...] = ()
-    close_first: int = 0  # so many refusals without a login in progress end the connection
-    close_legs: int = 0  # so many refusals in the middle of a login end the connection
-    endless: bool = False  # every leg is answered by a new challenge, for ever
-    wrong_final: bool = False  # the token or rspauth that ends a login is false
-    no_final: bool = False  # ... or missing
-    nonce_uses: int | None = None  # after so many uses a nonce is stale
-    hold: Hold | None = None  # the answer to a leg in progress is held here
-
-
-@dataclass
-class Admission:
-    """A door's decision: `user` may pass (None: refused), with these header lines in the answer."""
-
-    user: str | None
-    headers: list[tuple[str, str]] = field(default_factory=list)
-    in_progress: bool = False
-
-
-class Guard:
-    """The door as one connection meets it: NTLM authenticates the connection, the other schemes each request."""
-
-    def __init__(self, door: Door, seat: Seat, connection: int) -> None:
-        self._door, self._seat, self._connection = door, seat, connection
-        self._context: acceptor.Context | None = None
-        self._bound_user: str | None = None
-
-    async def admit(self, head: Head) -> Admission:
-        scheme, _, text = (head.get(self._seat.answer) or "").partition(" ")
-        name = next((known for known in self._door.schemes if self._wire_name(known).lower() == scheme.lower()), None)
-        if not scheme and self._bound_user:
-            return Admission(self._bound_user)
-        if name is None:
-            return self._refuse()
-        if name == "Basic":
-            return self._basic(text)
-        if name == "Digest":
-            return self._digest(head, text)
-        return await self._token(name, text.strip())
-
-    def close(self) -> None:
-        if self._context is not None:
-            self._context.close()
-            self._context = None
-
-    @staticmethod
-    def _wire_name(scheme: str) -> str:
-        return "Negotiate" if scheme == "Kerberos" else scheme
-
-    def _refuse(self, *, stale: bool = False) -> Admission:
-        """All the schemes, from the start."""
-        self.close()
-        self._bound_user = None
-        challenges: list[str] = []
-        for scheme in self._door.schemes:
-            if scheme == "Basic":
-                challenges.append(f'Basic realm="{self._door.realm}", charset="UTF-8"')
-            elif scheme == "Digest":
-                challenges += [self._digest_challenge(algorithm, stale) for algorithm in self._door.algorithms]
-            else:
-                challenges.append(self._wire_name(scheme))
-        if self._door.misbehave.one_line:
-            challenges = [", ".join(challenges)]
-        return Admission(None, [(self._seat.challenge, challenge) for challenge in challenges])
-
-    def _pass(self, scheme: str, user: str, headers: list[tuple[str, str]]) -> Admission:
-        self._door.logins.append((self._connection, scheme, user))
-        return Admission(user, [] if self._door.misbehave.no_final else headers)
-
-    def _basic(self, text: str) -> Admission:
-        try:
-            user, _, password = base64.b64decode(text, validate=True).decode().partition(":")
-        except ValueError:
-            return self._refuse()
-        if self._door.users.get(user) != password or self._door.misbehave.endless:
-            return self._refuse()
-        return self._pass("Basic", user, [])
-
-    # Digest (RFC 7616, qop=auth)
-
-    def _digest_challenge(self, algorithm: str, stale: bool) -> str:
-        text = f'Digest realm="{self._door.realm}", nonce="{self._door.new_nonce()}", qop="auth", algorithm={algorithm}'
-        return text + (", stale=true" if stale else "")
-
-    def _digest(self, head: Head, text: str) -> Admission:
-        given = dict(_parameters(text))
-        nonce, count = given.get("nonce", ""), int(given.get("nc", "0"), 16)
-        password = self._door.users.get(given.get("username", ""))
-        algorithm = given.get("algorithm", "MD5").upper()
-        known = nonce in self._door.nonces and algorithm in self._door.algorithms and given.get("realm") == self._door.realm
-        if password is None or not known or given.get("uri") != head.target or given.get("qop") != "auth":
-            return self._refuse()
-        right, final = _digest_answers(given, password, head.method, algorithm)
-        if given.get("response") != right or self._door.misbehave.endless:
-            return self._refuse()
-        limit = self._door.misbehave.nonce_uses
-        if count <= self._door.nonces[nonce] or (limit is not None and count > limit):
-            return self._refuse(stale=True)
-        self._door.nonces[nonce] = count
-        if self._door.misbehave.wrong_final:
-            final = "0" * len(final)
-        info = f'qop=auth, rspauth="{final}", cnonce="{given["cnonce"]}", nc={given["nc"]}'
-        name = "Authentication-Info" if self._seat is ORIGIN else "Proxy-Authentication-Info"
-        return self._pass("Digest", given["username"], [(name, info)])
-
-    # NTLM, Negotiate, Kerberos
-
-    async def _token(self, scheme: str, text: str) -> Admission:
-        if self._bound_user:
-            self.close()
-            self._bound_user = None
-        if self._context is None:
-            door = self._door
-            self._context = await acceptor.Context.open(
-                scheme.lower(), users=door.users, keytab=door.keytab, binding=door.binding
-            )
-        try:
-            verdict = await self._context.step(base64.b64decode(text))
-        except ValueError:
-            return self._refuse()
-        if self._door.misbehave.hold is not None:
-            await self._door.misbehave.hold.here()
-        if verdict.error:
-            return self._refuse()
-        if verdict.user is None:
-            return self._next_leg(scheme, verdict.token)
-        if self._door.misbehave.endless:
-            return self._next_leg(scheme, os.urandom(64))
-        self.close()
-        if scheme != "Kerberos":
-            self._bound_user = verdict.user
-        token = _damaged(verdict.token) if self._door.misbehave.wrong_final else verdict.token
-        headers = [(self._seat.challenge, f"{self._wire_name(scheme)} {_b64(token)}")] if token else []
-        return self._pass(scheme, verdict.user, headers)
-
-    def _next_leg(self, scheme: str, token: bytes) -> Admission:
-        return Admission(None, [(self._seat.challenge, f"{self._wire_name(scheme)} {_b64(token)}")], in_progress=True)
-
-
-def _b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _damaged(token: bytes) -> bytes:
-    return token[:-1] + bytes([token[-1] ^ 0x55]) if token else b""
-
-
-def _parameters(text: str) -> Iterator[tuple[str, str]]:
-    for name, quoted, plain in re.findall(r'([\w-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))', text):
-        yield name.lower(), re.sub(r"\\(.)", r"\1", quoted) if quoted else plain
-
-
-def _digest_answers(given: Mapping[str, str], password: str, method: str, algorithm: str) -> tuple[str, str]:
-    """The right `response`, and the `rspauth` that proves the server."""
-
-    def digest(*parts: str) -> str:
-        return hashlib.new("sha256" if algorithm == "SHA-256" else "md5", ":".join(parts).encode()).hexdigest()
-
-    secret = digest(given["username"], given["realm"], password)
-    middle = (given["nonce"], given["nc"], given.get("cnonce", ""), given["qop"])
-    return digest(secret, *middle, digest(method, given["uri"])), digest(secret, *middle, digest("", given["uri"]))
 
 
 # -- servers
@@ -806,9 +541,7 @@ class Proxy(Server):
         await self._copy_both_ways(connection, seen, reader, writer)
         return False
 
-    async def _copy_both_ways(
-        self, connection: Connection, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _copy_both_ways(self, connection: Connection, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async def up() -> None:
             while piece := await connection.reader.read(PIECE):
                 writer.write(piece)

@@ -255,9 +255,7 @@ class Hit:
 def parse_hit(text: str) -> Hit | None:
     client, server, user, method, target, status, sent, wanted, keepalive = text.split("\t")
     name = None if user in ("-", '""') else user.replace("\\\\", "\\")
-    return Hit(
-        int(client), int(server), name, method, target, int(status), int(sent), None if wanted == "-" else wanted, int(keepalive)
-    )
+    return Hit(int(client), int(server), name, method, target, int(status), int(sent), None if wanted == "-" else wanted, int(keepalive))
 
 
 @dataclass(frozen=True)
@@ -409,9 +407,7 @@ class Apache(Server):
     )
     locations = ("pub", "basic", "digest", "neg", "ntlm")
 
-    def __init__(
-        self, kdc: MitKdc, authority: Authority, *, size: int = 8 * 1024 * 1024, slow_kib_per_second: int = 1024
-    ) -> None:
+    def __init__(self, kdc: MitKdc, authority: Authority, *, size: int = 8 * 1024 * 1024, slow_kib_per_second: int = 1024) -> None:
         super().__init__("apache")
         self._kdc, self._authority = kdc, authority
         self._slow = slow_kib_per_second

@@ -91,9 +91,7 @@ class Client:
                 options = spnego.NegotiateOptions.none
                 if self.protocol == "negotiate":
                     options = spnego.NegotiateOptions.use_negotiate | spnego.NegotiateOptions.use_ntlm
-                context = spnego.client(
-                    self.user, self.password, "localhost", "HTTP", bindings, protocol=self.protocol, options=options
-                )
+                context = spnego.client(self.user, self.password, "localhost", "HTTP", bindings, protocol=self.protocol, options=options)
             token = context.step(base64.b64decode(text) or None)
             headers = headers | {tell: f"{scheme} {base64.b64encode(token).decode()}"}
         raise AssertionError("a login without end")
@@ -148,9 +146,7 @@ async def test_an_origin_obeys_range_and_if_range(client: Callable[..., Client])
 
 
 @pytest.mark.parametrize("reset", [False, True])
-async def test_a_cut_ends_one_connection_after_its_bytes_and_the_file_may_change_there(
-    client: Callable[..., Client], reset: bool
-) -> None:
+async def test_a_cut_ends_one_connection_after_its_bytes_and_the_file_may_change_there(client: Callable[..., Client], reset: bool) -> None:
     async with Origin() as origin:
         url = origin.serve("/f", BODY, etag='"old"')
         origin.fault("/f", Fault(cut_after=1000, reset=reset, then=lambda: origin.serve("/f", BODY[::-1], etag='"new"')))
@@ -182,9 +178,7 @@ async def test_faults_come_one_for_each_answer_or_always(client: Callable[..., C
 async def test_an_answer_may_be_chunked_endless_or_anything_else(client: Callable[..., Client]) -> None:
     async with Origin() as origin:
         url = origin.serve("/f", BODY)
-        origin.fault(
-            "/f", Fault(chunked=True), Fault(close_delimited=True), redirect("http://elsewhere/"), answer(503, Retry_After="3")
-        )
+        origin.fault("/f", Fault(chunked=True), Fault(close_delimited=True), redirect("http://elsewhere/"), answer(503, Retry_After="3"))
         status, body, headers = await client(url).get()
         assert (body, headers["Transfer-Encoding"]) == (BODY, "chunked")
         status, body, headers = await client(url).get()
@@ -301,9 +295,7 @@ async def test_a_door_misbehaves_as_it_is_told(client: Callable[..., Client]) ->
         assert (await four.get())[2]["WWW-Authenticate"].startswith("Negotiate ")
 
 
-async def test_a_door_with_a_binding_wants_the_token_bound_to_its_certificate(
-    client: Callable[..., Client], authority: Authority
-) -> None:
+async def test_a_door_with_a_binding_wants_the_token_bound_to_its_certificate(client: Callable[..., Client], authority: Authority) -> None:
     tls = authority.server
     async with Origin(door=Door("NTLM", binding=tls.binding), tls=tls) as origin:
         url = origin.serve("/f", BODY)

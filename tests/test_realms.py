@@ -31,9 +31,7 @@ def connection(url: str, authority: Authority | None = None) -> Iterator[http.cl
 
 
 def get(opened: http.client.HTTPConnection, target: str, **headers: str) -> tuple[int, bytes, http.client.HTTPResponse]:
-    opened.request(
-        "GET", target, headers={"Range": "bytes=10-19"} | {key.replace("_", "-"): value for key, value in headers.items()}
-    )
+    opened.request("GET", target, headers={"Range": "bytes=10-19"} | {key.replace("_", "-"): value for key, value in headers.items()})
     answer = opened.getresponse()
     return answer.status, answer.read(), answer
 

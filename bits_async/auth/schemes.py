@@ -1,13 +1,13 @@
 """Challenge in, header out: Basic, Digest (RFC 7616), NTLM and Negotiate behind one seam, `AuthFlow`.
 
 A flow answers the challenges of one seat on one connection of one identity. It picks the strongest offer that the peer asks
-for, keeps the exchange that was begun, proves the peer where the scheme can, and knows when to stop: too many legs, the same
-challenge after the last leg, connections that keep breaking. Security contexts are built and stepped by the token's threads
-alone, through `security`.
+for, keeps the exchange that was begun, checks the peer's own proof where the scheme has one, and knows when to stop: too many
+legs, the same challenge after the last leg, connections that keep breaking. Security contexts are built and stepped by the
+token's threads alone, through `security`.
 
-Kerberos goes as a raw token under "Negotiate", which mod_auth_gssapi, Squid, IIS and Java accept; NTLM inside Negotiate goes as
-the raw messages too, as Windows itself sends them. So nothing here negotiates mechanisms, and nothing can be talked down to
-NTLM by the peer. It knows neither sockets nor requests: whoever owns the connection says when it is lost.
+Kerberos goes as a raw token under "Negotiate" (the tests show it to mod_auth_gssapi and to Squid), NTLM inside Negotiate as the
+raw messages (gss-ntlmssp, pyspnego). So nothing here negotiates mechanisms, and nothing can be talked down to NTLM by the peer.
+It knows neither sockets nor requests: whoever owns the connection says when it is lost.
 """
 
 import base64
@@ -51,22 +51,6 @@ def channel_binding(certificate: bytes) -> bytes:
         algorithm = None
     name = algorithm.name.replace("-", "_") if algorithm else "sha256"
     return b"tls-server-end-point:" + hashlib.new("sha256" if name in ("md5", "sha1") else name, certificate).digest()
-
-
-def prepare() -> None:
-    """Import what a login may need, before the first token thread is born: its identity may not read the interpreter's files."""
-    import cryptography.x509  # noqa: F401
-    import spnego.channel_bindings
-    from spnego.exceptions import SpnegoError  # noqa: F401
-
-    try:
-        import gssapi.raw  # noqa: F401
-        import krb5  # noqa: F401
-    except ImportError:
-        pass  # the extra is not installed; `require_kerberos` says so when it is needed
-    first = spnego.client("user", "password", protocol="ntlm", options=spnego.NegotiateOptions.use_ntlm)
-    first.step()  # the codecs and hashes that NTLM loads at its first use
-    _mute_tokens()
 
 
 # -- what an exchange is ---------------------------------------------------------------------------------------------------------

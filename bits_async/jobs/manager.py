@@ -750,12 +750,15 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         engine = self._ready()
         await engine.save(*records)
         fresh = {(record.target, record.scheme) for record in records}
+        replaced = fresh & {(grant.target, grant.scheme) for grant in entry.grants}
         entry.grants[:] = [grant for grant in entry.grants if (grant.target, grant.scheme) not in fresh] + records
-        self._forgive(entry, records)
-        await self._forget_network(entry)
+        if replaced:  # a credential that is only added has no connections yet; other jobs of the token keep theirs
+            self._forgive(entry, [record for record in records if (record.target, record.scheme) in replaced])
+            await self._forget_network(entry)
 
     def _forgive(self, entry: Entry, records: Iterable[GrantRecord]) -> None:
-        """Credentials that were set anew may be offered again where they were refused (T26)."""
+        """A job's credentials that were replaced may be offered again where they were refused, even the same ones: somebody asked for
+        it. Another job that merely brings a refused password may not (T26)."""
         token = entry.helper if HelperTokenFlags.NETWORK in entry.job.helper_flags else entry.owner
         if token is None:
             return
@@ -814,6 +817,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         if order.helper is not None:
             self._check_helper(order.helper, order.caller)
         async with engine.command(entry):
+            stale = [token for token in (entry.owner, entry.helper) if token not in (order.owner, order.helper)]
             entry.owner, entry.helper = order.owner, order.helper
             file = entry.files[0]
             if order.file.sha256 not in (None, file.sha256):
@@ -827,9 +831,11 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
                 minimum_retry_delay=RETRY_DELAY_FLOOR,
                 no_progress_timeout=order.retry_for,
             )
-            for old in list(entry.grants):
-                await engine.save(GrantRemoved(entry.job.id, old.target, old.scheme))
-            entry.grants.clear()
+            if entry.grants:
+                await engine.save(*(GrantRemoved(entry.job.id, old.target, old.scheme) for old in entry.grants))
+                entry.grants.clear()
+                stale += [order.owner, order.helper]
+            await engine.drop_lanes(entry, *stale)
             await self._save_grants(entry, order.granted())
         return entry
 

@@ -30,6 +30,7 @@ FILE_RESTARTS: Final = 3
 RECONNECTS: Final = 5
 RECONNECT_DELAYS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 RESERVE_AHEAD: Final = 64 << 20
+NO_VALIDATOR: Final = "the server gives no validator to go on by"
 
 log = logging.getLogger("bits_async.transfer")
 
@@ -87,6 +88,7 @@ class _Download:
     piece: Slice
     validator: Validator | None
     checkpoint_at: float
+    fresh: bool  # nothing is in it but what this attempt wrote
     checkpoint_from: int = 0
     complete: bool = False
 
@@ -125,7 +127,8 @@ class Attempt:
     async def _transfer(self, record: FileRecord, files: TokenExecutor, party: Party) -> None:
         download = await self._open(record, files)
         try:
-            await self._fetch(download, files, party)
+            await self._begin(download)
+            await self._fetch(download, party)
             await self._finish(download)
         finally:
             await self._close(download)
@@ -138,34 +141,39 @@ class Attempt:
             part = await PartFile.reopen(files, record.path, record.part)
             if part is None:
                 self._recorder.restarted(record.index, "the part file is not as it was left", changed=True)
+        fresh = part is None
         if part is None:
             record = replace(record, part=None, slices=(), validator=None)
             part = await PartFile.create(files, record.path, record.job_id)
-        try:
-            position = await self._position(record, part)
-            download = _Download(
-                record, part, Slice(0, record.size, position, position), record.validator, self._shop.clock.monotonic(), position
-            )
-            await self._start_digest(download)
-        except BaseException:
-            await part.close()
-            raise
+        return _Download(record, part, Slice(0, None, 0, 0), None, self._shop.clock.monotonic(), fresh)
+
+    async def _begin(self, download: _Download) -> None:
+        """Find out where to go on. The journal knows of the part file, and in which boot it is written, before anything is asked for."""
+        record = download.record
+        position = await self._position(record, download.part)
+        if position:  # else nothing is kept of that version, and any other is as good
+            download.piece, download.validator = Slice(0, record.size, position, position), record.validator
+        download.fresh = not position
+        download.checkpoint_from = position
+        if record.part is None or record.boot_id != self._shop.boot_id:
+            await self._keep(download)
+        await self._start_digest(download)
         self._recorder.moved(record.index, position)
-        return download
 
     async def _position(self, record: FileRecord, part: PartFile) -> int:
         """Where to go on: in the boot that wrote the file its length counts, after another boot only what was made durable."""
-        if record.validator is None or not record.validator.resumable or not record.slices:
-            return 0
-        durable = record.slices[0].durable
         length = await part.length()
+        resumable = record.validator is not None and record.validator.resumable
+        if length and not resumable:
+            self._recorder.restarted(record.index, NO_VALIDATOR, changed=False)
+        durable = record.slices[0].durable if record.slices and resumable else 0
         if length < durable:
             self._recorder.restarted(record.index, "the part file is shorter than the journal says", changed=True)
             durable = 0
-        elif record.boot_id == self._shop.boot_id:
+        elif resumable and record.boot_id == self._shop.boot_id:
             durable = length if record.size is None else min(length, record.size)
         if durable < length:
-            await part.truncate(durable)
+            await part.truncate(durable)  # also where all is fetched anew: what lies beyond is of no version
         return durable
 
     async def _start_digest(self, download: _Download) -> None:
@@ -174,24 +182,24 @@ class Attempt:
 
     # -- fetching ---------------------------------------------------------------------------------------------------------------------
 
-    async def _fetch(self, download: _Download, files: TokenExecutor, party: Party) -> None:
+    async def _fetch(self, download: _Download, party: Party) -> None:
         while not download.complete:
             start = download.piece.written
             try:
                 await self._request(download, party)
             except FileChanged as change:
                 if change.changed:
-                    await self._restart(download, files, change.reason)
+                    await self._restart(download, change.reason)
                 else:
                     # the server cannot go on where we stopped; bounded by the number of broken connections
-                    await self._anew(download, files, change.reason, changed=False)
+                    await self._anew(download, change.reason, changed=False)
             except AlreadyComplete as done:
                 if done.total != download.piece.written:
-                    await self._restart(download, files, "the file's size on the server is another one")
+                    await self._restart(download, "the file's size on the server is another one")
                 else:
                     download.complete = True
             except BitsError as error:
-                await self._reopen(download, files, error, download.piece.written > start)
+                await self._reopen(download, error, download.piece.written > start)
 
     async def _request(self, download: _Download, party: Party) -> None:
         piece, record = download.piece, download.record
@@ -237,9 +245,11 @@ class Attempt:
 
     async def _write(self, download: _Download, batch: Sequence[bytes]) -> None:
         piece = download.piece
-        await download.part.write(piece.written, batch)  # cancelled, it is finished first: a resume sees it by the file's length
-        piece.advance(sum(map(len, batch)))
-        self._recorder.moved(download.index, piece.written)
+        try:
+            await download.part.write(piece.written, batch)
+        finally:
+            piece.advance(max(0, download.part.written_to - piece.written))  # a write is finished before its cancel goes on
+            self._recorder.moved(download.index, piece.written)
         now = self._shop.clock.monotonic()
         if piece.written - download.checkpoint_from >= CHECKPOINT_BYTES or now - download.checkpoint_at >= CHECKPOINT_SECONDS:
             await self._checkpoint(download)
@@ -264,7 +274,7 @@ class Attempt:
 
     # -- when it does not go straight ---------------------------------------------------------------------------------------------------
 
-    async def _reopen(self, download: _Download, files: TokenExecutor, error: BitsError, moved: bool) -> None:
+    async def _reopen(self, download: _Download, error: BitsError, moved: bool) -> None:
         """Open a connection that broke after new bytes again, a few times in one attempt; anything else ends the attempt."""
         if not (isinstance(error, NetworkError) and error.transient and moved and self._reconnects < RECONNECTS):
             raise error
@@ -273,25 +283,23 @@ class Attempt:
         self._recorder.retrying(self._reconnects, delay, error)
         await self._shop.clock.sleep(delay)
         if download.validator is None or not download.validator.resumable:
-            await self._anew(download, files, "the server gives no validator to go on by", changed=False)
+            await self._anew(download, NO_VALIDATOR, changed=False)
 
-    async def _restart(self, download: _Download, files: TokenExecutor, reason: str) -> None:
+    async def _restart(self, download: _Download, reason: str) -> None:
         """The remote file is another one: fetch this file anew, a bounded number of times."""
         record = download.record
         if record.restarts >= FILE_RESTARTS:
             message = f"the file changed {record.restarts + 1} times while it was fetched: {reason}"
             raise make_error(ErrorCode.BG_E_REMOTE_FILE_CHANGED, ErrorContext.REMOTE_FILE, message, url=record.url)
         download.record = replace(record, restarts=record.restarts + 1)
-        await self._anew(download, files, reason, changed=True)
+        await self._anew(download, reason, changed=True)
 
-    async def _anew(self, download: _Download, files: TokenExecutor, reason: str, *, changed: bool) -> None:
+    async def _anew(self, download: _Download, reason: str, *, changed: bool) -> None:
         log.info("job %s: %s is fetched anew: %s", download.record.job_id, show_url(download.record.url), reason)
-        old = download.part
-        download.part = await PartFile.create(files, download.record.path, download.record.job_id)
-        await old.discard()
-        await old.close()
+        await download.part.truncate(0)  # before the journal hears of it: bytes of one version are never taken for another's
         download.piece = Slice(0, None, 0, 0)
         download.validator = None
+        download.fresh = True
         download.checkpoint_from = 0
         await self._keep(download)
         await self._start_digest(download)
@@ -319,21 +327,26 @@ class Attempt:
         self._recorder.transferred(download.index)
 
     async def _refuse(self, download: _Download, message: str) -> None:
-        """Wrong bytes are thrown away; a resume fetches the file anew."""
+        """Wrong bytes are thrown away."""
         record = download.record
-        await download.part.discard()
-        download.complete = False
-        download.record = replace(record, part=None, slices=(), validator=None, boot_id=None)
-        await self._recorder.keep(download.record)
-        self._recorder.moved(record.index, 0)
+        await self._discard(download)
         raise ValidationFailed(message, url=record.url, path=record.path)
+
+    async def _discard(self, download: _Download) -> None:
+        """The part file goes; a resume fetches the file anew."""
+        await download.part.discard()
+        download.record = replace(download.record, part=None, slices=(), validator=None, boot_id=None)
+        await self._recorder.keep(download.record)
+        self._recorder.moved(download.index, 0)
 
     async def _close(self, download: _Download) -> None:
         """The last checkpoint of a stopped download; an attempt that wrote nothing leaves no part file."""
         part, piece, record = download.part, download.piece, download.record
         try:
             if record.part is None:
-                await part.discard()  # the journal knows of no byte in it
+                await part.discard()  # the journal knows nothing of it
+            elif download.fresh and not piece.written and not record.transferred:
+                await self._discard(download)
             elif not record.transferred and piece.durable < piece.written:
                 await self._checkpoint(download)
         except BitsError as error:

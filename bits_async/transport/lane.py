@@ -211,8 +211,7 @@ class LaneBody:
         if self._ended:
             raise StopAsyncIteration
         with _placed(self.url, self._lane.identity):
-            if self._lane.withdrawn:
-                throw(error_from_network(ConnectionAbortedError(), url=self.url, doing="go on as this identity"))
+            self._lane.check(self.url)
             chunk = await self._read()
             if not chunk:
                 self._end()
@@ -410,7 +409,13 @@ class Lane:
         await self._connect(asked.url)
         return await self._send(asked)
 
+    def check(self, url: str) -> None:
+        """Raises NetworkError (transient) when the lane was withdrawn."""
+        if self.withdrawn:
+            throw(error_from_network(ConnectionAbortedError(), url=url, doing="go on as this identity"))
+
     async def _connect(self, url: str) -> None:
+        self.check(url)
         await self._connector.open(url, self.timeouts)
         for login in self._logins:
             proxy = login.seat is Seat.PROXY
@@ -427,6 +432,7 @@ class Lane:
         if self._route.forwarded:
             headers["Proxy-Connection"] = "keep-alive"
         proxy = yarl.URL(self._route.proxy) if self._route.forwarded and self._route.proxy else None
+        self.check(asked.url)  # while the headers were made, or while the connection was
         with wire_errors(asked.url, "get an answer"):
             async with asyncio.timeout(self.timeouts.response):
                 return await self._session.get(url, headers=headers, proxy=proxy, allow_redirects=False)
@@ -597,6 +603,7 @@ class Lanes:
                 self._close_soon(lane)
             for lane in host.busy:
                 lane.withdraw()
+                self._close_soon(lane)
         self._forget_empty_hosts()
         await self._closed_all()
         if self._owns_tickets:
@@ -661,7 +668,9 @@ class Lanes:
         return Lane(key, offers, party, self._refusals, self._tickets)
 
     def _give_back(self, host: _Host, lane: Lane) -> None:
-        if self._closed or lane.withdrawn or lane.failed:
+        if self._closed:
+            return  # aclose() has closed it already
+        if lane.withdrawn or lane.failed:
             self._close_soon(lane)
             return
         loop = asyncio.get_running_loop()

@@ -2,14 +2,13 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import spnego
 
-from bits_async.auth.schemes import prepare
 from bits_async.identity.tokens import ImpersonationLevel, Token
 
 
@@ -53,11 +52,6 @@ class Threads:
         self._pool.shutdown()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def prepared() -> None:
-    prepare()
-
-
 @pytest.fixture
 async def security() -> AsyncIterator[Threads]:
     threads = Threads()
@@ -77,6 +71,3 @@ def spnego_threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(spnego, "client", client)
     return seen
-
-
-Secure = Callable[..., Awaitable[Any]]

@@ -3,9 +3,10 @@
 import asyncio
 import base64
 import http.client
+import shutil
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ from bits_async.auth.policy import AuthRules, AuthScheme, Grant, Origin, Refusal
 from bits_async.auth.schemes import AuthFlow, channel_binding
 from bits_async.auth.tickets import Tickets, target_of
 from bits_async.errors import AuthFailed, ErrorCode, NetworkError
+from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
 from tests.auth.conftest import Threads, a_token
+from tests.local_users import LocalUser
 from tests.peers import Authority
 from tests.realms import PASSWORDS, Apache, MitKdc, Squid
 
 pytestmark = pytest.mark.realm
 
 NEGOTIATE, NTLM = AuthScheme.NEGOTIATE, AuthScheme.NTLM
-MakeFlow = Callable[..., Awaitable[AuthFlow]]
 
 
 @pytest.fixture
@@ -395,6 +397,34 @@ async def test_many_identities_at_once_stay_apart(kdc: MitKdc, apache: Apache, m
     for name in ("alice", "helper", "bob"):
         assert len(apache.hits(expect=3, user=kdc.principal(name), status=206)) == 3
     assert threading.active_count() < 50
+
+
+@pytest.mark.privileged
+async def test_t04_a_users_threads_open_the_users_cache_and_nobody_elses(
+    kdc: MitKdc, apache: Apache, users: Mapping[str, LocalUser], make_flow: Callable[..., AuthFlow], world_dir: Path
+) -> None:
+    alice = users["bitsalice"]
+    hers = kdc.ccache("alice", directory=world_dir, owner=alice.uid)
+    token = await Token.for_user(alice.name, network=spnego.KerberosCCache(hers, kdc.principal("alice")))
+    files = TokenExecutor(token, threads=1, name="security")
+
+    async def security(function: Callable[..., Any], *args: Any) -> Any:
+        return await files.run_security(function, *args, deadline=10)
+
+    try:
+        flow = make_flow(apache.url(), token, security=security)
+        with client(apache.url(), flow) as peer:
+            assert await peer.get("/neg/big") == apache.data[10:20]
+        apache.hits(expect=1, user=kdc.principal("alice"), status=206)
+
+        shutil.chown(hers.removeprefix("FILE:"), 0)
+        with pytest.raises(AuthFailed) as caught:
+            await make_flow(apache.url(), token, security=security).answer(["Negotiate"], method="GET", target="/")
+        assert caught.value.code == ErrorCode.SEC_E_NO_CREDENTIALS
+        assert "may not be read by this identity" in str(caught.value)
+    finally:
+        await files.aclose()
+        token.close()
 
 
 def test_the_certificate_of_the_lab_has_a_binding(apache: Apache, authority: Authority) -> None:

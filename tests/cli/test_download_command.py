@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bits_async.cli.download import Stop
+from bits_async import LocalFileError
+from bits_async.cli.download import Identity, Order, Stop
 from bits_async.cli.progress import Reporter
 from tests.cli.command import Command, held, part_of
 from tests.local_users import LocalUser
@@ -110,7 +111,7 @@ async def test_a_failure_is_the_last_json_line_too(command: Command, origin: Ori
     assert (last["http_status"], last["url"], last["transient"]) == (404, origin.url("/missing"), False)
 
 
-@pytest.mark.parametrize("dest", ["there", "there/", "absent/", "there/.", "there/..", ".", ""])
+@pytest.mark.parametrize("dest", ["there", "absent/"])
 async def test_a_directory_is_no_destination_and_no_name_is_guessed(dest: str, command: Command, origin: Origin, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     failed = await command("download", origin.serve("/file", BODY), dest)
@@ -119,6 +120,13 @@ async def test_a_directory_is_no_destination_and_no_name_is_guessed(dest: str, c
     assert "name a file, not a directory" in failed.complaint
     assert not [each for each in tmp_path.rglob("*") if each.is_file() and "state" not in each.parts]
     assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize("dest", ["there/", "there/.", "there/..", ".", "..", "", "/"])
+def test_what_can_only_be_a_directory_is_refused_without_looking(dest: str) -> None:
+    order = Order(url="http://host.test/file", dest=dest, owner=Identity("--"), helper=Identity("--helper-"))
+    with pytest.raises(LocalFileError):
+        order.destination()
 
 
 async def test_a_missing_directory_is_named_with_the_identity(command: Command, origin: Origin, tmp_path: Path) -> None:
@@ -169,7 +177,6 @@ async def test_retry_for_zero_makes_the_first_error_final(command: Command, orig
 
 async def test_closed_standard_output_suspends_the_transfer(command: Command, origin: Origin, tmp_path: Path) -> None:
     url = origin.serve("/file", BODY)
-    origin.fault("/file", Fault(hold=Hold(after=2_000_000)))
     reading, writing = os.pipe()
     running = await command.start("download", url, "file", "--json", stdout=writing)
     os.close(writing)

@@ -41,13 +41,12 @@ def ntlm():
 
 def kerberos():
     credential = spnego.KerberosCCache(cache)
-    for protocol in ("kerberos", "negotiate"):
-        context = spnego.client(credential, hostname="localhost", service="HTTP", protocol=protocol)
-        try:
-            token = context.step()
-        except Exception as exc:  # no realm: then its error can be shown
-            return type(exc).__name__ + str(exc)[:0]
-    return len(token) > 100
+    try:
+        for protocol in ("kerberos", "negotiate"):
+            token = spnego.client(credential, hostname="localhost", service="HTTP", protocol=protocol).step()
+        return len(token) > 100
+    except Exception as exc:  # no ticket: then its error can be shown
+        return type(exc).__name__, bool(str(exc))
 
 def errors():
     import traceback
@@ -130,7 +129,7 @@ def test_the_main_path_works_where_the_interpreter_cannot_be_read(
         "file 慤慴 True",
         "idna b'xn--bcher-kva.example'",
         "ntlm (True, 'DOM\\\\alice')",
-        "kerberos Krb5Error" if "Krb5Error" in lines[4] else lines[4],
+        "kerberos ('NoCredentialError', True)",
         "errors [Errno 13] Permission denied: '/root/x'",
         "imported []",
     ]

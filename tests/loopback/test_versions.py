@@ -7,6 +7,7 @@ manager is closed and another one opens the journal.
 import asyncio
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -16,10 +17,12 @@ from pathlib import Path
 import pytest
 
 import bits_async as bits
+from bits_async.jobs import transfer
 from tests.peers import HONEST, Fault, Hold, Origin, answer
 
-SIZE = 3_000_000
-HALF = 1_700_000  # more than one write batch, so that the part file has bytes of the old version
+BATCH = 64 << 10
+SIZE = 300_000
+HALF = 170_000  # more than one write batch, so that the part file has bytes of the old version
 STAMP = 1_700_000_000.0
 
 Body = bytes | Callable[[int], bytes]
@@ -42,6 +45,12 @@ class Version:
 
 
 OLD, NEW = os.urandom(SIZE), os.urandom(SIZE)
+
+
+async def until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not done():  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(0.002)
 
 
 # -- the ways to meet a change
@@ -70,9 +79,7 @@ class Visit:
     async def arrived(self, hold: Hold, job: bits.Job) -> None:
         """The origin has stopped at the hold, and bytes of the old version are in the part file."""
         await hold.reached.wait()
-        async with asyncio.timeout(10):
-            while not job.progress.bytes_transferred:
-                await asyncio.sleep(0.005)
+        await until(lambda: job.progress.bytes_transferred > 0)
 
     async def finish(self, job: bits.Job) -> bytes:
         await job.wait()
@@ -120,12 +127,21 @@ async def opened_again(visit: Visit, old: Version, change: Change) -> bytes:
 WAYS = [reopened, resumed, opened_again]
 
 
+@pytest.fixture(autouse=True)
+def small_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in small: a hundred of these tests have better things to do than to wait."""
+    monkeypatch.setattr(transfer, "WRITE_BATCH", BATCH)
+    monkeypatch.setattr(transfer, "RECONNECT_DELAYS", (0.01,) * transfer.RECONNECTS)
+
+
 @pytest.fixture
-async def visit(tmp_path: Path) -> AsyncIterator[Visit]:
-    out = tmp_path / "out"
-    out.mkdir()
-    async with Origin() as origin:
-        yield Visit(origin, out, tmp_path / "queue.db", origin.url("/file"))
+async def visit() -> AsyncIterator[Visit]:
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a disk would only make it slower
+    with tempfile.TemporaryDirectory(prefix="bits-versions-", dir=memory) as directory:
+        out = Path(directory) / "out"
+        out.mkdir()
+        async with Origin() as origin:
+            yield Visit(origin, out, Path(directory) / "queue.db", origin.url("/file"))
 
 
 async def fetch(visit: Visit, way: Way, old: Version, new: Version) -> tuple[bytes, bytes]:
@@ -140,7 +156,7 @@ async def fetch(visit: Visit, way: Way, old: Version, new: Version) -> tuple[byt
 
 E1, E2 = Version(OLD, '"v1"'), Version(NEW, '"v2"')
 M1, M2 = Version(OLD, None, STAMP), Version(NEW, None, STAMP + 60)
-NOW = formatdate(STAMP, usegmt=True)  # a Date: the file was written in this very second
+IN_ONE_SECOND = Version(OLD, None, STAMP, Fault(headers=(("Date", formatdate(STAMP, usegmt=True)),)))  # written and served
 IGNORES_IF_RANGE = Fault(ignore_if_range=True)
 IGNORES_RANGE = Fault(ignore_range=True)
 CHUNKED = Fault(chunked=True)
@@ -174,16 +190,13 @@ CHANGES = {
     "no validator and no length, longer": (Version(OLD, fault=CHUNKED), Version(NEW + OLD, fault=CHUNKED)),
     "no length, new ETag": (replace(E1, fault=CHUNKED), replace(E2, fault=CHUNKED)),
     "no length, new ETag, shorter": (replace(E1, fault=CHUNKED), Version(shorter_than, '"v2"', fault=CHUNKED)),
-    "written twice in one second (Date and Last-Modified the same)": (
-        Version(OLD, None, STAMP, Fault(headers=(("Date", NOW),))),
-        Version(NEW, None, STAMP, Fault(headers=(("Date", NOW),))),
-    ),
+    "written twice in one second (Date and Last-Modified the same)": (IN_ONE_SECOND, replace(IN_ONE_SECOND, body=NEW)),
     "only the size: ETag the same": (E1, Version(NEW[: SIZE - 1], '"v1"')),
     "only the size: Last-Modified the same": (M1, Version(NEW + b"!", None, STAMP)),
     "longer": (E1, Version(NEW + OLD, '"v2"')),
     "longer, If-Range ignored": (E1, Version(NEW + OLD, '"v2"', fault=IGNORES_IF_RANGE)),
-    "shorter": (E1, Version(NEW[:2_000_000], '"v2"')),
-    "shorter, If-Range ignored": (M1, Version(NEW[:2_000_000], None, STAMP + 60, IGNORES_IF_RANGE)),
+    "shorter": (E1, Version(NEW[:200_000], '"v2"')),
+    "shorter, If-Range ignored": (M1, Version(NEW[:200_000], None, STAMP + 60, IGNORES_IF_RANGE)),
     "shorter than what was fetched": (E1, Version(shorter_than, '"v2"')),
     "shorter than what was fetched: 416": (E1, Version(shorter_than, '"v2"', fault=IGNORES_IF_RANGE)),
     "ends where we stopped: 416": (E1, Version(as_long_as, '"v2"', fault=IGNORES_IF_RANGE)),
@@ -218,7 +231,7 @@ async def test_a_file_that_did_not_change_goes_on_where_it_stopped(visit, way, v
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("old", [Version(OLD), Version(OLD, 'W/"v"'), CHANGES["written twice in one second (Date and Last-Modified the same)"][0]])
+@pytest.mark.parametrize("old", [Version(OLD), Version(OLD, 'W/"v"'), IN_ONE_SECOND], ids=["nothing", "weak ETag", "too fresh"])
 async def test_what_nothing_pins_is_never_asked_for_in_the_middle(visit, way, old):
     expected, found = await fetch(visit, way, old, replace(old, body=NEW))
     assert found == expected
@@ -254,6 +267,25 @@ async def test_a_validator_that_comes_with_the_second_answer_pins_the_version_of
     assert await way(visit, Version(OLD), change) == NEW
     assert third
     assert [seen.range for seen in visit.origin.requests] == [None, None, f"bytes={HALF}-"]
+
+
+async def test_bytes_that_nothing_pins_are_never_taken_for_the_pinned_version_that_came_after(visit):
+    """The part file has bytes of the first version when the second answer pins the second one and stops at once."""
+    Version(OLD, fault=CHUNKED).put_on(visit.origin, 0)
+    async with bits.BitsManager(store=visit.store) as manager:
+        first, second = Hold(after=HALF), Hold(after=1000)
+        visit.origin.fault("/file", replace(CHUNKED, hold=first))
+        job = await visit.job(manager)
+        await visit.arrived(first, job)
+        await job.suspend()
+        E2.put_on(visit.origin, 0)
+        visit.origin.fault("/file", Fault(hold=second))
+        await job.resume()
+        await second.reached.wait()
+        await until(lambda: job.state is bits.JobState.TRANSFERRING)
+        await job.suspend()
+        await job.resume()
+        assert await visit.finish(job) == NEW
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -734,6 +734,36 @@ async def test_t25_forget_closes_the_lanes_of_a_token_at_once_and_no_others(lane
         assert len(origin.connections) == 3
 
 
+async def test_t25_a_login_under_way_is_not_finished_after_its_token_was_taken_away(lanes: Lanes, party: MakeParty) -> None:
+    inner, arrived, go = ntlm(), asyncio.Event(), asyncio.Event()
+
+    async def slow(connection: Connection, request: Request, ask: str, answer: str) -> list[str] | None:
+        if request.get(answer):
+            arrived.set()
+            await go.wait()
+        return await inner(connection, request, ask, answer)
+
+    async with Origin(slow) as origin:
+        who = party(grant(origin, AuthScheme.NTLM, ALICE))
+        task = asyncio.create_task(failure(fetch(lanes, who, f"{origin.base}/file")))
+        await arrived.wait()
+        await lanes.forget(who.token)
+        go.set()
+        assert (await task).transient
+        assert len(origin.connections) == 1
+        assert not origin.users
+
+
+async def test_closing_while_a_body_is_read_ends_it(party: MakeParty) -> None:
+    lanes = Lanes()
+    async with scripted(whole(bytes(8 << 20))) as origin:
+        async with lanes.get(party(), Asked(f"{origin.base}/file")) as body:
+            await body.__anext__()  # type: ignore[attr-defined]
+            await lanes.aclose()
+            await until(lambda: origin.open == 0)
+            assert (await failure(body.__anext__())).transient  # type: ignore[attr-defined]
+
+
 async def test_idle_lanes_are_closed(party: MakeParty) -> None:
     lanes = Lanes(idle_seconds=0.1)
     async with Origin() as origin:
