@@ -44,9 +44,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def commands(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
 ) -> None:
     """The options before a command."""
 

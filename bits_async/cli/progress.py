@@ -136,7 +136,7 @@ class Bar(Reporter):
     def progress(self, event: "Progress") -> None:
         if self._task is None:
             # made here and not before: what an earlier run fetched must not count for the speed of this one
-            self._task = self._bar.add_task(self._name, completed=event.bytes_transferred, doing="")
+            self._task = self._bar.add_task(self._name, total=None, completed=event.bytes_transferred, doing="")
         doing = DOING.get(event.state, "")
         self._bar.update(self._task, total=event.bytes_total, completed=event.bytes_transferred, doing=doing)
 

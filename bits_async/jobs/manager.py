@@ -22,7 +22,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, final
 from uuid import UUID, uuid4
 
-from ..auth.policy import AuthCredentials, AuthRules, AuthScheme, AuthTarget, Origin, Refusals, Seat, choose_offers, credential_fingerprint
+from ..auth.policy import (
+    AuthCredentials,
+    AuthRules,
+    AuthScheme,
+    AuthTarget,
+    Origin,
+    Refusals,
+    Seat,
+    account_fingerprint,
+    choose_offers,
+    credential_fingerprint,
+)
 from ..clock import Clock, SystemClock
 from ..errors import (
     AccessDenied,
@@ -763,6 +774,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         if token is None:
             return
         for record in records:
+            if record.user_name is not None and record.password is not None:
+                self._refusals.forget(account_fingerprint(record.user_name, record.password))
             seat = Seat.PROXY if record.target is AuthTarget.PROXY else Seat.ORIGIN
             origins = record.origins or _origins(entry, record.target)
             for origin in origins:

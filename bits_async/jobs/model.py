@@ -11,15 +11,17 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from ..auth.policy import AuthScheme, AuthTarget, Grant, Origin
 from ..errors import BitsError, InvalidState
-from ..files import PartRecord
 from ..identity.tokens import HelperTokenFlags
 from ..transport.proxies import ProxySettings
 from ..transport.ranges import Slice, Validator
+
+if TYPE_CHECKING:
+    from ..files import PartRecord
 
 RETRY_DELAY: Final = 600.0  # seconds between a transient error and the next attempt
 RETRY_DELAY_FLOOR: Final = 5.0
@@ -282,7 +284,7 @@ class FileRecord:
     path: Path
     sha256: str | None = None
     validator: Validator | None = None
-    part: PartRecord | None = None
+    part: "PartRecord | None" = None
     slices: tuple[Slice, ...] = ()
     boot_id: str | None = None  # of the boot in which the part file was last written
     restarts: int = 0

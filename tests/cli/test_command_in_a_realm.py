@@ -43,6 +43,6 @@ async def test_a_refused_identity_is_named(apache: Apache, kdc: MitKdc, command:
         *("download", apache.url("/neg/big"), "file", "--keytab", wrong, "--principal", kdc.principal("alice"), "--no-proxy")
     )
     assert failed.code == 1
-    assert "GENERAL_TRANSPORT" in failed.complaint
-    assert kdc.principal("alice") in failed.complaint
+    for part in ("SEC_E_NO_CREDENTIALS", f"identity {kdc.principal('alice')}", apache.url("/neg/big"), "keytab"):
+        assert part in failed.complaint
     assert not (tmp_path / "file").exists()

@@ -228,7 +228,6 @@ async def test_a_signal_suspends_durably_and_the_next_run_goes_on(
     part = part_of(tmp_path / "file")
     assert part is not None
     written = part.stat().st_size
-    assert written == 2 * 1024 * 1024, "what had arrived is kept"
     assert (await command("download", url, "file")).code == 0
     assert (tmp_path / "file").read_bytes() == BODY
     assert resumed_at(origin) == written

@@ -59,13 +59,20 @@ def test_t14_the_bar_shows_a_name_as_text(monkeypatch: pytest.MonkeyPatch, capfd
         monkeypatch.setenv(name, value)
     with Bar("[red]name\x1b]0;title\x07") as bar:
         bar.progress(event(JobState.CONNECTING, 0, None))
-        bar.progress(event(JobState.TRANSFERRING, 50))
-        bar.progress(event(JobState.TRANSFERRED, 100))
+        bar.progress(event(JobState.TRANSFERRING, 50, 200))
+        bar.progress(event(JobState.TRANSFERRED, 200, 200))
         bar.done(Path("file"))
     shown = capfd.readouterr().err
     assert "\x1b]0" not in shown
     assert "[red]name\N{REPLACEMENT CHARACTER}]0;title\N{REPLACEMENT CHARACTER}" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
-    assert "100/100 bytes" in shown
+    assert "200/200 bytes" in shown
+
+
+def test_a_size_that_is_not_known_is_not_made_up(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Bar("file") as bar:
+        bar.progress(event(JobState.CONNECTING, 0, None))
+    assert "0/? bytes" in capfd.readouterr().err
 
 
 def test_what_an_earlier_run_fetched_does_not_count_for_the_speed() -> None:
