@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bits_async import LocalFileError
-from bits_async.cli.download import Identity, Order, Stop
+from bits_async.cli.download import Identity, Order, Stop, _OneLine
 from bits_async.cli.progress import Reporter
 from tests.cli.command import Command, held, part_of
 from tests.local_users import LocalUser
@@ -357,3 +358,18 @@ async def test_the_helper_writes_and_after_a_kill_the_same_command_goes_on(
     assert helper.owns(destination)
     assert destination.read_bytes() == BODY
     assert resumed_at(origin) == written
+
+
+def test_t14_a_warning_is_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.Logger("bits_async.test")
+    log.addHandler(_OneLine(logging.WARNING))
+    try:
+        raise ValueError(SIGNED)
+    except ValueError:
+        log.error("an attempt ended\n\x1b[31m", exc_info=True)
+    log.info("not worth a line")
+    shown = capsys.readouterr().err
+    assert shown.startswith("bits-async: an attempt ended")
+    assert shown.count("\n") == 1
+    assert SIGNED not in shown
+    assert "\x1b" not in shown

@@ -38,8 +38,8 @@ def party(security: Security, trust: ssl.SSLContext) -> Callable[..., Party]:
         security=security,  # type: ignore[arg-type]
     )
 
-    def make(*grants: Grant, via: Server | None = None, **others: Any) -> Party:
-        proxy = usual.proxy if via is None else ProxySettings.override(via.base)
+    def make(*grants: Grant, via: Server | str | None = None, **others: Any) -> Party:
+        proxy = usual.proxy if via is None else ProxySettings.override(via if isinstance(via, str) else via.base)
         return replace(usual, grants=grants, proxy=proxy, **others)
 
     return make
@@ -53,21 +53,21 @@ async def lanes() -> AsyncIterator[Lanes]:
 
 
 @pytest.fixture(scope="session")
-def authority() -> trustme.CA:
+def ca() -> trustme.CA:
     return trustme.CA()
 
 
 @pytest.fixture
-def server_tls(authority: trustme.CA) -> ssl.SSLContext:
+def server_tls(ca: trustme.CA) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
+    ca.issue_cert("localhost", "127.0.0.1").configure_cert(context)
     return context
 
 
 @pytest.fixture
-def trust(authority: trustme.CA) -> ssl.SSLContext:
+def trust(ca: trustme.CA) -> ssl.SSLContext:
     context = ssl.create_default_context()
-    authority.configure_trust(context)
+    ca.configure_trust(context)
     return context
 
 

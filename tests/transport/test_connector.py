@@ -408,11 +408,11 @@ async def test_a_silent_proxy_is_given_up(trust: ssl.SSLContext) -> None:
 # -- TLS ----------------------------------------------------------------------------------------------------------------------
 
 
-async def test_t24_each_seat_gets_the_certificate_of_its_own_handshake(trust: ssl.SSLContext, authority: trustme.CA) -> None:
+async def test_t24_each_seat_gets_the_certificate_of_its_own_handshake(trust: ssl.SSLContext, ca: trustme.CA) -> None:
     """TLS in TLS, one context for both: the outer certificate is the proxy's, the inner the origin's."""
     shown, der = {}, {}
     for who in ("proxy", "origin"):
-        certificate = authority.issue_cert("localhost", common_name=who)
+        certificate = ca.issue_cert("localhost", common_name=who)
         shown[who] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         certificate.configure_cert(shown[who])
         der[who] = ssl.PEM_cert_to_DER_cert(certificate.cert_chain_pems[0].bytes().decode())

@@ -484,10 +484,10 @@ async def test_t25_a_407_from_an_origin_is_not_answered(lanes: Lanes, party: Mak
 
 
 async def test_t24_the_first_token_is_bound_to_the_certificate_of_this_connection(
-    lanes: Lanes, party: MakeParty, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+    lanes: Lanes, party: MakeParty, ca: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An acceptor that enforces the binding accepts us; the same login over another certificate it would refuse."""
-    certificate = authority.issue_cert("localhost")
+    certificate = ca.issue_cert("localhost")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     certificate.configure_cert(context)
     der = ssl.PEM_cert_to_DER_cert(certificate.cert_chain_pems[0].bytes().decode())
@@ -505,13 +505,13 @@ async def test_t24_the_first_token_is_bound_to_the_certificate_of_this_connectio
 
 
 async def test_t24_a_new_certificate_on_a_new_connection_gets_a_token_bound_to_it(
-    lanes: Lanes, party: MakeParty, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+    lanes: Lanes, party: MakeParty, ca: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind one name two machines with two certificates: the second login must not carry the binding of the first."""
     seen: list[bytes | None] = []
     monkeypatch.setattr("bits_async.transport.connector.channel_binding", lambda der: seen.append(der) or channel_binding(der))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(context)
+    ca.issue_cert("localhost").configure_cert(context)
     make = spnego.server
 
     def server(**kw: Any) -> Any:
@@ -521,7 +521,7 @@ async def test_t24_a_new_certificate_on_a_new_connection_gets_a_token_bound_to_i
     async with Origin(ntlm(), tls=context) as origin:
         who = party(grant(origin, AuthScheme.NTLM, ALICE))
         for _ in range(2):
-            certificate = authority.issue_cert("localhost")
+            certificate = ca.issue_cert("localhost")
             certificate.configure_cert(context)
             der = ssl.PEM_cert_to_DER_cert(certificate.cert_chain_pems[0].bytes().decode())
             assert await fetch(lanes, who, f"{origin.base}/file") == CONTENT
@@ -690,10 +690,10 @@ async def test_two_tokens_of_one_name_never_share(lanes: Lanes, party: MakeParty
 
 
 async def test_two_tls_settings_two_rules_and_two_routes_never_share(
-    lanes: Lanes, party: MakeParty, server_tls: ssl.SSLContext, authority: trustme.CA
+    lanes: Lanes, party: MakeParty, server_tls: ssl.SSLContext, ca: trustme.CA
 ) -> None:
     other = ssl.create_default_context()
-    authority.configure_trust(other)
+    ca.configure_trust(other)
     async with Origin(tls=server_tls) as origin, Proxy() as proxy:
         different = [party(), party(tls=TlsSettings(other)), party(rules=AuthRules(basic_over_http=True)), party(via=proxy)]
         for who in different * 2:

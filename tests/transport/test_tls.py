@@ -28,11 +28,11 @@ def test_two_contexts_are_two_keys_even_if_they_look_alike() -> None:
 
 
 def test_jobs_without_settings_share_the_default_until_the_authorities_change(
-    monkeypatch: pytest.MonkeyPatch, tmp_path, authority: trustme.CA
+    monkeypatch: pytest.MonkeyPatch, tmp_path, ca: trustme.CA
 ) -> None:
     default = TlsSettings().key
     assert TlsSettings().key is default
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     changed = TlsSettings()
     assert changed.key is not default
@@ -46,11 +46,11 @@ def test_the_default_verifies() -> None:
 
 
 async def test_the_certificate_is_that_of_the_connection_itself(
-    server_tls: ssl.SSLContext, trust: ssl.SSLContext, authority: trustme.CA
+    server_tls: ssl.SSLContext, trust: ssl.SSLContext, ca: trustme.CA
 ) -> None:
     """Two servers behind one context: each connection tells its own server's certificate."""
     other = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(other)
+    ca.issue_cert("localhost").configure_cert(other)
     async with Origin(tls=server_tls) as first, Origin(tls=other) as second:
         seen = []
         for server in (first, second, first):
