@@ -143,9 +143,7 @@ class StoreContract:
         second = a_file(job, 1, url="http://files.example/plain", validator=Validator(), slices=(Slice(0, None, 0, 0),))
         grants = (
             a_grant(job, origins=frozenset({Origin("http", "files.example", 80), Origin("https", "::1", 8443)})),
-            a_grant(
-                job, target=AuthTarget.PROXY, scheme=AuthScheme.NEGOTIATE, user_name=None, password=None, origins=frozenset()
-            ),
+            a_grant(job, target=AuthTarget.PROXY, scheme=AuthScheme.NEGOTIATE, user_name=None, password=None, origins=frozenset()),
             a_grant(job, target=AuthTarget.PROXY, scheme=AuthScheme.BASIC, user_name="ü", password="pass\udc80\x00word €"),
         )
         await store.save(job, first, second, *grants)
@@ -289,9 +287,7 @@ class StoreContract:
         job = a_job()
         with pytest.raises(NotFound):
             await store.save(a_grant(job))
-        await store.save(
-            GrantRemoved(job.id, AuthTarget.SERVER, AuthScheme.NTLM), JobRemoved(job.id)
-        )  # nothing to remove: no error
+        await store.save(GrantRemoved(job.id, AuthTarget.SERVER, AuthScheme.NTLM), JobRemoved(job.id))  # nothing to remove: no error
 
     async def test_a_job_with_another_owner_keeps_its_secrets(self, store: Store, again: Any) -> None:
         job = a_job()

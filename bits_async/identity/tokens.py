@@ -95,6 +95,7 @@ class Token:
         "_closed",
         "_network",
         "_release",
+        "_shared",
         "elevated",
         "fake",
         "has_credentials",
@@ -117,6 +118,7 @@ class Token:
     fake: bool
     _network: "Callable[[], spnego.Credential] | None"
     _closed: bool
+    _shared: bool
     _release: "weakref.finalize[[], Token]"
 
     def __init__(self) -> None:
@@ -138,7 +140,10 @@ class Token:
         session: str | None = None,
         fake: bool = False,
     ) -> "Token":
-        """For the makers in `logon` and `testing`. `default_network` is asked at the first use, because it loads spnego."""
+        """For the makers in `logon` and `testing`.
+
+        `default_network` makes it the token that everybody shares; it is asked at the first use, because it loads spnego.
+        """
         self = object.__new__(cls)
         values = {
             "name": name or local.name,
@@ -152,6 +157,7 @@ class Token:
             "fake": fake,
             "_network": default_network if network is None else lambda: network,
             "_closed": False,
+            "_shared": default_network is not None,
             "_release": weakref.finalize(self, local.close),
         }
         for attribute, value in values.items():
@@ -205,7 +211,7 @@ class Token:
 
         Every later use raises TokenRequired. Running calls end first. The process's own token stays.
         """
-        if self.local.is_process and not self.has_credentials:
+        if self._shared:
             return  # for_process() hands the same token to everybody; one holder may not take it from the others
         object.__setattr__(self, "_closed", True)
         object.__setattr__(self, "_network", None)

@@ -75,8 +75,8 @@ from .model import (
     Waiting,
 )
 from .notify import EventStream, JobChanged, Progress
-from .secrets import release_lock, take_lock
 from .scheduler import Limits
+from .secrets import release_lock, take_lock
 from .store import SqliteStore
 from .transfer import Workshop
 
@@ -385,7 +385,7 @@ class Job:
 
 @final
 class TokenOptions:
-    """The helper token of a job (IBitsTokenOptions). It works under any ambient identity: the access check was made when it was obtained."""
+    """The helper token of a job (IBitsTokenOptions). Works under any ambient identity: the access check was made when it was obtained."""
 
     def __init__(self, manager: "BitsManager", entry: Entry, caller: Token) -> None:
         self._manager = manager

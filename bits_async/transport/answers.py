@@ -188,9 +188,7 @@ def _as_asked(url: str) -> str:
 
 
 def _escape(match: re.Match[str]) -> str:
-    return quote(
-        match[0].encode("utf-8", "surrogateescape")
-    )  # header bytes that were not UTF-8 come as surrogates and stay the same bytes
+    return quote(match[0].encode("utf-8", "surrogateescape"))  # header bytes that were not UTF-8 come as surrogates and stay the same bytes
 
 
 def _join(base: str, reference: str) -> str:

@@ -142,9 +142,7 @@ def resolve(settings: ProxySettings, environment: Mapping[str, str]) -> ProxySet
         variables.pop("HTTP_PROXY", None)
     everything = _variable(variables, "all_proxy")
     proxies = tuple(
-        f"{scheme}={_without_user(value)}"
-        for scheme in _SCHEMES
-        if (value := _variable(variables, f"{scheme}_proxy", default=everything))
+        f"{scheme}={_without_user(value)}" for scheme in _SCHEMES if (value := _variable(variables, f"{scheme}_proxy", default=everything))
     )
     exceptions = tuple(entry for entry in re.split(r"[\s,]+", _variable(variables, "no_proxy") or "") if entry)
     _limit(proxies, ErrorCode.BG_E_PROXY_LIST_TOO_LARGE, "proxy")

@@ -469,7 +469,6 @@ async def test_a_discarded_executor_requires_the_token(token: Token, gate: Gate)
 
 
 async def test_a_closed_token_is_used_no_more(executor: TokenExecutor) -> None:
-    executor.token.local.is_process = False  # type: ignore[misc]
     await executor.run(os.getpid)
     executor.token.close()
     with pytest.raises(TokenRequired):

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import gc
+import os
 import pickle
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -139,6 +140,13 @@ def test_the_processes_token_cannot_be_taken_from_the_others() -> None:
     Token.for_process().close()
     assert not Token.for_process().closed
     assert Token.for_process().network is not None
+
+
+async def test_ones_own_users_token_can_be_closed() -> None:
+    token = await Token.for_user(os.geteuid())
+    token.close()
+    assert token.closed
+    assert not Token.for_process().closed
 
 
 def test_the_default_network_credential_is_made_when_it_is_first_asked_for() -> None:

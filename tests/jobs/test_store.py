@@ -65,11 +65,7 @@ def side(path: Path, suffix: str) -> Path:
 
 
 def store_threads() -> list[str]:
-    return [
-        thread.name
-        for thread in threading.enumerate()
-        if thread.name.startswith("bits-store") or "connection_worker" in thread.name
-    ]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("bits-store") or "connection_worker" in thread.name]
 
 
 async def until(reached: Callable[[], bool]) -> None:
@@ -168,9 +164,7 @@ async def test_t13_nothing_is_opened_or_made_before_the_directory_was_checked(pa
 
 async def test_t13_what_the_schema_names_is_not_trusted_and_what_is_removed_is_overwritten(path: Path) -> None:
     async with opened(path) as store:
-        values = {
-            name: await store_module._pragma(store._db, name) for name in ("trusted_schema", "secure_delete", "foreign_keys")
-        }
+        values = {name: await store_module._pragma(store._db, name) for name in ("trusted_schema", "secure_delete", "foreign_keys")}
         assert values == {"trusted_schema": 0, "secure_delete": 1, "foreign_keys": 1}
         assert await store_module._pragma(store._db, "journal_mode") == "wal"
         assert await store_module._pragma(store._db, "synchronous") == 2  # FULL
@@ -242,9 +236,7 @@ SECRETS = ("hunter2-geheim", "query-s3cret", "redirect-t0ken", "userinfo-pw", "f
 
 
 def a_secretive_job() -> tuple[Any, ...]:
-    job = a_job(
-        error=make_error(ErrorCode.BG_E_CONNECTION_CLOSED, ErrorContext.GENERAL_TRANSPORT, url="http://h/p?sig=query-s3cret")
-    )
+    job = a_job(error=make_error(ErrorCode.BG_E_CONNECTION_CLOSED, ErrorContext.GENERAL_TRANSPORT, url="http://h/p?sig=query-s3cret"))
     file = a_file(
         job,
         original_url="http://files.example/a?sig=query-s3cret#fragment-x7",
@@ -254,9 +246,7 @@ def a_secretive_job() -> tuple[Any, ...]:
     return job, file, a_grant(job, password="hunter2-geheim"), proxy
 
 
-async def test_t14_no_password_and_no_query_is_in_any_file_or_log_of_the_journal(
-    path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_t14_no_password_and_no_query_is_in_any_file_or_log_of_the_journal(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     job, file, *grants = a_secretive_job()
     async with opened(path) as store:
@@ -279,9 +269,7 @@ async def test_t14_what_may_be_read_is_in_the_clear(path: Path) -> None:
     async with opened(path) as store:
         await store.save(*a_secretive_job())
     with raw(path) as db:
-        assert db.execute("SELECT original_url, url FROM files").fetchall() == [
-            ("http://files.example/a", "http://cdn.example/a")
-        ]
+        assert db.execute("SELECT original_url, url FROM files").fetchall() == [("http://files.example/a", "http://cdn.example/a")]
         assert db.execute("SELECT DISTINCT user_name FROM grants").fetchall() == [("DOM\\alice",)]
 
 
@@ -622,9 +610,7 @@ def test_what_was_saved_is_there_after_kill_9(path: Path) -> None:
         "        await store.save(a_file(job, slices=(Slice(0, None, n, n),))); print(n, flush=True)\n"
         "asyncio.run(main())\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(path), str(Path(__file__).parents[2])], stdout=subprocess.PIPE
-    ) as writer:
+    with subprocess.Popen([sys.executable, "-c", script, str(path), str(Path(__file__).parents[2])], stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         for _ in range(20):
             line = writer.stdout.readline()

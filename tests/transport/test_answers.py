@@ -576,9 +576,7 @@ def test_416_where_the_pinned_file_ends_means_complete(question: Asked, reply: A
 def test_redirects_name_an_absolute_place_and_flag_the_loss_of_tls(status: int) -> None:
     question = asked(100, None, PINNED)
     assert judge(question, answer(status, "Location: ../other?x=%2F#f")) == Redirect("https://files.example/other?x=%2F")
-    assert judge(question, answer(status, "Location: http://mirror.example/b")) == Redirect(
-        "http://mirror.example/b", downgrade=True
-    )
+    assert judge(question, answer(status, "Location: http://mirror.example/b")) == Redirect("http://mirror.example/b", downgrade=True)
     assert judge(question, answer(status, "Location: /b", "Location: /b")) == Redirect("https://files.example/b")
 
 
@@ -680,9 +678,7 @@ def test_a_part_of_a_file_of_untold_size_is_refused() -> None:
     assert error.code == ErrorCode.BG_E_MISSING_FILE_SIZE
 
 
-@pytest.mark.parametrize(
-    "lines", [(), *((f"Location: {location}",) for location in BAD_LOCATIONS), ("Location: /a", "Location: /b")]
-)
+@pytest.mark.parametrize("lines", [(), *((f"Location: {location}",) for location in BAD_LOCATIONS), ("Location: /a", "Location: /b")])
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_to_nowhere_is_refused(status: int, lines: tuple[str, ...]) -> None:
     error = refused(judge(asked(), answer(status, *lines)))
@@ -872,9 +868,7 @@ QUESTIONS = st.builds(
     st.lists(LINES, max_size=6),
 )
 @settings(max_examples=500)
-def test_the_judge_accepts_only_proved_bytes_and_restarts_only_what_was_begun(
-    question: Asked, status: int, lines: list[str]
-) -> None:
+def test_the_judge_accepts_only_proved_bytes_and_restarts_only_what_was_begun(question: Asked, status: int, lines: list[str]) -> None:
     reply = answer(status, *lines)
     verdict = judge(question, reply)
     match verdict:
@@ -914,9 +908,7 @@ class CarelessServer:
             fields.append(("Last-Modified", http(NOON - timedelta(hours=10 - number))))
         return fields
 
-    def get(
-        self, asked: Asked, number: int, *, ranges: bool, if_range: bool, forget: bool, chunked: bool
-    ) -> tuple[Answer, bytes]:
+    def get(self, asked: Asked, number: int, *, ranges: bool, if_range: bool, forget: bool, chunked: bool) -> tuple[Answer, bytes]:
         content = self.versions[number]
         self.served.add(content)
         fields, wanted = self.headers(number), asked.headers()
@@ -935,9 +927,7 @@ class CarelessServer:
 
 @given(st.data(), st.booleans(), st.booleans(), st.lists(st.binary(max_size=12), min_size=1, max_size=4, unique=True))
 @settings(max_examples=400)
-def test_the_file_is_one_version_that_was_served_or_absent(
-    data: st.DataObject, etags: bool, dates: bool, versions: list[bytes]
-) -> None:
+def test_the_file_is_one_version_that_was_served_or_absent(data: st.DataObject, etags: bool, dates: bool, versions: list[bytes]) -> None:
     server = CarelessServer(versions, etags, dates)
     local, piece, pinned, number = bytearray(), Slice.fresh(), None, 0
     for _ in range(12):

@@ -87,9 +87,7 @@ def test_a_malformed_proxy_is_refused_at_once(entry: str) -> None:
     assert caught.value.code == ErrorCode.E_INVALIDARG
 
 
-@pytest.mark.parametrize(
-    "entry", ["http://user:secret@proxy:3128", "user@proxy", "https=http://user:se/cret@proxy", "http://@proxy"]
-)
+@pytest.mark.parametrize("entry", ["http://user:secret@proxy:3128", "user@proxy", "https=http://user:se/cret@proxy", "http://@proxy"])
 def test_user_information_in_an_argument_is_refused_and_not_repeated(entry: str) -> None:
     with pytest.raises(InvalidArgument, match="set_credentials") as caught:
         ProxySettings.override([entry])
@@ -327,9 +325,7 @@ def test_credentials_in_the_environment_are_dropped(value: str, proxy: str) -> N
 
 @given(st.sampled_from(["http://", "https://", "socks5://", ""]), st.text(st.sampled_from("secret:/@?#\\%.x "), max_size=20))
 def test_no_password_of_the_environment_survives_whatever_it_looks_like(scheme: str, noise: str) -> None:
-    settings = preconfig(
-        http_proxy=f"{scheme}{noise}PASSWORD{noise}@proxy:3128", https_proxy=f"{scheme}user:PASSWORD@{noise}@proxy"
-    )
+    settings = preconfig(http_proxy=f"{scheme}{noise}PASSWORD{noise}@proxy:3128", https_proxy=f"{scheme}user:PASSWORD@{noise}@proxy")
     assert "PASSWORD" not in repr(settings)
 
 

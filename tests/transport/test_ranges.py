@@ -237,9 +237,7 @@ def test_the_end_of_a_slice_is_learned_once() -> None:
         (Slice(0, MAX_REQUEST + 5, MAX_REQUEST, 0), MAX_REQUEST + 5, (MAX_REQUEST, MAX_REQUEST + 5)),
     ],
 )
-def test_one_request_asks_for_all_the_rest_up_to_two_gib(
-    piece: Slice, size: int | None, request_range: tuple[int, int | None]
-) -> None:
+def test_one_request_asks_for_all_the_rest_up_to_two_gib(piece: Slice, size: int | None, request_range: tuple[int, int | None]) -> None:
     assert next_request(piece, size) == request_range
 
 

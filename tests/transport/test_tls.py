@@ -45,9 +45,7 @@ def test_the_default_verifies() -> None:
     assert context.check_hostname
 
 
-async def test_the_certificate_is_that_of_the_connection_itself(
-    server_tls: ssl.SSLContext, trust: ssl.SSLContext, ca: trustme.CA
-) -> None:
+async def test_the_certificate_is_that_of_the_connection_itself(server_tls: ssl.SSLContext, trust: ssl.SSLContext, ca: trustme.CA) -> None:
     """Two servers behind one context: each connection tells its own server's certificate."""
     other = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ca.issue_cert("localhost").configure_cert(other)
