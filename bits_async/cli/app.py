@@ -91,27 +91,31 @@ def download(
     service may write where only it may write, and show the server and the proxy somebody with fewer rights; or the other way
     round.
     """
-    from .download import Identity, Order, run
+    try:
+        from .download import Identity, Order, run
 
-    order = Order(
-        url=url,
-        dest=dest,
-        proxy=proxy,
-        no_proxy=no_proxy,
-        owner=Identity("--", user, keytab, principal, ccache),
-        helper=Identity("--helper-", helper_user, helper_keytab, helper_principal, helper_ccache),
-        helper_for=None if helper_for is None else helper_for.value,
-        sha256=sha256,
-        retry_for=retry_for,
-        cacert=cacert,
-        store=store,
-        json=json,
-    )
-    contradiction = order.contradiction()
-    if contradiction is not None:
-        _complain(f"{contradiction}. Try 'bits-async download --help'.")
-        raise typer.Exit(USAGE)
-    raise typer.Exit(run(order))
+        order = Order(
+            url=url,
+            dest=dest,
+            proxy=proxy,
+            no_proxy=no_proxy,
+            owner=Identity("--", user, keytab, principal, ccache),
+            helper=Identity("--helper-", helper_user, helper_keytab, helper_principal, helper_ccache),
+            helper_for=None if helper_for is None else helper_for.value,
+            sha256=sha256,
+            retry_for=retry_for,
+            cacert=cacert,
+            store=store,
+            json=json,
+        )
+        contradiction = order.contradiction()
+        if contradiction is not None:
+            _complain(f"{contradiction}. Try 'bits-async download --help'.")
+            raise typer.Exit(USAGE)
+        raise typer.Exit(run(order))
+    except KeyboardInterrupt:  # before the transfer began, or after it ended; in between it is run()'s
+        _complain("interrupted; run the same command again to continue")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def main() -> int:
@@ -119,7 +123,7 @@ def main() -> int:
     try:
         result: Any = app(args=sys.argv[1:] or ["--help"], prog_name="bits-async", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED  # before the transfer began, or after it ended
+        return INTERRUPTED
     except Exception as error:
         message = getattr(error, "format_message", None)  # what click, or typer's own copy of it, refuses
         if message is None:
