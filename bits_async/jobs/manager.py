@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, final
 from uuid import UUID, uuid4
 
-from ..auth import schemes
 from ..auth.policy import (
     AuthCredentials,
     AuthRules,
@@ -502,7 +501,6 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._executors = TokenExecutors()
         with self._executors.lease(Token.for_process(), "files") as files:
             boot_id = await files.run(native.boot_id)
-            await files.run(schemes.prepare)
             await files.run(self._tls.effective)  # reads the authorities' certificates
             if self._path is None or self._one_shot:
                 await files.run(_make_state_directories, _state_directory() / "downloads")
