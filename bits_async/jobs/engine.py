@@ -5,7 +5,9 @@ the journal before it is told to anybody. A command on a job first holds it (not
 and then moves it along the table of `model`.
 
 Races this module answers: a command and the end of an attempt (commands wait for the attempt's supervisor, then look at the state again);
-two commands on one job (`Entry.lock`); a cancelled caller (the journal's transaction is shielded by the store; `Entry.lock` is released).
+two commands on one job (`Entry.lock`); two changes of one job's record, by a command and by the end of an attempt (`Entry.changing`); a
+cancelled caller (what is in the journal is in memory too: `save` does both, or has not begun); a command that is under way when the manager
+closes (`stop` waits for it).
 """
 
 import asyncio
@@ -15,6 +17,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -52,7 +55,7 @@ from .model import (
 )
 from .notify import Event, EventStream, FileRestarted, FileTransferred, JobChanged, Progress, Retrying
 from .scheduler import TIME_SLICE, Candidate, Limits, choose, may_retry, retry_delay
-from .store import Store
+from .store import Store, finish
 from .transfer import Attempt, Workshop
 
 log = logging.getLogger("bits_async.jobs")
@@ -72,6 +75,7 @@ class Entry:
     positions: dict[int, int] = field(default_factory=dict)  # bytes written, by file
     farthest: dict[int, int] = field(default_factory=dict)  # of the same version: what counts as progress is beyond
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)  # each change of the record begins with what the last one left
     held: int = 0  # commands at work: the scheduler leaves the job alone
     work: asyncio.Task[None] | None = None
     supervisor: asyncio.Task[None] | None = None
@@ -122,8 +126,7 @@ class _Report:
         return self._entry.files
 
     async def keep(self, file: FileRecord) -> None:
-        await self._engine.save(file)
-        self._entry.files[file.index] = file
+        await self._engine.save(file, then=partial(self._entry.files.__setitem__, file.index, file))
 
     def answered(self) -> None:
         if self._entry.job.state is JobState.CONNECTING:
@@ -189,6 +192,8 @@ class Engine:
         self._party = party
         self._find_owner = find_owner
         self._time_slice = time_slice
+        self._stopped = False
+        self._commands: set[asyncio.Future[None]] = set()  # under way
         self._streams: set[EventStream] = set()
         self._changed: set[asyncio.Future[None]] = set()
         self._wake = asyncio.Event()
@@ -244,7 +249,7 @@ class Engine:
         await self._store.save(entry.job)
 
     async def stop(self, grace: float) -> None:
-        """Stop every attempt at a durable point; attempts that do not stop within `grace` seconds are left behind.
+        """Stop every attempt at a durable point and let commands end; what does not within `grace` seconds is left behind.
 
         The journal is closed by its owner, the manager, afterwards.
         """
@@ -258,12 +263,13 @@ class Engine:
         for entry in self.entries.values():
             if entry.work is not None:
                 entry.work.cancel()
-        waiting = supervisors | set(self._searches.values())
+        waiting = supervisors | set(self._searches.values()) | self._commands
         if waiting:
             _, late = await asyncio.wait(waiting, timeout=grace)
-            for task in late:
-                log.warning("an attempt did not stop within %.1f s", grace)
-                task.cancel()
+            for each in late:
+                log.warning("an attempt or a command did not end within %.1f s", grace)
+                each.cancel()
+        self._stopped = True
         for stream in list(self._streams):
             stream.finish(self.failure)
         self._tell_waiters()
@@ -292,18 +298,24 @@ class Engine:
 
     # -- the journal and the listeners ------------------------------------------------------------------------------------------------
 
-    async def save(self, *changes: Change) -> None:
-        """One durable transaction.
+    async def save(self, *changes: Change, then: Callable[[], object] = lambda: None) -> None:
+        """One durable transaction, and `then` what it means in memory; a cancelled caller has both.
 
         Raises:
-            StoreError: it was not; the engine has stopped.
+            StoreError: neither; the engine has stopped. ManagerClosed: neither; it came too late.
         """
         self.check_failure()
+        await finish(self._save(changes, then))
+
+    async def _save(self, changes: Sequence[Change], then: Callable[[], object]) -> None:
         try:
             await self._store.save(*changes)
         except BitsError as error:
+            if self._stopped:
+                raise ManagerClosed from None
             self.fail(error)
             raise
+        then()
 
     def check_failure(self) -> None:
         """Raise the engine's failure, if it has failed."""
@@ -312,13 +324,16 @@ class Engine:
 
     async def change(self, entry: Entry, *, files: Sequence[FileRecord] = (), **fields: Any) -> None:
         """Journal new values of a job (and of files of it), then show them."""
-        job = replace(entry.job, modified=self.clock.now(), **fields)
+        async with entry.changing:
+            fields["modified"] = self.clock.now()
+            await self.save(replace(entry.job, **fields), *files, then=partial(self._show, entry, files, fields))
+
+    def _show(self, entry: Entry, files: Sequence[FileRecord], fields: dict[str, Any]) -> None:
         before = entry.job.state
-        await self.save(job, *files)
-        entry.job = job
+        entry.job = replace(entry.job, **fields)  # a server may have answered in the meantime
         for file in files:
             entry.files[file.index : file.index + 1] = [file]
-        if job.state is not before or "retry_at" in fields:
+        if entry.job.state is not before or "retry_at" in fields:
             self.announce(entry)
         self._wake.set()
 
@@ -415,6 +430,7 @@ class Engine:
         self.check()
         async with entry.lock:
             entry.held += 1
+            self._commands.add(ended := asyncio.get_running_loop().create_future())
             try:
                 self.check()
                 if entry.job.state.is_final:
@@ -422,6 +438,8 @@ class Engine:
                 yield
             finally:
                 entry.held -= 1
+                self._commands.discard(ended)
+                ended.cancel()  # done, for those who wait for it
                 self._wake.set()
 
     async def halt(self, entry: Entry) -> None:
@@ -433,11 +451,13 @@ class Engine:
 
     async def add(self, job: JobRecord, owner: Token, files: Sequence[FileRecord] = (), grants: Sequence[GrantRecord] = ()) -> Entry:
         """Put a new job into the journal."""
-        await self.save(job, *files, *grants)
         entry = Entry(job, list(files), list(grants), owner=owner)
-        self.entries[job.id] = entry
-        self.announce(entry)
+        await self.save(job, *files, *grants, then=partial(self._enter, entry))
         return entry
+
+    def _enter(self, entry: Entry) -> None:
+        self.entries[entry.job.id] = entry
+        self.announce(entry)
 
     async def add_files(self, entry: Entry, files: Sequence[FileRecord]) -> None:
         """Append files in one transaction."""
@@ -458,8 +478,7 @@ class Engine:
     async def _queue_again(self, entry: Entry, state: JobState, bind: Callable[[Entry], Sequence[GrantRecord]]) -> None:
         if not entry.job.resumed:
             bound = bind(entry)
-            await self.save(*bound)
-            entry.grants[:] = bound
+            await self.save(*bound, then=partial(entry.grants.__setitem__, slice(None), bound))
         entry.retry_due = entry.failing_since = None
         files = [replace(file, restarts=0) for file in entry.files if file.restarts]
         fresh: dict[str, Any] = {"error": None, "error_file": None, "retry_number": 0, "retry_at": None, "stalled": 0.0}
@@ -538,7 +557,9 @@ class Engine:
                     log.warning("job %s: %s is not the job's part file any more and was left alone", entry.job.id, left)
 
     async def _leave(self, entry: Entry, state: JobState) -> None:
-        await self.save(JobRemoved(entry.job.id))
+        await self.save(JobRemoved(entry.job.id), then=partial(self._left, entry, state))
+
+    def _left(self, entry: Entry, state: JobState) -> None:
         entry.job = replace(entry.job, state=state, modified=self.clock.now(), error=None)
         entry.grants.clear()
         self.announce(entry)
@@ -663,7 +684,9 @@ class Engine:
                 await self.change(entry, state=advance(entry.job.state, Outcome.YIELDED), active=active)
             return
         failure = work.exception()
-        if failure is None:
+        if failure is None and entry.unfinished:  # a file was added at the last moment
+            await self.change(entry, state=advance(entry.job.state, Outcome.YIELDED), active=active)
+        elif failure is None:
             now = self.clock.now()
             state = advance(entry.job.state, Outcome.ALL_FILES_DONE)
             await self.change(entry, state=state, active=active, completed=now, error=None, retry_number=0, stalled=0.0)

@@ -77,7 +77,7 @@ from .model import (
 from .notify import EventStream, JobChanged, Progress
 from .scheduler import Limits
 from .secrets import release_lock, take_lock
-from .store import SqliteStore
+from .store import SqliteStore, finish
 from .transfer import Workshop
 
 if TYPE_CHECKING:
@@ -480,6 +480,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._network: Network | None = None
         self._executors: TokenExecutors | None = None
         self._store: SqliteStore | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._destinations: set[Path] = set()
         self._refusals = Refusals()
@@ -526,13 +527,20 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
     async def aclose(self, *, grace: float = 10.0) -> None:
         """Stop every transfer at a durable point and close the journal; what leaving `async with` does. Completes and cancels no job.
 
+        Cancelled, or called again, it is finished first.
+
         Args:
             grace: seconds to wait for transfers to stop.
         """
-        if self._engine is None or self._engine.closed:
+        if self._engine is None:
             return
+        if self._closing is None:
+            self._closing = self._engine.task(self._close(self._engine, grace), "bits-close")
+        await finish(self._closing)
+
+    async def _close(self, engine: Engine, grace: float) -> None:
         try:
-            await self._engine.stop(grace)
+            await engine.stop(grace)
         finally:
             await self._close_parts()
 

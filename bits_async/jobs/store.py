@@ -311,15 +311,15 @@ class SqliteStore:
         self._pool = ThreadPoolExecutor(1, "bits-store")
         self._turn = asyncio.Lock()  # one connection: the statements of two transactions must not mix
         try:
-            await _finish(self._open())
+            await finish(self._open())
         except BaseException:
-            await _finish(self._shut())
+            await finish(self._shut())
             raise
         self._made.clear()
 
     async def close(self) -> None:
         """See `Store.close`."""
-        await _finish(self._shut())
+        await finish(self._shut())
 
     async def remove(self) -> bool:
         """Deletes the journal's files, the lock last, if no job is in it and no other manager uses it. It is closed afterwards.
@@ -337,7 +337,7 @@ class SqliteStore:
                 if error.code == ErrorCode.ERROR_SHARING_VIOLATION:
                     return False
                 raise
-        return await _finish(self._remove())
+        return await finish(self._remove())
 
     async def _remove(self) -> bool:
         async with self._turn:
@@ -454,7 +454,7 @@ class SqliteStore:
 
     async def load(self) -> list[StoredJob]:
         """See `Store.load`."""
-        return await _finish(self._load())
+        return await finish(self._load())
 
     async def _load(self) -> list[StoredJob]:
         async with self._turn:
@@ -476,7 +476,7 @@ class SqliteStore:
         batch = _Batch()
         for change in changes:  # here, at the call: slices are mutable, and go on while this waits for its turn
             batch.add(change)
-        await _finish(self._save(batch))
+        await finish(self._save(batch))
 
     async def _save(self, batch: "_Batch") -> None:
         async with self._turn:
@@ -553,9 +553,10 @@ def _fault(exc: sqlite3.Error, path: Path) -> StoreError:
     return StoreError(f"the journal cannot be used: {why} ({name})", code=code, transient=False, path=path, advice=advice)
 
 
-async def _finish(work: Coroutine[Any, Any, T]) -> T:
+async def finish(work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:
     """Awaits work to its end, through cancels; then lets the cancel through (a failure is its cause)."""
-    task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+    loop = asyncio.get_running_loop()
+    task = work if isinstance(work, asyncio.Task) else loop.create_task(work, context=contextvars.Context())
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:

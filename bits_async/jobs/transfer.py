@@ -120,9 +120,8 @@ class Attempt:
         local, remote = pair.acting_for(HelperTokenFlags.LOCAL_FILE), pair.acting_for(HelperTokenFlags.NETWORK)
         with executors.lease(local, "files") as files, executors.lease(remote, "security") as security:
             party = self._party(remote, security)
-            for record in list(self._recorder.files):
-                if not record.transferred:
-                    await self._transfer(record, files, party)
+            while (record := next((file for file in self._recorder.files if not file.transferred), None)) is not None:
+                await self._transfer(record, files, party)  # files may be added meanwhile
 
     async def _transfer(self, record: FileRecord, files: TokenExecutor, party: Party) -> None:
         download = await self._open(record, files)
