@@ -40,6 +40,7 @@ class FakeClock:
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
         self._jump: asyncio.TimerHandle | None = None
+        self.busy = 0  # answers on their way: time does not jump over them
 
     def now(self) -> datetime:
         """1 January 2030 plus what has passed."""
@@ -66,7 +67,7 @@ class FakeClock:
 
     def _advance(self) -> None:
         self._jump = None
-        while self._sleepers:
+        while self._sleepers and not self.busy:
             moment, _, future = heapq.heappop(self._sleepers)
             if not future.done():
                 self._elapsed = max(self._elapsed, moment)
@@ -168,6 +169,15 @@ class FakeNetwork:
     @contextlib.asynccontextmanager
     async def get(self, party: Party, asked: Asked) -> AsyncIterator[Body]:
         """What `transport.lane.Lanes.get` does, without a network."""
+        self.clock.busy += 1
+        try:
+            async with self._answer(party, asked) as body:
+                yield body
+        finally:
+            self.clock.busy -= 1
+
+    @contextlib.asynccontextmanager
+    async def _answer(self, party: Party, asked: Asked) -> AsyncIterator[Body]:
         await asyncio.sleep(0)
         validator = asked.pinned.if_range() if asked.pinned and asked.ranged else None
         self.requests.append(FakeRequest(asked.url, asked.start, asked.end, party.token.name, validator))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 from uuid import UUID
 
 from ..clock import Clock
@@ -59,8 +59,6 @@ from .store import Store, finish
 from .transfer import Attempt, Workshop
 
 log = logging.getLogger("bits_async.jobs")
-
-LONG_SLEEP: Final = 3600.0
 
 
 @dataclass(eq=False, slots=True)
@@ -581,7 +579,10 @@ class Engine:
         except BitsError as error:
             self.fail(error)
 
-    async def _sleep_until_woken(self, delay: float) -> None:
+    async def _sleep_until_woken(self, delay: float | None) -> None:
+        if delay is None:
+            await self._wake.wait()
+            return
         loop = asyncio.get_running_loop()
         tasks = {loop.create_task(self._wake.wait()), loop.create_task(self._timer(delay))}
         try:
@@ -602,11 +603,13 @@ class Engine:
                 entry.retry_due = None
                 await self.change(entry, state=advance(entry.job.state, Outcome.RETRY_DUE), retry_at=None)
 
-    def _next_deadline(self) -> float:
+    def _next_deadline(self) -> float | None:
+        """Seconds until something is due; None: only a change brings something."""
         now = self.clock.monotonic()
         due = [entry.retry_due for entry in self.entries.values() if entry.retry_due is not None]
-        due += [entry.started + self._time_slice for entry in self.entries.values() if entry.work is not None]
-        return min((max(0.0, moment - now) for moment in due if moment > now), default=LONG_SLEEP)
+        if any(entry.job.state is JobState.QUEUED for entry in self.entries.values()):
+            due += [entry.started + self._time_slice for entry in self.entries.values() if entry.work is not None]
+        return min((max(0.0, moment - now) for moment in due if moment > now), default=None)
 
     def _search_owners(self) -> None:
         """Ask once per owner for the token of queued jobs that have none."""
