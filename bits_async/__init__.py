@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from .jobs.model import JobPriority as JobPriority
     from .jobs.model import JobProgress as JobProgress
     from .jobs.model import JobState as JobState
+    from .jobs.model import JobTimes as JobTimes
     from .jobs.model import Waiting as Waiting
     from .jobs.model import WaitingReason as WaitingReason
     from .jobs.notify import Event as Event
@@ -127,7 +128,7 @@ _HOMES: Final = {
     "identity.threads": ("run_as",),
     "identity.tokens": ("HelperTokenFlags", "ImpersonationLevel", "Token", "current_token", "impersonate", "revert_to_self"),
     "jobs.manager": ("BitsManager", "FileInfo", "Job", "JobFile", "TokenOptions", "download"),
-    "jobs.model": ("FileProgress", "JobPriority", "JobProgress", "JobState", "Waiting", "WaitingReason"),
+    "jobs.model": ("FileProgress", "JobPriority", "JobProgress", "JobState", "JobTimes", "Waiting", "WaitingReason"),
     "jobs.notify": (
         "Event",
         "EventStream",

@@ -6,6 +6,7 @@ waited for.
 
 import asyncio
 import time
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -25,6 +26,10 @@ class Clock(Protocol):
         """Return after that many seconds of `monotonic`."""
         ...
 
+    def working(self) -> AbstractContextManager[None]:
+        """While it is entered somebody is at work, sleeps inside it excepted: a clock of tests does not jump meanwhile."""
+        ...
+
 
 class SystemClock:
     """The machine's clocks."""
@@ -40,3 +45,7 @@ class SystemClock:
     async def sleep(self, seconds: float) -> None:
         """Return after that many seconds."""
         await asyncio.sleep(seconds)
+
+    def working(self) -> AbstractContextManager[None]:
+        """The machine's time passes in any case."""
+        return nullcontext()

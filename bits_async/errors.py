@@ -184,6 +184,7 @@ _ADVICE: Mapping[int, str] = MappingProxyType(
         ErrorCode.BG_E_TOO_LARGE: "the peer sent more than is allowed",
         ErrorCode.BG_E_STRING_TOO_LONG: "shorten the value",
         ErrorCode.BG_E_NO_PROGRESS: "remove the cause of the last transient error, then resume the job",
+        ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT: "raise the job's maximum download time, then resume it",
         ErrorCode.BG_E_USERNAME_TOO_LARGE: "a user name has at most 300 characters",
         ErrorCode.BG_E_PASSWORD_TOO_LARGE: "a password has at most 65535 characters",
         ErrorCode.BG_E_INVALID_AUTH_TARGET: "use AuthTarget.SERVER or AuthTarget.PROXY",
@@ -466,6 +467,8 @@ _CLASS_OF_CODE: Mapping[int, type[BitsError]] = MappingProxyType(
         ErrorCode.BG_E_DESTINATION_LOCKED: LocalFileError,
         ErrorCode.BG_E_TOO_MANY_JOBS_PER_USER: AccessDenied,
         ErrorCode.BG_E_TOO_MANY_JOBS_PER_MACHINE: AccessDenied,
+        ErrorCode.BG_E_TOO_MANY_FILES_IN_JOB: AccessDenied,
+        ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT: NetworkError,
     }
 )
 

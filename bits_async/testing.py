@@ -5,7 +5,8 @@
         await bits_async.download("https://example.test/file", tmp_path / "file")
 
 Managers made inside the `with` use the fake. Answers pass the same judge as real ones. Time jumps: whenever the engine only waits for a
-moment (a retry, say), that moment comes at once, so that a test of fourteen days of retries takes milliseconds.
+moment (a retry, say), that moment comes at once, so that a test of an hour of retries takes a fraction of it.
+To look at what happens between two moments, stop the clock (`network.clock.freeze()`) and the servers (`network.pause()`).
 """
 
 import asyncio
@@ -13,7 +14,8 @@ import contextlib
 import hashlib
 import heapq
 import itertools
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextvars import ContextVar
 from contextvars import Token as Undo
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -31,8 +33,14 @@ PIECE: Final = 64 << 10
 JUMP_AFTER: Final = 0.02  # real seconds during which nothing else may be about to happen
 
 
+_at_work: ContextVar[bool] = ContextVar("bits_async_at_work", default=False)
+
+
 class FakeClock:
-    """A clock that jumps to the next moment somebody waits for, as soon as the event loop has been idle for an instant."""
+    """A clock that jumps to the next moment somebody waits for, as soon as the event loop has been idle for an instant.
+
+    Or, after `freeze()`, one that only `advance()` moves.
+    """
 
     def __init__(self) -> None:
         self._elapsed = 0.0
@@ -40,7 +48,8 @@ class FakeClock:
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
         self._jump: asyncio.TimerHandle | None = None
-        self.busy = 0  # answers on their way: time does not jump over them
+        self._frozen = False
+        self._busy = 0  # attempts that do something other than sleep: time does not jump over them
 
     def now(self) -> datetime:
         """1 January 2030 plus what has passed."""
@@ -50,6 +59,18 @@ class FakeClock:
         """Seconds that have passed."""
         return self._elapsed
 
+    def freeze(self) -> None:
+        """Time stands still from now on, but for `advance()`."""
+        self._frozen = True
+
+    def advance(self, seconds: float) -> None:
+        """Let that much time pass, and wake everybody who waits for a moment in it."""
+        self._elapsed += seconds
+        while self._sleepers and self._sleepers[0][0] <= self._elapsed:
+            _, _, future = heapq.heappop(self._sleepers)
+            if not future.done():
+                future.set_result(None)
+
     async def sleep(self, seconds: float) -> None:
         """Return when the clock has come there."""
         if seconds <= 0:
@@ -58,16 +79,38 @@ class FakeClock:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._sleepers, (self._elapsed + seconds, next(self._numbers), future))
         self._arm()
-        await future
+        with self.resting():
+            await future
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Time stands still while somebody works."""
+        self._busy += 1
+        undo = _at_work.set(True)
+        try:
+            yield
+        finally:
+            _at_work.reset(undo)
+            self._busy -= 1
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Time goes on while somebody at work waits."""
+        at_work = _at_work.get()
+        self._busy -= at_work
+        try:
+            yield
+        finally:
+            self._busy += at_work
 
     def _arm(self) -> None:
         if self._jump is not None:
             self._jump.cancel()
-        self._jump = asyncio.get_running_loop().call_later(JUMP_AFTER, self._advance)
+        self._jump = None if self._frozen else asyncio.get_running_loop().call_later(JUMP_AFTER, self._leap)
 
-    def _advance(self) -> None:
+    def _leap(self) -> None:
         self._jump = None
-        while self._sleepers and not self.busy:
+        while self._sleepers and not self._busy and not self._frozen:
             moment, _, future = heapq.heappop(self._sleepers)
             if not future.done():
                 self._elapsed = max(self._elapsed, moment)
@@ -118,6 +161,8 @@ class FakeNetwork:
         self._served: dict[str, _Served] = {}
         self._failures: list[_Failure] = []
         self._connected = True
+        self._silent_after: int | None = None
+        self._news = asyncio.Event()  # of silence and disconnection
         self._undo: Undo[Seams | None] | None = None
 
     def __enter__(self) -> Self:
@@ -159,28 +204,42 @@ class FakeNetwork:
     def disconnect(self) -> None:
         """No server can be reached (BG_E_NETWORK_DISCONNECTED) until `reconnect()`."""
         self._connected = False
+        self._tell()
 
     def reconnect(self) -> None:
         """Servers can be reached again."""
         self._connected = True
+
+    def pause(self, *, after: int = 0) -> None:
+        """Let every server fall silent until `resume()`: no answer to a request, or, with `after`, so many bytes of a body and no more."""
+        self._silent_after = after
+        self._tell()
+
+    def resume(self) -> None:
+        """Let the servers go on."""
+        self._silent_after = None
+        self._tell()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def _room(self, sent: int) -> int:
+        """How much a server that has said so many bytes may say next; waits while it is silent, and time goes on meanwhile."""
+        while self._connected and self._silent_after is not None and self._silent_after <= sent:
+            with self.clock.resting():
+                await self._news.wait()
+        return PIECE if self._silent_after is None else min(PIECE, max(1, self._silent_after - sent))
 
     # -- the seam -----------------------------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def get(self, party: Party, asked: Asked) -> AsyncIterator[Body]:
         """What `transport.lane.Lanes.get` does, without a network."""
-        self.clock.busy += 1
-        try:
-            async with self._answer(party, asked) as body:
-                yield body
-        finally:
-            self.clock.busy -= 1
-
-    @contextlib.asynccontextmanager
-    async def _answer(self, party: Party, asked: Asked) -> AsyncIterator[Body]:
         await asyncio.sleep(0)
         validator = asked.pinned.if_range() if asked.pinned and asked.ranged else None
         self.requests.append(FakeRequest(asked.url, asked.start, asked.end, party.token.name, validator))
+        await self._room(0)
         self._fail_if_told(asked.url)
         served = self._served.get(asked.url)
         if served is None:
@@ -247,20 +306,30 @@ class _FakeBody:
     def detach(self) -> Detached | None:
         return None
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        end = len(self.served.body) if self.length is None else self.start + self.length
-        for position in range(self.start, end, PIECE):
-            await asyncio.sleep(0)
-            piece = self.served.body[position : min(position + PIECE, end)]
-            cut = self.served.cut_after
-            if cut is not None and position - self.start + len(piece) > cut:
+    def __post_init__(self) -> None:
+        self._position = self.start
+        self._end = len(self.served.body) if self.length is None else self.start + self.length
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await asyncio.sleep(0)
+        room = PIECE if self._position >= self._end else await self.network._room(self._position - self.start)
+        if self._position > self.start and not self.network._connected:
+            code = ErrorCode.BG_E_NETWORK_DISCONNECTED
+            raise make_error(code, ErrorContext.GENERAL_TRANSPORT, "the fake network is disconnected", url=self.url)
+        piece = self.served.body[self._position : min(self._position + room, self._end)]
+        cut = self.served.cut_after
+        if cut is not None and self._position - self.start + len(piece) > cut:
+            piece = piece[: max(0, cut - (self._position - self.start))]
+            if not piece:
                 self.served.cut_after = None
-                yield piece[: max(0, cut - (position - self.start))]
                 raise NetworkError("the fake connection was cut", code=ErrorCode.BG_E_CONNECTION_CLOSED, url=self.url)
-            yield piece
-            if not self.network._connected:
-                code = ErrorCode.BG_E_NETWORK_DISCONNECTED
-                raise make_error(code, ErrorContext.GENERAL_TRANSPORT, "the fake network is disconnected", url=self.url)
+        if not piece:
+            raise StopAsyncIteration
+        self._position += len(piece)
+        return piece
 
 
 @final

@@ -352,7 +352,7 @@ class MitKdc(Server):
         return [find_program("krb5kdc") or "krb5kdc", "-n", "-r", self.realm]
 
     def _kadmin(self, *commands: str) -> None:
-        self.run("kadmin.local", "-r", self.realm, text="\n".join(commands) + "\n")
+        self.run("kadmin.local", "-p", "admin", "-r", self.realm, text="\n".join(commands) + "\n")
 
     def principal(self, name: str) -> str:
         return f"{name}@{self.realm}"

@@ -142,9 +142,8 @@ def service(environment: dict[str, str]) -> Iterator[Service]:
     try:
         yield Service(process)
     finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+        process.terminate()  # so that it removes its directories
+        process.communicate(timeout=DEADLINE)
 
 
 def test_a_web_application_downloads_in_the_background_and_ends_cleanly(service: Service) -> None:

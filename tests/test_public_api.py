@@ -9,7 +9,7 @@ import bits_async as bits
 PUBLIC = """
 AccessDenied AuthCredentials AuthFailed AuthScheme AuthTarget BitsError BitsManager ErrorCode ErrorContext Event EventStream EventsLost
 FileInfo FileProgress FileRestarted FileTransferred HelperTokenFlags ImpersonationFailed ImpersonationLevel InvalidArgument InvalidState
-Job JobCancelled JobChanged JobFile JobPriority JobProgress JobState Limits LocalFileError ManagerClosed NetworkError NotFound Progress
+Job JobCancelled JobChanged JobFile JobPriority JobProgress JobState JobTimes Limits LocalFileError ManagerClosed NetworkError NotFound Progress
 ProxySettings ProxyUsage RemoteFileError Retrying StoreError Timeouts Token TokenOptions TokenRequired ValidationFailed Waiting
 WaitingReason current_token download impersonate revert_to_self run_as
 """

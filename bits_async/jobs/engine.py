@@ -43,11 +43,13 @@ from .model import (
     Command,
     FileRecord,
     GrantRecord,
+    GrantRemoved,
     JobProgress,
     JobRecord,
     JobRemoved,
     JobState,
     Outcome,
+    OwnerKey,
     StoredJob,
     Waiting,
     WaitingReason,
@@ -81,6 +83,8 @@ class Entry:
     started: float = 0.0  # monotonic, of the running attempt
     retry_due: float | None = None  # monotonic
     failing_since: float | None = None  # monotonic, of the first transient error without progress
+    touched: datetime | None = None  # when bytes last arrived; with the job's own time of change: its last activity
+    overdue: bool = False  # the attempt is stopped because the job has been transferring for too long
     paused_by: BitsError | None = None  # why the owner's token could not be had
 
     def __post_init__(self) -> None:
@@ -135,6 +139,7 @@ class _Report:
         if position > entry.farthest.get(index, 0):
             entry.failing_since = None
             entry.farthest[index] = position
+            entry.touched = self._engine.clock.now()
         entry.positions[index] = position
         self._engine.publish_progress(entry)
 
@@ -479,7 +484,7 @@ class Engine:
             await self.save(*bound, then=partial(entry.grants.__setitem__, slice(None), bound))
         entry.retry_due = entry.failing_since = None
         files = [replace(file, restarts=0) for file in entry.files if file.restarts]
-        fresh: dict[str, Any] = {"error": None, "error_file": None, "retry_number": 0, "retry_at": None, "stalled": 0.0}
+        fresh: dict[str, Any] = {"active": 0.0, "error": None, "error_file": None, "retry_number": 0, "retry_at": None, "stalled": 0.0}
         await self.change(entry, files=files, state=state, resumed=True, **fresh)
 
     async def suspend(self, entry: Entry) -> None:
@@ -554,6 +559,20 @@ class Engine:
                 if not gone:
                     log.warning("job %s: %s is not the job's part file any more and was left alone", entry.job.id, left)
 
+    async def take_over(self, entry: Entry, key: OwnerKey, owner: Token) -> None:
+        """Another owner; what the old one entrusted to the job is dropped (BITS: TakeOwnership)."""
+        await self.drop_lanes(entry, entry.owner, entry.helper)
+        await self._discard_parts(entry, [file for file in entry.files if not file.committed])
+        await self.save(*[GrantRemoved(entry.job.id, grant.target, grant.scheme) for grant in entry.grants])
+        entry.grants.clear()
+        entry.helper = None
+        files = [replace(file, part=None, slices=(), validator=None, transferred=False) for file in entry.files if not file.committed]
+        state = JobState.SUSPENDED if entry.job.state is JobState.TRANSFERRED else entry.job.state
+        await self.change(entry, files=files, owner=key, state=state)
+        entry.owner = owner
+        entry.positions = {file.index: 0 for file in files}
+        entry.farthest.clear()
+
     async def _leave(self, entry: Entry, state: JobState) -> None:
         await self.save(JobRemoved(entry.job.id), then=partial(self._left, entry, state))
 
@@ -573,6 +592,7 @@ class Engine:
             while self.failure is None:
                 self._wake.clear()
                 await self._retry_due()
+                await self._expire()
                 self._search_owners()
                 self._schedule()
                 await self._sleep_until_woken(self._next_deadline())
@@ -603,10 +623,32 @@ class Engine:
                 entry.retry_due = None
                 await self.change(entry, state=advance(entry.job.state, Outcome.RETRY_DUE), retry_at=None)
 
+    async def _expire(self) -> None:
+        """End attempts that have had their time (MaximumDownloadTime), and cancel jobs that nobody has touched for too long."""
+        now, limit = self.clock.monotonic(), self._limits.job_inactivity_timeout
+        for entry in list(self.entries.values()):
+            if entry.work is not None and now >= self._download_deadline(entry):
+                entry.overdue = True
+                entry.work.cancel()
+            elif limit is not None and not entry.held and not entry.job.state.is_active and self._idle(entry) >= limit:
+                log.warning("job %s: cancelled after %g s without activity", entry.job.id, limit)
+                await self.cancel(entry)
+
+    def _download_deadline(self, entry: Entry) -> float:
+        return entry.started + max(0.0, entry.job.maximum_download_time - entry.job.active)
+
+    def _idle(self, entry: Entry) -> float:
+        last = entry.job.modified if entry.touched is None else max(entry.job.modified, entry.touched)
+        return (self.clock.now() - last).total_seconds()
+
     def _next_deadline(self) -> float | None:
         """Seconds until something is due; None: only a change brings something."""
         now = self.clock.monotonic()
         due = [entry.retry_due for entry in self.entries.values() if entry.retry_due is not None]
+        due += [self._download_deadline(entry) for entry in self.entries.values() if entry.work is not None]
+        limit = self._limits.job_inactivity_timeout
+        if limit is not None:
+            due += [now + limit - self._idle(entry) for entry in self.entries.values()]
         if any(entry.job.state is JobState.QUEUED for entry in self.entries.values()):
             due += [entry.started + self._time_slice for entry in self.entries.values() if entry.work is not None]
         return min((max(0.0, moment - now) for moment in due if moment > now), default=None)
@@ -673,7 +715,8 @@ class Engine:
         await asyncio.wait({work})
         entry.work = None
         try:
-            await self._settle(entry, work)
+            with self.clock.working():
+                await self._settle(entry, work)
         except BitsError as error:
             self.fail(error)
         finally:
@@ -683,7 +726,12 @@ class Engine:
     async def _settle(self, entry: Entry, work: asyncio.Task[None]) -> None:
         active = entry.job.active + self.clock.monotonic() - entry.started
         if work.cancelled():
-            if self.failure is None:
+            if entry.overdue and self.failure is None:
+                entry.overdue = False
+                message = f"the job has been transferring for {entry.job.maximum_download_time:g} s"
+                code = ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT
+                await self._failed(entry, make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=entry.job.id), active)
+            elif self.failure is None:
                 await self.change(entry, state=advance(entry.job.state, Outcome.YIELDED), active=active)
             return
         failure = work.exception()
@@ -715,6 +763,7 @@ class Engine:
             entry.retry_due = now + delay
             until: datetime = self.clock.now() + timedelta(seconds=delay)
             state = advance(job.state, Outcome.FAILED_FOR_NOW)
+            log.warning("job %s: %s; next attempt in %g s", job.id, error.located(job_id=job.id), delay)
             fields: dict[str, Any] = {"retry_number": number, "retry_at": until, "stalled": stalled}
             await self.change(entry, state=state, error=error, error_count=count, active=active, **fields)
             return

@@ -16,6 +16,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from ssl import SSLContext
 from types import TracebackType
@@ -70,6 +71,7 @@ from .model import (
     JobProgress,
     JobRecord,
     JobState,
+    JobTimes,
     OwnerKey,
     StoredJob,
     Waiting,
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
 StrPath = str | os.PathLike[str]
 
 DISPLAY_NAME_LENGTH: Final = 256
+DESCRIPTION_LENGTH: Final = 1024
 PROGRESS_INTERVAL: Final = 0.5
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -160,8 +163,6 @@ class Job:
         self._entry = entry
         self.id: Final[UUID] = entry.job.id
         self.display_name: Final[str] = entry.job.display_name
-        self.owner: Final[str] = entry.job.owner.sid
-        self.owner_name: Final[str] = entry.job.owner.name
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Job) and other.id == self.id
@@ -171,6 +172,16 @@ class Job:
 
     def __repr__(self) -> str:
         return f"<Job {self.id} {self.display_name!r} {self.state.name}>"
+
+    @property
+    def owner(self) -> str:
+        """The owner's sid."""
+        return self._entry.job.owner.sid
+
+    @property
+    def owner_name(self) -> str:
+        """The owner's name, for people."""
+        return self._entry.job.owner.name
 
     # -- how it stands ------------------------------------------------------------------------------------------------------------------
 
@@ -217,6 +228,27 @@ class Job:
         return self._entry.job.no_progress_timeout
 
     @property
+    def description(self) -> str:
+        """For people."""
+        return self._entry.job.description
+
+    @property
+    def times(self) -> JobTimes:
+        """When it was created, changed and transferred."""
+        job = self._entry.job
+        return JobTimes(job.created, job.modified, job.completed)
+
+    @property
+    def error_count(self) -> int:
+        """How often it was interrupted, by transient and fatal errors."""
+        return self._entry.job.error_count
+
+    @property
+    def maximum_download_time(self) -> float:
+        """Seconds that the job may spend CONNECTING and TRANSFERRING, counted from its last resume."""
+        return self._entry.job.maximum_download_time
+
+    @property
     def proxy_settings(self) -> ProxySettings:
         """How the job reaches its servers."""
         return self._entry.job.proxy
@@ -242,7 +274,7 @@ class Job:
         entry = self._entry
         async with engine.command(entry):
             most = self._manager._limits.files_per_job
-            if most is not None and len(entry.files) + len(checked) > most:
+            if most is not None and not entry.job.owner.elevated and len(entry.files) + len(checked) > most:
                 code = ErrorCode.BG_E_TOO_MANY_FILES_IN_JOB
                 raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"a job may have {most} files", job_id=self.id)
             first = len(entry.files)
@@ -259,6 +291,23 @@ class Job:
         if not isinstance(priority, JobPriority):
             raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
         await self._set(priority=priority)
+
+    async def set_description(self, description: str) -> None:
+        """For people, at most 1024 characters.
+
+        Raises:
+            InvalidArgument: no text, or too long (BG_E_STRING_TOO_LONG).
+        """
+        if not isinstance(description, str):
+            raise InvalidArgument("a description is text")
+        if len(description) > DESCRIPTION_LENGTH:
+            message = f"a description has at most {DESCRIPTION_LENGTH} characters"
+            raise InvalidArgument(message, code=ErrorCode.BG_E_STRING_TOO_LONG)
+        await self._set(description=description)
+
+    async def set_maximum_download_time(self, seconds: float) -> None:
+        """Seconds that the job may spend CONNECTING and TRANSFERRING; then it fails with BG_E_MAXDOWNLOAD_TIMEOUT. Resume counts anew."""
+        await self._set(maximum_download_time=_seconds("maximum_download_time", seconds))
 
     async def set_minimum_retry_delay(self, seconds: float) -> None:
         """Seconds between a transient error and the next attempt, 5 at least (smaller values are raised to it, as BITS does)."""
@@ -294,10 +343,26 @@ class Job:
             rest = [grant for grant in entry.grants if (grant.target, grant.scheme) != (target, scheme)]
             if len(rest) == len(entry.grants):
                 return False
-            await engine.save(GrantRemoved(self.id, target, scheme))
-            entry.grants[:] = rest
-            await self._manager._forget_network(entry)
+            await self._manager._forget_network(entry)  # first: cancelled in between, at worst a connection is made again
+            await engine.save(GrantRemoved(self.id, target, scheme), then=partial(entry.grants.__setitem__, slice(None), rest))
             return True
+
+    def take_ownership(self) -> Coroutine[Any, Any, None]:
+        """Make the ambient identity at this call the owner. What the old owner entrusted to the job is dropped: its credentials and its
+        helper token; what was fetched is fetched anew, because the part files are the old owner's.
+
+        Raises:
+            AccessDenied: the caller is not elevated.
+        """
+        return self._take_ownership(current_token())
+
+    async def _take_ownership(self, caller: Token) -> None:
+        manager, entry = self._manager, self._entry
+        engine = manager._ready()
+        if not manager._usable(caller).elevated:
+            raise AccessDenied("only an elevated identity may take a job over", job_id=self.id, identity=caller.name)
+        async with engine.command(entry):
+            await engine.take_over(entry, manager._owner_key(caller), caller)
 
     def token_options(self) -> "Coroutine[Any, Any, TokenOptions]":
         """The helper token of the job. The access check happens here, once, for the identity that calls (COM: QueryInterface).
@@ -603,6 +668,10 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         if most is not None and not owner.elevated and sum(e.job.owner.sid == key.sid for e in engine.jobs()) >= most:
             message = f"{key.name} has {most} unfinished jobs"
             raise make_error(ErrorCode.BG_E_TOO_MANY_JOBS_PER_USER, ErrorContext.GENERAL_QUEUE_MANAGER, message, identity=key.name)
+        most = self._limits.jobs_per_machine
+        if most is not None and not owner.elevated and len(engine.entries) >= most:
+            code = ErrorCode.BG_E_TOO_MANY_JOBS_PER_MACHINE
+            raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"the queue has {most} unfinished jobs", identity=key.name)
         now, proxy = engine.clock.now(), resolve(ProxySettings.preconfig(), os.environ)
         return JobRecord(id=uuid4(), display_name=display_name, owner=key, created=now, modified=now, priority=priority, proxy=proxy)
 
@@ -768,13 +837,13 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             for given in credentials
         ]
         engine = self._ready()
-        await engine.save(*records)
         fresh = {(record.target, record.scheme) for record in records}
         replaced = fresh & {(grant.target, grant.scheme) for grant in entry.grants}
-        entry.grants[:] = [grant for grant in entry.grants if (grant.target, grant.scheme) not in fresh] + records
         if replaced:  # a credential that is only added has no connections yet; other jobs of the token keep theirs
-            self._forgive(entry, [record for record in records if (record.target, record.scheme) in replaced])
             await self._forget_network(entry)
+            self._forgive(entry, [record for record in records if (record.target, record.scheme) in replaced])
+        grants = [grant for grant in entry.grants if (grant.target, grant.scheme) not in fresh] + records
+        await engine.save(*records, then=partial(entry.grants.__setitem__, slice(None), grants))
 
     def _forgive(self, entry: Entry, records: Iterable[GrantRecord]) -> None:
         """A job's credentials that were replaced may be offered again where they were refused, even the same ones: somebody asked for
@@ -854,8 +923,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
                 no_progress_timeout=order.retry_for,
             )
             if entry.grants:
-                await engine.save(*(GrantRemoved(entry.job.id, old.target, old.scheme) for old in entry.grants))
-                entry.grants.clear()
+                removed = [GrantRemoved(entry.job.id, old.target, old.scheme) for old in entry.grants]
+                await engine.save(*removed, then=entry.grants.clear)
                 stale += [order.owner, order.helper]
             await engine.drop_lanes(entry, *stale)
             await self._save_grants(entry, order.granted())
@@ -912,6 +981,7 @@ async def _show(job: Job, progress: Callable[[Progress], None], clock: Clock) ->
                     time=event.time,
                     job_id=event.job_id,
                     state=event.state,
+                    waiting=event.waiting,
                     bytes_total=p.bytes_total,
                     bytes_transferred=p.bytes_transferred,
                     files_total=p.files_total,
@@ -1069,11 +1139,14 @@ class _OneShot:
             LocalFileError: another transfer holds it (BG_E_DESTINATION_LOCKED).
         """
         try:
-            self._lock = await files.run(take_lock, self._path, self._path)
+            await files.run(self._take)
         except StoreError as error:
             if error.code == ErrorCode.ERROR_SHARING_VIOLATION:
                 raise locked(self._destination) from None
             raise
+
+    def _take(self) -> None:
+        self._lock = take_lock(self._path, self._path)  # kept by the thread: a cancelled claim is given back too
 
     async def release(self, executors: TokenExecutors) -> None:
         """Give the destination back."""

@@ -135,6 +135,15 @@ class FileProgress:
     completed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class JobTimes:
+    """BG_JOB_TIMES, aware UTC. `transfer_completion_time`: when TRANSFERRED was last reached, None before."""
+
+    creation_time: datetime
+    modification_time: datetime
+    transfer_completion_time: datetime | None
+
+
 S, C, O = JobState, Command, Outcome  # noqa: E741 - the table below reads better with short names
 
 NEXT: Final[Mapping[tuple[JobState, Command | Outcome], JobState]] = MappingProxyType(
@@ -251,6 +260,7 @@ class JobRecord:
     owner: OwnerKey
     created: datetime
     modified: datetime
+    description: str = ""
     priority: JobPriority = JobPriority.NORMAL
     state: JobState = JobState.SUSPENDED
     resumed: bool = False  # left SUSPENDED at least once: from then on credentials are bound to origins (T19)

@@ -60,9 +60,10 @@ class JobChanged(_Happened):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(_Happened):
-    """Bytes have arrived. Unread ones are merged into the newest."""
+    """Bytes have arrived. Unread ones are merged into the newest. `waiting`: why nothing moves, if nothing does."""
 
     state: JobState
+    waiting: Waiting | None = None
     bytes_total: int | None
     bytes_transferred: int
     files_total: int

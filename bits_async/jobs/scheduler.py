@@ -23,25 +23,31 @@ class Limits:
     Attributes:
         background_jobs: jobs below FOREGROUND that transfer at the same time, 1 or more.
         connections_per_host: connections to one host and port (of the proxy, where there is one), 1 or more.
-        jobs_per_user: unfinished jobs of one owner; None: any number.
+        jobs_per_user: unfinished jobs of one owner; None: any number. Elevated owners are exempt from this and the next two.
+        jobs_per_machine: unfinished jobs in the queue; None: any number.
         files_per_job: None: any number.
+        job_inactivity_timeout: seconds without progress or change after which a job is cancelled, its part files with it; None: never.
     """
 
     background_jobs: int = 1
     connections_per_host: int = 8
     jobs_per_user: int | None = None
+    jobs_per_machine: int | None = None
     files_per_job: int | None = None
+    job_inactivity_timeout: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("background_jobs", "connections_per_host", "jobs_per_user", "files_per_job"):
+        for name in ("background_jobs", "connections_per_host", "jobs_per_user", "jobs_per_machine", "files_per_job"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InvalidArgument(f"Limits({name}=) takes a whole number from 1, not {value!r}")
+        if self.job_inactivity_timeout is not None and not 0 < self.job_inactivity_timeout < math.inf:
+            raise InvalidArgument("Limits(job_inactivity_timeout=) takes a positive number of seconds")
 
     @classmethod
     def windows(cls) -> "Limits":
-        """BITS's own limits ("Group Policies"): 60 jobs per user, 200 files per job."""
-        return cls(jobs_per_user=60, files_per_job=200)
+        """BITS's own limits ("Group Policies"): 60 jobs per user, 300 per machine, 200 files per job, 90 days without activity."""
+        return cls(jobs_per_user=60, jobs_per_machine=300, files_per_job=200, job_inactivity_timeout=90 * 86400.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,6 +190,9 @@ SCHEMA: Final = (
         PRIMARY KEY (job_id, target, scheme)
     ) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN description TEXT NOT NULL DEFAULT '';
+    """,
 )
 """`SCHEMA[n]` takes a journal from version n to n + 1. Entries that were released are never edited."""
 
@@ -892,6 +895,7 @@ def _job_row(job: JobRecord) -> Values:
     return _columns(
         id=job.id,
         display_name=job.display_name,
+        description=job.description,
         owner_sid=owner.sid,
         owner_name=owner.name,
         owner_local=owner.local,
@@ -1023,6 +1027,7 @@ def _job(row: Row) -> JobRecord:
     return JobRecord(
         id=UUID(row["id"]),
         display_name=_text_out(row["display_name"]),
+        description=_text_out(row["description"]),
         owner=OwnerKey(
             sid=_text_out(row["owner_sid"]),
             name=_text_out(row["owner_name"]),

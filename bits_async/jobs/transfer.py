@@ -7,8 +7,9 @@ pre-empted and closed: what has arrived is written, made durable and journalled,
 This module decides nothing about jobs: it raises what went wrong and its caller (`manager`) says what becomes of the job.
 """
 
+import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -23,7 +24,7 @@ from ..transport.ranges import MAX_REQUEST, Slice, Validator
 from .model import FileRecord, JobRecord
 
 WRITE_BATCH: Final = 1 << 20
-WRITE_AFTER: Final = 0.25  # seconds after which a smaller batch is written
+WRITE_AFTER: Final = 0.25  # seconds of silence after which a smaller batch is written
 CHECKPOINT_BYTES: Final = 32 << 20
 CHECKPOINT_SECONDS: Final = 5.0
 FILE_RESTARTS: Final = 3
@@ -97,6 +98,15 @@ class _Download:
         return self.record.index
 
 
+async def _next(chunks: AsyncIterator[bytes], patience: float | None) -> bytes | None:
+    """The next chunk; empty when none has come within `patience` seconds, None at the end."""
+    try:
+        async with asyncio.timeout(patience):
+            return await anext(chunks, None)
+    except TimeoutError:
+        return b""
+
+
 class Attempt:
     """One go at a job, as the tokens of `pair`. `run` returns when every file is transferred.
 
@@ -118,7 +128,11 @@ class Attempt:
         """
         pair, executors = self._pair, self._shop.executors
         local, remote = pair.acting_for(HelperTokenFlags.LOCAL_FILE), pair.acting_for(HelperTokenFlags.NETWORK)
-        with executors.lease(local, "files") as files, executors.lease(remote, "security") as security:
+        with (
+            self._shop.clock.working(),
+            executors.lease(local, "files") as files,
+            executors.lease(remote, "security") as security,
+        ):
             party = self._party(remote, security)
             while (record := next((file for file in self._recorder.files if not file.transferred), None)) is not None:
                 await self._transfer(record, files, party)  # files may be added meanwhile
@@ -228,16 +242,15 @@ class Attempt:
             await download.part.reserve(body.start, min(body.length, RESERVE_AHEAD))
 
     async def _pump(self, download: _Download, body: Body) -> None:
-        clock, batch, size = self._shop.clock, list[bytes](), 0
-        due = clock.monotonic() + WRITE_AFTER
+        chunks, batch, size = aiter(body), list[bytes](), 0
         try:
-            async for chunk in body:
-                batch.append(chunk)
-                size += len(chunk)
-                if size >= WRITE_BATCH or clock.monotonic() >= due:
+            while (chunk := await _next(chunks, WRITE_AFTER if batch else None)) is not None:
+                if chunk:
+                    batch.append(chunk)
+                    size += len(chunk)
+                if size >= WRITE_BATCH or not chunk:
                     full, batch, size = batch, [], 0
                     await self._write(download, full)
-                    due = clock.monotonic() + WRITE_AFTER
         finally:
             if batch:
                 await self._write(download, batch)  # what has arrived is kept, whatever ended the body

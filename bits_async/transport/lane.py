@@ -89,6 +89,7 @@ class Party:
 class Body(Protocol):
     """The answer was judged: these are the bytes that were asked for. Iterate once, or `detach`.
 
+    Waiting for the next bytes can be cancelled and begun again; none are lost by it.
     Iterating raises a transient `NetworkError` when fewer bytes come than were promised; more never come out.
     """
 

@@ -621,6 +621,7 @@ async def test_a_cancelled_download_goes_on_in_the_next_call(network, out, monke
     network.serve(URL, BODY * 40)
     task = asyncio.ensure_future(bits.download(URL, out / "a.bin"))
     while not any((out / part).stat().st_size for part in parts(out)):
+        assert not task.done(), task
         await asyncio.sleep(0)
     network.disconnect()
     task.cancel()
@@ -736,3 +737,115 @@ async def test_an_unknown_job_and_a_wrong_id_are_told_apart(network, store):
             await manager.get_job(uuid4())
         with pytest.raises(bits.InvalidArgument):
             await manager.get_job("no id")
+
+
+# -- properties and limits -----------------------------------------------------------------------------------------------------------
+
+
+async def test_properties_are_durable_when_set_and_checked_with_bits_codes(network, store, out):
+    async with bits.BitsManager(store=store) as manager:
+        job = await make_job(manager, out)
+        await job.set_description("for people")
+        await job.set_maximum_download_time(3600)
+        await job.set_minimum_retry_delay(1)
+        await job.set_no_progress_timeout(0)
+        await job.set_priority(bits.JobPriority.LOW)
+        with pytest.raises(bits.InvalidArgument) as caught:
+            await job.set_description("x" * 1025)
+        assert caught.value.code == bits.ErrorCode.BG_E_STRING_TOO_LONG
+        for wrong in (-1, float("nan"), float("inf"), True, "5"):
+            with pytest.raises(bits.InvalidArgument):
+                await job.set_maximum_download_time(wrong)
+        created = job.times.creation_time
+        assert job.times.modification_time >= created
+        assert job.times.transfer_completion_time is None
+    async with bits.BitsManager(store=store) as manager:
+        again = await manager.get_job(job.id)
+        assert (again.description, again.maximum_download_time) == ("for people", 3600)
+        assert (again.minimum_retry_delay, again.no_progress_timeout, again.priority) == (5, 0, bits.JobPriority.LOW)
+        await again.resume()
+        await again.wait()
+        assert again.times.transfer_completion_time is not None
+        assert again.times.creation_time == created
+
+
+async def test_a_name_that_is_empty_or_too_long_is_refused(network, store):
+    async with bits.BitsManager(store=store) as manager:
+        for name in ("", "x" * 257, None):
+            with pytest.raises(bits.InvalidArgument):
+                await manager.create_job(name)
+
+
+async def test_a_job_that_transfers_for_too_long_fails_and_resume_counts_anew(network, store, out):
+    network.serve(URL, BODY, cut_after=100_000)
+    async with bits.BitsManager(store=store) as manager:
+        job = await make_job(manager, out)
+        await job.set_maximum_download_time(0.1)  # shorter than the pause before a broken connection is opened again
+        await job.resume()
+        with pytest.raises(bits.NetworkError) as caught:
+            await job.wait()
+        assert caught.value.code == bits.ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT
+        await job.set_maximum_download_time(3600)
+        await job.resume()
+        await job.wait()
+        assert network.requests[-1].start == 100_000
+        assert job.error_count == 1
+
+
+async def test_limits_of_jobs_and_files_do_not_bind_the_elevated(network, store, out):
+    alice, admin = fake_token("alice"), fake_token("admin", elevated=True)
+    limits = bits.Limits(jobs_per_user=1, jobs_per_machine=2, files_per_job=1)
+    async with bits.BitsManager(store=store, limits=limits) as manager:
+        job = await make_job(manager, out, owner=alice)
+        with pytest.raises(bits.AccessDenied) as caught:
+            await manager.create_job("second", owner=alice)
+        assert caught.value.code == bits.ErrorCode.BG_E_TOO_MANY_JOBS_PER_USER
+        with pytest.raises(bits.AccessDenied) as caught:
+            await job.add_file(URL, out / "b")
+        assert caught.value.code == bits.ErrorCode.BG_E_TOO_MANY_FILES_IN_JOB
+        await manager.create_job("bob's", owner=fake_token("bob"))
+        with pytest.raises(bits.AccessDenied) as caught:
+            await manager.create_job("third", owner=fake_token("carol"))
+        assert caught.value.code == bits.ErrorCode.BG_E_TOO_MANY_JOBS_PER_MACHINE
+        many = await manager.create_job("admin's", owner=admin)
+        await many.add_file_set([bits.FileInfo(URL, out / f"f{n}") for n in range(3)])
+
+
+async def test_a_job_that_nobody_touches_is_cancelled_with_its_part_files(network, store, out):
+    async with bits.BitsManager(store=store, limits=bits.Limits(job_inactivity_timeout=3600)) as manager:
+        job = await make_job(manager, out)
+        await job.resume()
+        await job.wait()
+        assert len(parts(out)) == 1
+        deadline = asyncio.get_running_loop().time() + 10
+        while job.state is not bits.JobState.CANCELLED:
+            assert asyncio.get_running_loop().time() < deadline
+            await asyncio.sleep(0.01)
+        assert parts(out) == []
+
+
+async def test_taking_a_job_over_drops_what_the_old_owner_entrusted_to_it(network, store, out):
+    alice, admin = fake_token("alice"), fake_token("admin", elevated=True)
+    async with bits.BitsManager(store=store) as manager:
+        job = await make_job(manager, out, owner=alice)
+        await job.set_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC, "u", "p")
+        with bits.impersonate(alice), pytest.raises(bits.AccessDenied):
+            await job.take_ownership()
+        with bits.impersonate(alice):
+            options = await job.token_options()
+        with bits.impersonate(fake_token("helper")):
+            await options.set_helper_token()
+        await job.resume()
+        await job.wait()
+        with bits.impersonate(admin):
+            await job.take_ownership()
+        assert (job.owner, job.owner_name) == (admin.sid, "admin")
+        assert options.helper_token_sid is None
+        assert not await job.remove_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC)
+        assert parts(out) == []
+        with bits.impersonate(alice), pytest.raises(bits.AccessDenied):
+            await manager.get_job(job.id)
+        await job.resume()
+        await job.wait()
+        await job.complete()
+        assert (out / "a.bin").read_bytes() == BODY

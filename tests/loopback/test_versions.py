@@ -7,7 +7,6 @@ manager is closed and another one opens the journal.
 import asyncio
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -135,13 +134,11 @@ def small_scale(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def visit() -> AsyncIterator[Visit]:
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a disk would only make it slower
-    with tempfile.TemporaryDirectory(prefix="bits-versions-", dir=memory) as directory:
-        out = Path(directory) / "out"
-        out.mkdir()
-        async with Origin() as origin:
-            yield Visit(origin, out, Path(directory) / "queue.db", origin.url("/file"))
+async def visit(memory_dir: Path) -> AsyncIterator[Visit]:
+    out = memory_dir / "out"
+    out.mkdir()
+    async with Origin() as origin:
+        yield Visit(origin, out, memory_dir / "queue.db", origin.url("/file"))
 
 
 async def fetch(visit: Visit, way: Way, old: Version, new: Version) -> tuple[bytes, bytes]:
