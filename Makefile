@@ -3,6 +3,10 @@
 #   make demo    a download through an authenticating proxy, as two identities, on loopback; no compiler, no root
 #   make test    everything that is checked; as root it installs the Debian packages of tests/packages.txt first
 #
+# And one for those who change the states of a job:
+#
+#   make diagram draws them into README.md
+#
 # Settings: PYTHON=python3.12, PYTEST_ARGS='-k lane'.
 
 SHELL := /bin/bash
@@ -11,7 +15,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test packages install-test lint types pytest clean
+.PHONY: help demo test diagram packages install-test lint types pytest clean
 
 # Debian's interpreter can be read by the other users that the tests become; one below a home directory often cannot.
 PYTHON ?= $(shell for candidate in /usr/bin/python3 python3; do \
@@ -54,6 +58,9 @@ types: install-test
 # Last, so that the run ends with pytest's list of what was left out.
 pytest: lint types
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+diagram: install-test
+	$(BIN)/python -m tests.diagram
 
 # As root on Debian or Ubuntu: what is missing of tests/packages.txt. Otherwise nothing; pytest lists the tests that were left out.
 packages:

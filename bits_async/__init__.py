@@ -25,7 +25,9 @@ The map of the package; imports point from a lower line to a higher one only:
       answers.py        judging every status and header set
       proxies.py        proxy settings -> route per URL
       timeouts.py       how long the wire may be silent
-      tls.py            contexts and certificates
+      options.py        a job's HTTP options: method, custom headers, security flags
+      certificates.py   a server's own certificate, where nobody verifies who issued it
+      tls.py            contexts for security flags, revocation lists, the peer's certificate
       connector.py      opens a lane's connection: TCP, CONNECT legs, TLS
       lane.py           requests on that connection, auth included; the pool of lanes
     files.py            KEEP: part file, positional writes by the file token's threads, digests while writing, commit
@@ -34,6 +36,7 @@ The map of the package; imports point from a lower line to a higher one only:
       secrets.py        secrets at rest
       store.py          durable job journal: SQLite
       scheduler.py      who runs next, and when a failed job tries again
+      certificates.py   the application's own say about servers' certificates
       transfer.py       one attempt at one job: the only place where a lane meets a file
       notify.py         what happened: events and the streams that carry them
       engine.py         the jobs in memory, commands on them, the loop that starts and ends attempts
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
     from .jobs.manager import JobFile as JobFile
     from .jobs.manager import TokenOptions as TokenOptions
     from .jobs.manager import download as download
+    from .jobs.model import Completion as Completion
     from .jobs.model import FileProgress as FileProgress
     from .jobs.model import JobPriority as JobPriority
     from .jobs.model import JobProgress as JobProgress
@@ -100,8 +104,10 @@ if TYPE_CHECKING:
     from .jobs.notify import Progress as Progress
     from .jobs.notify import Retrying as Retrying
     from .jobs.scheduler import Limits as Limits
+    from .transport.options import SecurityFlags as SecurityFlags
     from .transport.proxies import ProxySettings as ProxySettings
     from .transport.proxies import ProxyUsage as ProxyUsage
+    from .transport.ranges import FileRange as FileRange
     from .transport.timeouts import Timeouts as Timeouts
 
 _HOMES: Final = {
@@ -128,7 +134,7 @@ _HOMES: Final = {
     "identity.threads": ("run_as",),
     "identity.tokens": ("HelperTokenFlags", "ImpersonationLevel", "Token", "current_token", "impersonate", "revert_to_self"),
     "jobs.manager": ("BitsManager", "FileInfo", "Job", "JobFile", "TokenOptions", "download"),
-    "jobs.model": ("FileProgress", "JobPriority", "JobProgress", "JobState", "JobTimes", "Waiting", "WaitingReason"),
+    "jobs.model": ("Completion", "FileProgress", "JobPriority", "JobProgress", "JobState", "JobTimes", "Waiting", "WaitingReason"),
     "jobs.notify": (
         "Event",
         "EventStream",
@@ -140,7 +146,9 @@ _HOMES: Final = {
         "Retrying",
     ),
     "jobs.scheduler": ("Limits",),
+    "transport.options": ("SecurityFlags",),
     "transport.proxies": ("ProxySettings", "ProxyUsage"),
+    "transport.ranges": ("FileRange",),
     "transport.timeouts": ("Timeouts",),
 }
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}

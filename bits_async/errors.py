@@ -199,6 +199,16 @@ _ADVICE: Mapping[int, str] = MappingProxyType(
         ErrorCode.BG_E_REMOTE_FILE_CHANGED: "the file keeps changing on the server; resume the job when it has settled",
         ErrorCode.BG_E_TOO_MANY_JOBS_PER_USER: "complete or cancel some of the user's jobs",
         ErrorCode.BG_E_TOO_MANY_FILES_IN_JOB: "spread the files over several jobs",
+        ErrorCode.BG_E_TOO_MANY_RANGES_IN_FILE: "join neighbouring ranges, or spread them over several files",
+        ErrorCode.BG_E_INVALID_RANGE: "name ranges that lie within the remote file",
+        ErrorCode.BG_E_OVERLAPPING_RANGES: "name each byte of the remote file once",
+        ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_ADDFILE: "set it before the first file is added",
+        ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_INVALID_VALUE: "a maximum download size is a whole number of bytes from 1",
+        ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_LIMIT_REACHED: "fetch the file in a job that may have more bytes",
+        ErrorCode.BG_E_RANDOM_ACCESS_NOT_SUPPORTED: "fetch the file in a job that is not in on-demand mode",
+        ErrorCode.BG_E_UNSUPPORTED_JOB_CONFIGURATION: "use another job for files that need another configuration",
+        ErrorCode.BG_E_LOCAL_FILE_CHANGED: "leave the part file alone until the job is complete; resume downloads the file anew",
+        ErrorCode.E_PENDING: "wait until the file is transferred",
         ErrorCode.CO_E_FAILEDTOIMPERSONATE: "give the process the privilege, or use a token it may become",
         ErrorCode.E_ACCESSDENIED: "check the permissions of this identity",
         ErrorCode.E_INVALIDARG: "correct the argument",
@@ -213,6 +223,12 @@ _ADVICE: Mapping[int, str] = MappingProxyType(
         ErrorCode.ERROR_WINHTTP_TIMEOUT: "the job tries again by itself",
         ErrorCode.ERROR_WINHTTP_NAME_NOT_RESOLVED: "check the host's name and the name servers",
         ErrorCode.ERROR_WINHTTP_SECURE_FAILURE: "check the server's certificate, its name and the trusted authorities",
+        ErrorCode.ERROR_WINHTTP_SECURE_CERT_REVOKED: "do not trust this server; tell its administrator",
+        ErrorCode.ERROR_WINHTTP_SECURE_CERT_REV_FAILED: "give the job current revocation lists with set_crl_source, then resume it",
+        ErrorCode.BG_E_SERVER_CERT_VALIDATION_INTERFACE_REQUIRED: "call set_server_certificate_validation again, then resume the job",
+        ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME: "set it before the job is resumed for the first time",
+        ErrorCode.BG_E_READ_ONLY_WHEN_JOB_ACTIVE: "suspend the job first",
+        ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD: "use GET, or leave the job as its method needs it",
         ErrorCode.ERROR_WINHTTP_REDIRECT_FAILED: "use the final address of the file, or ask its publisher",
         ErrorCode.SEC_E_LOGON_DENIED: "set the right credentials, then resume the job",
         ErrorCode.SEC_E_NO_CREDENTIALS: "give the identity a credential for this scheme with set_credentials, then resume the job",
@@ -448,8 +464,16 @@ _CLASS_OF_CODE: Mapping[int, type[BitsError]] = MappingProxyType(
         ErrorCode.BG_E_INVALID_AUTH_SCHEME: InvalidArgument,
         ErrorCode.BG_E_PROXY_LIST_TOO_LARGE: InvalidArgument,
         ErrorCode.BG_E_PROXY_BYPASS_LIST_TOO_LARGE: InvalidArgument,
+        ErrorCode.BG_E_OVERLAPPING_RANGES: InvalidArgument,
+        ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_INVALID_VALUE: InvalidArgument,
         ErrorCode.BG_E_INVALID_STATE: InvalidState,
+        ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_ADDFILE: InvalidState,
+        ErrorCode.BG_E_UNSUPPORTED_JOB_CONFIGURATION: InvalidState,
+        ErrorCode.E_PENDING: InvalidState,
         ErrorCode.BG_E_EMPTY: InvalidState,
+        ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME: InvalidState,
+        ErrorCode.BG_E_READ_ONLY_WHEN_JOB_ACTIVE: InvalidState,
+        ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD: InvalidState,
         ErrorCode.BG_E_NOT_FOUND: NotFound,
         ErrorCode.E_ABORT: JobCancelled,
         ErrorCode.ERROR_SERVICE_NOT_ACTIVE: ManagerClosed,
@@ -468,6 +492,7 @@ _CLASS_OF_CODE: Mapping[int, type[BitsError]] = MappingProxyType(
         ErrorCode.BG_E_TOO_MANY_JOBS_PER_USER: AccessDenied,
         ErrorCode.BG_E_TOO_MANY_JOBS_PER_MACHINE: AccessDenied,
         ErrorCode.BG_E_TOO_MANY_FILES_IN_JOB: AccessDenied,
+        ErrorCode.BG_E_TOO_MANY_RANGES_IN_FILE: AccessDenied,
         ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT: NetworkError,
     }
 )
@@ -490,6 +515,7 @@ _CLASS_OF_PAIR: Mapping[tuple[int, ErrorContext], type[BitsError]] = MappingProx
     {
         (ErrorCode.E_ACCESSDENIED, ErrorContext.GENERAL_QUEUE_MANAGER): AccessDenied,
         (ErrorCode.E_ACCESSDENIED, ErrorContext.NONE): AccessDenied,
+        (ErrorCode.BG_E_INVALID_RANGE, ErrorContext.NONE): InvalidArgument,
         (ErrorCode.E_INVALIDARG, ErrorContext.LOCAL_FILE): LocalFileError,
         (ErrorCode.E_INVALIDARG, ErrorContext.REMOTE_FILE): RemoteFileError,
     }
@@ -569,6 +595,14 @@ def error_from_os(exc: OSError, *, path: Path | str, identity: str | None, doing
     )
 
 
+_REVOCATION: Mapping[int, int] = MappingProxyType(  # by OpenSSL's X509_V_ERR_*
+    {
+        23: ErrorCode.ERROR_WINHTTP_SECURE_CERT_REVOKED,
+        **dict.fromkeys((3, 5, 8, 11, 12, 15, 16, 33, 35, 36, 44, 54), ErrorCode.ERROR_WINHTTP_SECURE_CERT_REV_FAILED),
+    }
+)
+
+
 def error_from_network(exc: BaseException, *, url: str, doing: str = "reach the server") -> BitsError:
     """The error for a failed call on a socket: names, connections, TLS, deadlines."""
     code, why, transient = _network_code(exc)
@@ -576,6 +610,8 @@ def error_from_network(exc: BaseException, *, url: str, doing: str = "reach the 
 
 
 def _network_code(exc: BaseException) -> tuple[int, str, bool]:
+    if isinstance(exc, ssl.SSLCertVerificationError) and getattr(exc, "verify_code", 0) in _REVOCATION:
+        return _REVOCATION[exc.verify_code], f"certificate refused: {show_text(exc.verify_message or '')}", False
     if isinstance(exc, ssl.SSLCertVerificationError):
         return ErrorCode.ERROR_WINHTTP_SECURE_FAILURE, f"certificate refused: {show_text(exc.verify_message or '')}", False
     if isinstance(exc, ssl.SSLError):

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar, TypeVarTuple
@@ -67,12 +68,16 @@ PUBLIC_MODE: Final = 0o644
 _REREAD: Final = 8 << 20  # bytes hashed in one hop: a cancel waits no longer than that takes
 _READ: Final = 1 << 20
 _RECEIVE: Final = 1 << 20
+_WRITE_BACK: Final = 8 << 20  # bytes after which the kernel is told to begin writing: the sync at the end then has little left to do
 _RECEIVE_LIMITED: Final = 64 << 10  # a debt bucket keeps its rate only with small bites
 _GLANCE: Final = 0.1  # seconds between two looks at the stop flag while nothing arrives
 _IDLE: Final = 60.0
 _PATIENCE: Final = 10.0  # seconds a cancel waits for the thread that receives
 _DONTWAIT: Final[int] = getattr(socket, "MSG_DONTWAIT", 0)
 _SUFFIX: Final = ".bits-part"
+_OF_THE_SOCKET: Final = {
+    getattr(errno, name, -1) for name in ("EHOSTUNREACH", "EHOSTDOWN", "ENETUNREACH", "ENETDOWN", "ENETRESET", "ENOTCONN", "ESHUTDOWN")
+}
 
 if sys.platform == "win32":
     Directory = Path  # Windows has no calls relative to a descriptor
@@ -579,9 +584,10 @@ def _look_for_committed(handles: _Handles, destination: Path, record: PartRecord
     if not record.is_directory(os.stat(directory)) or _find(directory, record.name) is not None:
         return None
     found = _find(directory, _destination_name(destination))
-    if found is None or not stat.S_ISREG(found.st_mode) or not record.is_file(found):
+    if found is None or not stat.S_ISREG(found.st_mode) or not record.is_file(found) or record.uid not in (None, found.st_uid):
         return None
-    return found.st_size if record.uid in (None, found.st_uid) else None
+    native.sync_directory(directory)  # the process may have died before it did that
+    return found.st_size
 
 
 def _read_at(fd: int, count: int, offset: int) -> bytes:
@@ -713,8 +719,16 @@ def _set_time(file: int, mtime: float) -> None:
 class _Intake:
     """The loop that moves a socket's bytes into a file, run by one thread of the token from begin to end."""
 
-    def __init__(self, store: Callable[[int, Sequence[Chunk]], None], piece: "Slice", limiter: Limiter | None, stop: Stop | None) -> None:
+    def __init__(
+        self,
+        store: Callable[[int, Sequence[Chunk]], None],
+        splice: Callable[[native.Splicer, int, int, int], int] | None,
+        piece: "Slice",
+        limiter: Limiter | None,
+        stop: Stop | None,
+    ) -> None:
         self._store = store
+        self._splice = splice
         self._piece = piece
         self._limiter = limiter
         self._stop = stop
@@ -736,16 +750,41 @@ class _Intake:
             return self.moved
         connection = detached.socket
         assert isinstance(connection, socket.socket)
+        splicer = None if self._splice is None else native.splicer()
+        if splicer is None:
+            self._copy_through(connection, total, idle)
+        else:
+            try:
+                self._splice_through(splicer, connection, total, idle)
+            finally:
+                splicer.close()
+        return self.moved
+
+    def _splice_through(self, splicer: native.Splicer, connection: socket.socket, total: int, idle: float) -> None:
+        assert self._splice is not None
+        source, splice = connection.fileno(), self._splice
+        connection.setblocking(False)  # splice heeds nothing else
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection, selectors.EVENT_READ)
+
+            def take() -> int:
+                return splice(splicer, source, self._piece.written, total - self.moved)
+
+            while self.moved < total and (count := self._when_there(selector, take, idle)):
+                self._piece.advance(count)
+                self.moved += count
+
+    def _copy_through(self, connection: socket.socket, total: int, idle: float) -> None:
         size = min(total - self.moved, _RECEIVE if self._limiter is None else _RECEIVE_LIMITED)
         buffer = memoryview(bytearray(size))
         with selectors.DefaultSelector() as selector:
             selector.register(connection, selectors.EVENT_READ)
-            while self.moved < total:
-                count = self._receive(connection, selector, buffer[: total - self.moved], idle)
-                if not count:
-                    break
+
+            def take() -> int:
+                return connection.recv_into(buffer[: total - self.moved], 0, _DONTWAIT)
+
+            while self.moved < total and (count := self._when_there(selector, take, idle)):
                 self._keep(buffer[:count])
-        return self.moved
 
     def _keep(self, view: memoryview) -> None:
         if not view:
@@ -761,19 +800,19 @@ class _Intake:
         while not self._stopped and (left := until - time.monotonic()) > 0:
             self._halt.wait(min(left, _GLANCE))
 
-    def _receive(self, connection: socket.socket, selector: selectors.BaseSelector, buffer: memoryview, idle: float) -> int:
-        """Some bytes, as soon as there are any; 0: stopped."""
+    def _when_there(self, selector: selectors.BaseSelector, take: Callable[[], int], idle: float) -> int:
+        """What `take` gets, as soon as there is something to get; 0: stopped. Looks before it waits: on a fast line there is always more."""
         until = time.monotonic() + idle
         while not self._stopped:
             try:
-                if selector.select(min(_GLANCE, idle)):
-                    count = connection.recv_into(buffer, 0, _DONTWAIT)
-                    if count:
-                        return count
-                    raise _broken(ErrorCode.BG_E_CONNECTION_CLOSED, "the connection ended before the file did")
+                if count := take():
+                    return count
+                raise _broken(ErrorCode.BG_E_CONNECTION_CLOSED, "the connection ended before the file did")
             except (BlockingIOError, TimeoutError):
-                pass  # ready, and then not: seen with checksum errors, or the socket has a timeout of its own
+                selector.select(min(_GLANCE, idle))
             except OSError as exc:
+                if not isinstance(exc, ConnectionError) and exc.errno not in _OF_THE_SOCKET:
+                    raise  # splice fails for either end: this is the file's
                 raise _broken(ErrorCode.BG_E_CONNECTION_CLOSED, "the connection was cut") from scrub(exc)
             if time.monotonic() >= until:
                 raise _broken(ErrorCode.ERROR_WINHTTP_TIMEOUT, f"no byte for {idle:g} seconds")
@@ -823,6 +862,7 @@ class PartFile:
         self._discarded = False
         self.destination = destination
         self.written_to = 0
+        self._dirty_from = 0
 
     def __repr__(self) -> str:
         return f"<PartFile of {self.destination}>"
@@ -937,7 +977,9 @@ class PartFile:
             LocalFileError: a write failed.
         """
         handles = self._handles
-        intake = _Intake(lambda offset, chunks: self._store(handles, offset, chunks), piece, limiter, stop)
+        whole = limiter is None and self._digests.position is None  # nobody has to see the bytes
+        splice = partial(self._splice, handles) if whole else None
+        intake = _Intake(lambda offset, chunks: self._store(handles, offset, chunks), splice, piece, limiter, stop)
         call = _Call(handles, lambda: intake.run(detached, idle))
         with _local_errors(self._files, self.destination, "write"):
             future = self._files.spawn(call)
@@ -959,8 +1001,22 @@ class PartFile:
         self._digests.rewrite(offset)
         native.pwrite_all(file, chunks, offset)
         self._digests.feed(offset, chunks)
+        self._account(file, offset, end)
+
+    def _splice(self, handles: _Handles, splicer: native.Splicer, source: int, offset: int, count: int) -> int:
+        """In a thread: bytes straight from a socket. Returns how many; 0: the socket has ended."""
+        _, file = handles.opened()
+        moved = splicer.move(source, file, offset, count)
+        self._account(file, offset, offset + moved)
+        return moved
+
+    def _account(self, file: int, offset: int, end: int) -> None:
         self._reservation.consume(offset, end)
         self.written_to = end
+        self._dirty_from = min(self._dirty_from, offset)
+        if end - self._dirty_from >= _WRITE_BACK:
+            native.write_back(file, self._dirty_from, end - self._dirty_from)
+            self._dirty_from = end
 
     async def reserve(self, offset: int, length: int, *, keep_free: int = 0) -> None:
         """Preallocate what will be written from `offset` on, at most `RESERVE_AHEAD` ahead of what was written (T18).

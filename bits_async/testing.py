@@ -138,6 +138,12 @@ class _Served:
     status: int
     cut_after: int | None
     require: str | None
+    last_modified: str | None
+    ranges: bool
+
+    def headers(self) -> list[tuple[str, str]]:
+        found = [("ETag", self.etag), ("Last-Modified", self.last_modified)]
+        return [(name, value) for name, value in found if value]
 
 
 @dataclass
@@ -182,6 +188,8 @@ class FakeNetwork:
         status: int = 200,
         cut_after: int | None = None,
         require: str | None = None,
+        last_modified: str | None = None,
+        ranges: bool = True,
     ) -> None:
         """Answer requests for `url`, in place of what was served there before.
 
@@ -192,10 +200,12 @@ class FakeNetwork:
             status: anything but 200 is an error answer.
             cut_after: break the connection once, after so many bytes of a body.
             require: the name of the only identity that is let in; others get 401.
+            last_modified: the file's time, as HTTP writes it ("Mon, 02 Nov 2026 10:00:00 GMT").
+            ranges: False: whatever is asked for, the whole file is the answer.
         """
         if etag == "":
             etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
-        self._served[str(url)] = _Served(body, etag, status, cut_after, require)
+        self._served[str(url)] = _Served(body, etag, status, cut_after, require, last_modified, ranges)
 
     def fail(self, url: str | None = None, *, times: int = 1, error: BitsError | None = None) -> None:
         """Let the next `times` requests (for `url`, or for any) fail with `error`, by default a broken connection."""
@@ -275,11 +285,12 @@ class FakeNetwork:
 
 def _answer(asked: Asked, served: _Served) -> Answer:
     total = len(served.body)
-    headers = [("ETag", served.etag)] if served.etag else []
+    headers = served.headers()
     condition = asked.pinned.if_range() if asked.pinned else None
     if served.status != 200:
         return Answer(served.status, HeaderFields(headers))
-    if not asked.ranged or (condition is not None and condition != served.etag):
+    same = condition is None or condition in (served.etag, served.last_modified)
+    if not (asked.ranged and same and served.ranges):
         return Answer(200, HeaderFields([*headers, ("Content-Length", str(total))]))
     if asked.start >= total:
         return Answer(416, HeaderFields([*headers, ("Content-Range", f"bytes */{total}")]))
@@ -305,6 +316,9 @@ class _FakeBody:
 
     def detach(self) -> Detached | None:
         return None
+
+    def reattach(self, moved: int) -> None:
+        raise AssertionError("nothing was detached")
 
     def __post_init__(self) -> None:
         self._position = self.start

@@ -3,9 +3,16 @@
 import hashlib
 import ssl
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+DAY = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,46 @@ class Authority:
         self._ca.cert_pem.write_to_path(str(self.ca_file))
         self.server = self.issue()
 
-    def issue(self, *names: str) -> ServerTls:
+    def issue(self, *names: str, not_before: datetime | None = None, not_after: datetime | None = None) -> ServerTls:
         """A new certificate, for localhost and 127.0.0.1 unless other names are given."""
-        certificate = self._ca.issue_cert(*(names or ("localhost", "127.0.0.1")))
+        certificate = self._ca.issue_cert(*(names or ("localhost", "127.0.0.1")), not_before=not_before, not_after=not_after)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         certificate.configure_cert(context)
         return ServerTls(context, ssl.PEM_cert_to_DER_cert(certificate.cert_chain_pems[0].bytes().decode()))
+
+    def issue_for_clients(self, directory: Path) -> ServerTls:
+        """A certificate for localhost that says it is for clients only."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        authority = x509.load_pem_x509_certificate(self._ca.cert_pem.bytes())
+        now = datetime.now(UTC)
+        builder = x509.CertificateBuilder(authority.subject, x509.Name([]), key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - DAY).not_valid_after(now + DAY)
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=True)
+        builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        certificate = builder.sign(self._signer(), hashes.SHA256())
+        file = directory / "for-clients.pem"
+        pem, none = serialization.Encoding.PEM, serialization.NoEncryption()
+        file.write_bytes(certificate.public_bytes(pem) + key.private_bytes(pem, serialization.PrivateFormat.PKCS8, none))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(file)
+        return ServerTls(context, certificate.public_bytes(serialization.Encoding.DER))
+
+    def revocation_list(self, *revoked: ServerTls, expired: bool = False) -> x509.CertificateRevocationList:
+        """The authority's list of the servers it does not vouch for any more."""
+        authority = x509.load_pem_x509_certificate(self._ca.cert_pem.bytes())
+        now = datetime.now(UTC)
+        builder = x509.CertificateRevocationListBuilder().issuer_name(authority.subject).last_update(now - 2 * DAY)
+        builder = builder.next_update(now - DAY if expired else now + DAY)
+        for server in revoked:
+            serial = x509.load_der_x509_certificate(server.der).serial_number
+            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now - DAY).build()
+            builder = builder.add_revoked_certificate(entry)
+        return builder.sign(self._signer(), hashes.SHA256())
+
+    def _signer(self) -> ec.EllipticCurvePrivateKey:
+        key = serialization.load_pem_private_key(self._ca.private_key_pem.bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return key
 
     def client(self) -> ssl.SSLContext:
         """A new context that trusts this authority alone."""

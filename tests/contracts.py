@@ -31,7 +31,7 @@ from bits_async.jobs.model import (
 )
 from bits_async.jobs.store import Store
 from bits_async.transport.proxies import ProxySettings, resolve
-from bits_async.transport.ranges import Slice, Validator
+from bits_async.transport.ranges import FileRange, Slice, Validator
 
 Journal = Callable[[], Store]
 
@@ -151,6 +151,16 @@ class StoreContract:
         (stored,) = await again()
         by_place = sorted(grants, key=lambda grant: (grant.target.value, grant.scheme.value))
         assert look(stored) == look(StoredJob(job, (first, second), tuple(by_place)))
+
+    async def test_the_ranges_of_a_file_and_the_switches_of_a_job_are_there_after_a_restart(self, store: Store, again: Any) -> None:
+        job = a_job(maximum_download_size=2**63, dynamic_content=True, high_performance=True)
+        ranges = (FileRange(2**62, 1), FileRange(0, 100), FileRange(2**62 + 1))
+        file, plain = a_file(job, ranges=ranges, validated=True), a_file(job, 1)
+        await store.save(job, file, plain)
+        await store.save(replace(file, slices=(Slice(0, None, 5, 5),)))
+        await store.close()
+        (stored,) = await again()
+        assert (stored.job, stored.files) == (job, (replace(file, slices=(Slice(0, None, 5, 5),)), plain))
 
     @pytest.mark.parametrize(
         "proxy",

@@ -181,7 +181,8 @@ class Connection:
         """Close without flushing by RST, or after what was written by FIN."""
         if reset:
             sock = self.writer.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+            with contextlib.suppress(OSError):  # the client was quicker
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
             self.writer.transport.abort()
         else:
             self.writer.close()

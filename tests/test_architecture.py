@@ -33,11 +33,11 @@ RANKS = (
     {"cli"},
     {"__main__"},
 )
-RANKS_OF_JOBS = ({"model"}, {"store", "secrets", "policies"}, {"scheduler"}, {"transfer", "notify"}, {"engine"}, {"manager"})
+RANKS_OF_JOBS = ({"model"}, {"store", "secrets", "policies"}, {"scheduler"}, {"transfer", "notify", "certificates"}, {"engine"}, {"manager"})
 
 PURE = {
     *("errors", "identity.tokens", "auth.challenge", "auth.policy", "jobs.model", "jobs.policies", "jobs.scheduler"),
-    *(f"transport.{name}" for name in ("ranges", "answers", "digests", "proxies", "timeouts")),
+    *(f"transport.{name}" for name in ("ranges", "answers", "digests", "options", "proxies", "timeouts")),
 }
 IMPURE_LIBRARIES = {"asyncio", "aiohttp", "aiofiles", "os", "sqlite3", "aiosqlite", "subprocess", "threading"}
 

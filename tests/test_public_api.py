@@ -7,10 +7,10 @@ import pytest
 import bits_async as bits
 
 PUBLIC = """
-AccessDenied AuthCredentials AuthFailed AuthScheme AuthTarget BitsError BitsManager ErrorCode ErrorContext Event EventStream EventsLost
-FileInfo FileProgress FileRestarted FileTransferred HelperTokenFlags ImpersonationFailed ImpersonationLevel InvalidArgument InvalidState
+AccessDenied AuthCredentials AuthFailed AuthScheme AuthTarget BitsError BitsManager Completion ErrorCode ErrorContext Event EventStream
+EventsLost FileInfo FileProgress FileRange FileRestarted FileTransferred HelperTokenFlags ImpersonationFailed ImpersonationLevel InvalidArgument InvalidState
 Job JobCancelled JobChanged JobFile JobPriority JobProgress JobState JobTimes Limits LocalFileError ManagerClosed NetworkError NotFound Progress
-ProxySettings ProxyUsage RemoteFileError Retrying StoreError Timeouts Token TokenOptions TokenRequired ValidationFailed Waiting
+ProxySettings ProxyUsage RemoteFileError Retrying SecurityFlags StoreError Timeouts Token TokenOptions TokenRequired ValidationFailed Waiting
 WaitingReason current_token download impersonate revert_to_self run_as
 """
 
@@ -49,6 +49,7 @@ def test_numbers_are_those_of_bits():
     assert [t.value for t in bits.AuthTarget] == [1, 2]
     assert [s.value for s in bits.AuthScheme] == [1, 2, 3, 4]
     assert [level.name for level in bits.ImpersonationLevel] == ["ANONYMOUS", "IDENTIFY", "IMPERSONATE", "DELEGATE"]
+    assert [flag.value for flag in bits.SecurityFlags] == [0x1, 0x2, 0x4, 0x8, 0x10, 0x100, 0x200, 0x800]
     assert bits.ErrorCode.BG_E_TOKEN_REQUIRED == 0x80200056
     assert bits.ErrorCode.E_ACCESSDENIED == 0x80070005
     assert bits.ErrorContext.LOCAL_FILE.value == 4

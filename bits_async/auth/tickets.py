@@ -286,10 +286,10 @@ def _first_ticket(credential: object) -> _Cache:
     options = krb5.get_init_creds_opt_alloc(context)
     if kind_of(credential) is CredentialKind.KEYTAB:
         keytab = krb5.kt_resolve(context, str(getattr(credential, "keytab", "")).encode())
-        entry = next(iter(keytab), None)  # before the KDC is asked: is there a keytab? Its principal lives no longer than the entry
-        if entry is None:
+        entries = list(keytab)  # before the KDC is asked: is there a keytab? An iteration left half-way would keep the file open
+        if not entries:
             raise unable("the keytab is empty", advice="export the keytab again")
-        wanted = getattr(credential, "principal", None) or _text(entry.principal.name)
+        wanted = getattr(credential, "principal", None) or _text(entries[0].principal.name)  # lives no longer than its entry
         client = krb5.parse_name_flags(context, wanted.encode())
         ticket = krb5.get_init_creds_keytab(context, client, options, keytab=keytab)
     else:

@@ -8,8 +8,10 @@ File calls: each is relative to a directory descriptor opened once, takes names 
 blocks: a thread of the file token runs it. Nothing here knows what a download is.
 """
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import grp
 import os
 import pwd
@@ -358,6 +360,60 @@ def _after(views: list[memoryview], count: int) -> list[memoryview]:
             return [view[count:], *views[i + 1 :]]
         count -= len(view)
     return []
+
+
+_PIPE: Final = 1 << 20
+
+
+class Splicer:
+    """Moves bytes from a socket into a file through a pipe, without their passing through this program. Linux only.
+
+    Belongs to one thread. The socket must be non-blocking. Bytes that are in the pipe when something fails are lost to the caller; it
+    counts only what `move` returned.
+    """
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe2(os.O_CLOEXEC)
+        try:
+            self.size = fcntl.fcntl(self._write, fcntl.F_SETPIPE_SZ, _PIPE)
+        except OSError:
+            self.size = fcntl.fcntl(self._write, fcntl.F_GETPIPE_SZ)  # an ordinary user has pipes of this size left, and no larger
+
+    def move(self, source: int, target: int, offset: int, count: int) -> int:
+        """Up to `count` bytes that are there, to `offset`. 0: the socket has ended. Raises BlockingIOError when there are none."""
+        taken = os.splice(source, self._write, min(count, self.size), flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK)
+        left = taken
+        while left:
+            moved = self._put(target, offset, left)
+            offset, left = offset + moved, left - moved
+        return taken
+
+    def _put(self, target: int, offset: int, count: int) -> int:
+        try:
+            moved = os.splice(self._read, target, count, offset_dst=offset, flags=os.SPLICE_F_MOVE)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:  # the file system knows no splice: what is in the pipe goes the long way
+                raise
+            return pwrite_all(target, [os.read(self._read, count)], offset)
+        if not moved:
+            raise OSError(errno.EIO, "the file system took no byte")
+        return moved
+
+    def close(self) -> None:
+        """Give the pipe back."""
+        os.close(self._read)
+        os.close(self._write)
+
+
+def splicer() -> "Splicer | None":
+    """A new `Splicer`; None where the kernel has no splice."""
+    return Splicer() if sys.platform == "linux" else None
+
+
+def write_back(fd: int, offset: int, length: int) -> None:
+    """Let the kernel begin to write these bytes to the disk, and forget its copy of what is written; a hint, never an error."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def datasync(fd: int) -> None:

@@ -253,6 +253,26 @@ def pwrite_all(fd: int, chunks: Sequence[bytes | bytearray | memoryview], offset
     return offset - start
 
 
+class Splicer:
+    """Windows moves no bytes from a socket into a file by itself: `splicer` never gives one."""
+
+    def move(self, source: int, target: int, offset: int, count: int) -> int:
+        """Never called."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Never called."""
+
+
+def splicer() -> Splicer | None:
+    """None: the bytes pass through this program."""
+    return None
+
+
+def write_back(fd: int, offset: int, length: int) -> None:
+    """Left to the system."""
+
+
 def datasync(fd: int) -> None:
     """Makes the file's bytes durable."""
     os.fsync(fd)

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from ..auth.policy import Origin
 from ..clock import Clock
 from ..errors import (
     BitsError,
@@ -38,9 +39,11 @@ from ..files import PartFile, committed_length, discard_part
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
 from ..transport.lane import Party
+from .certificates import CertificateJudge
 from .model import (
     Change,
     Command,
+    Completion,
     FileRecord,
     GrantRecord,
     GrantRemoved,
@@ -84,14 +87,23 @@ class Entry:
     retry_due: float | None = None  # monotonic
     failing_since: float | None = None  # monotonic, of the first transient error without progress
     touched: datetime | None = None  # when bytes last arrived; with the job's own time of change: its last activity
+    stopping: bool = False  # the attempt was told to stop; told again, it could not finish what it does to stop
     overdue: bool = False  # the attempt is stopped because the job has been transferring for too long
     paused_by: BitsError | None = None  # why the owner's token could not be had
+    judge: CertificateJudge | None = None  # the application's own say about servers' certificates
+    answers: dict[int, tuple[tuple[str, str], ...]] = field(default_factory=dict, repr=False)  # last response headers, by file
 
     def __post_init__(self) -> None:
         for file in self.files:
             position = file.slices[0].durable if file.slices else 0
             self.positions.setdefault(file.index, position)
             self.farthest.setdefault(file.index, position)
+
+    def stop(self) -> None:
+        """Tell the running attempt to stop at a durable point."""
+        if self.work is not None and not self.stopping:
+            self.stopping = True
+            self.work.cancel()
 
     @property
     def pair(self) -> TokenPair:
@@ -169,7 +181,7 @@ class Engine:
         shop: what attempts work with.
         limits: how much may run at once.
         run: False: jobs can be edited, nothing is transferred.
-        party: the network side of a job, for the token that acts there and its security threads.
+        party: the network side of a job's file, for the token that acts there and its security threads.
         find_owner: asks for the token of a job whose owner has none in this process; None: not to be had now.
     """
 
@@ -180,7 +192,7 @@ class Engine:
         shop: Workshop,
         limits: Limits,
         run: bool,
-        party: Callable[[Entry, Token, TokenExecutor], Party],
+        party: Callable[[Entry, Token, TokenExecutor, int], Awaitable[Party]],
         find_owner: Callable[[Entry], Awaitable[Token | None]],
         time_slice: float = TIME_SLICE,
     ) -> None:
@@ -264,8 +276,7 @@ class Engine:
             task.cancel()
         supervisors = {entry.supervisor for entry in self.entries.values() if entry.supervisor is not None}
         for entry in self.entries.values():
-            if entry.work is not None:
-                entry.work.cancel()
+            entry.stop()
         waiting = supervisors | set(self._searches.values()) | self._commands
         if waiting:
             _, late = await asyncio.wait(waiting, timeout=grace)
@@ -283,8 +294,7 @@ class Engine:
             self.failure = error
             log.error("the engine has stopped: %s", error)
             for entry in self.entries.values():
-                if entry.work is not None:
-                    entry.work.cancel()
+                entry.stop()
         self._wake.set()
         self._tell_waiters()
 
@@ -312,7 +322,8 @@ class Engine:
 
     async def _save(self, changes: Sequence[Change], then: Callable[[], object]) -> None:
         try:
-            await self._store.save(*changes)
+            if changes:
+                await self._store.save(*changes)
         except BitsError as error:
             if self._stopped:
                 raise ManagerClosed from None
@@ -403,6 +414,8 @@ class Engine:
             return Waiting(WaitingReason.MANAGER_CLOSED)
         if entry.owner is None:
             return Waiting(WaitingReason.NO_OWNER_TOKEN, detail=str(entry.paused_by.message) if entry.paused_by else "")
+        if not job.may_run:
+            return Waiting(WaitingReason.NOT_FOREGROUND)
         return Waiting(WaitingReason.QUEUE)
 
     async def until(self, done: Callable[[], bool]) -> None:
@@ -448,8 +461,7 @@ class Engine:
     async def halt(self, entry: Entry) -> None:
         """Stop the running attempt at a durable point; the job is then QUEUED, or where the attempt's end brought it."""
         if entry.supervisor is not None:
-            if entry.work is not None:
-                entry.work.cancel()
+            entry.stop()
             await asyncio.wait({entry.supervisor})
 
     async def add(self, job: JobRecord, owner: Token, files: Sequence[FileRecord] = (), grants: Sequence[GrantRecord] = ()) -> Entry:
@@ -466,6 +478,28 @@ class Engine:
         """Append files in one transaction."""
         await self.change(entry, files=files)
 
+    async def rename(self, entry: Entry, urls: Mapping[int, str]) -> None:
+        """Other URLs for files, by index; an attempt that uses the old ones ends. What was fetched is kept."""
+        await self.halt(entry)
+        await self.change(entry, files=[_renamed(entry.files[index], url) for index, url in urls.items()])
+
+    async def refuse_content(self, entry: Entry, index: int) -> None:
+        """The application found a finished file to be wrong: its bytes are dropped, and the job fails (BG_E_VALIDATION_FAILED)."""
+        await self.halt(entry)
+        job, file = entry.job, entry.files[index]
+        left = await self._discard_parts(entry, [file])
+        dropped = replace(
+            file, part=file.part if left else None, slices=(), validator=None, boot_id=None, transferred=False, validated=False
+        )
+        message, where = "the application refused the content of the file", {"url": file.url, "path": file.path, "job_id": job.id}
+        error = make_error(ErrorCode.BG_E_VALIDATION_FAILED, ErrorContext.REMOTE_FILE, message, **where)
+        state = job.state if job.state is JobState.ERROR else advance(job.state, Outcome.FAILED)
+        entry.retry_due = entry.failing_since = None
+        entry.positions[index] = 0
+        entry.farthest.pop(index, None)
+        fields: dict[str, Any] = {"error": error, "error_file": index, "error_count": job.error_count + 1, "retry_at": None}
+        await self.change(entry, files=[dropped], state=state, completed=None, **fields)
+
     async def resume(self, entry: Entry, bind: Callable[[Entry], Sequence[GrantRecord]]) -> None:
         """Back into the queue. `bind` gives the grants their origins at the first resume (T19)."""
         async with self.command(entry):
@@ -473,29 +507,36 @@ class Engine:
                 raise make_error(ErrorCode.BG_E_EMPTY, ErrorContext.NONE, "a job without files cannot be resumed", job_id=entry.job.id)
             event = Command.RESUME_UNFINISHED if entry.unfinished else Command.RESUME
             state = advance(entry.job.state, event)
-            if not entry.unfinished and state is JobState.QUEUED:
-                state = JobState.TRANSFERRED
             if entry.job.state in (JobState.SUSPENDED, JobState.ERROR, JobState.TRANSIENT_ERROR) or state is not entry.job.state:
                 await self._queue_again(entry, state, bind)
 
     async def _queue_again(self, entry: Entry, state: JobState, bind: Callable[[Entry], Sequence[GrantRecord]]) -> None:
+        http = entry.job.http
         if not entry.job.resumed:
+            http = http.bound(Origin.of(file.original_url) for file in entry.files)
             bound = bind(entry)
             await self.save(*bound, then=partial(entry.grants.__setitem__, slice(None), bound))
         entry.retry_due = entry.failing_since = None
         files = [replace(file, restarts=0) for file in entry.files if file.restarts]
         fresh: dict[str, Any] = {"active": 0.0, "error": None, "error_file": None, "retry_number": 0, "retry_at": None, "stalled": 0.0}
-        await self.change(entry, files=files, state=state, resumed=True, **fresh)
+        await self.change(entry, files=files, state=state, resumed=True, http=http, **fresh)
 
     async def suspend(self, entry: Entry) -> None:
         """No byte is written after it returns."""
         async with self.command(entry):
-            advance(entry.job.state, Command.SUSPEND)
+            self._next(entry, Command.SUSPEND)
             await self.halt(entry)
-            if entry.job.state is JobState.SUSPENDED:
+            state = self._next(entry, Command.SUSPEND)
+            if entry.job.state is state:
                 return
             entry.retry_due = entry.failing_since = None
-            await self.change(entry, state=advance(entry.job.state, Command.SUSPEND), retry_at=None)
+            await self.change(entry, state=state, retry_at=None)
+
+    def _next(self, entry: Entry, event: Command) -> JobState:
+        try:
+            return advance(entry.job.state, event)
+        except InvalidState as error:
+            raise error.located(job_id=entry.job.id) from None
 
     async def cancel(self, entry: Entry) -> None:
         """The job leaves the queue; its part files are gone."""
@@ -505,24 +546,28 @@ class Engine:
             await self._discard_parts(entry, [file for file in entry.files if not file.committed])
             await self._leave(entry, state)
 
-    async def complete(self, entry: Entry, *, partial: bool) -> list[Path]:
+    async def complete(self, entry: Entry, *, partial: bool) -> Completion:
         """Rename finished part files to their destinations; the job leaves the queue.
 
         Raises:
-            InvalidState: not TRANSFERRED and not `partial`.
+            InvalidState: not `partial`, and not TRANSFERRED or with a file that was added since.
             LocalFileError: a file could not be renamed; the job keeps its state, renamed files are available, and it can be called again.
             TokenRequired: the token that must do it is gone.
         """
         async with self.command(entry):
             if not partial and entry.job.state is not JobState.TRANSFERRED:
                 raise InvalidState(f"a job in state {entry.job.state.name} is not transferred", job_id=entry.job.id)
+            if not partial and entry.unfinished:
+                message = "a file was added, or lost its part file, and is to be fetched: resume() first, or complete without it (partial)"
+                raise InvalidState(message, job_id=entry.job.id)
             await self.halt(entry)
             state = advance(entry.job.state, Command.COMPLETE)
             for file in [file for file in entry.files if file.transferred and not file.committed]:
                 await self._commit(entry, file)
-            await self._discard_parts(entry, [file for file in entry.files if not file.transferred])
+            dropped = [file for file in entry.files if not file.transferred]
+            left = await self._discard_parts(entry, dropped)
             await self._leave(entry, state)
-            return [file.path for file in entry.files if file.committed]
+            return Completion([file.path for file in entry.files if file.committed], left, partial=bool(dropped))
 
     async def _commit(self, entry: Entry, file: FileRecord) -> None:
         token = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
@@ -541,10 +586,11 @@ class Engine:
                     await part.commit(mtime=modified.timestamp() if modified else None)
                 finally:
                     await part.close()
-        await self.change(entry, files=[replace(file, committed=True)])
+        await self.change(entry, files=[replace(file, committed=True, validated=True)])
 
-    async def _discard_parts(self, entry: Entry, files: Sequence[FileRecord]) -> None:
+    async def _discard_parts(self, entry: Entry, files: Sequence[FileRecord]) -> list[Path]:
         """Delete part files as the token that acts on local files; without it they stay, and are named (BG_S_UNABLE_TO_DELETE_FILES)."""
+        left_behind: list[Path] = []
         for file in files:
             if file.part is None:
                 continue
@@ -555,9 +601,11 @@ class Engine:
                     gone = await discard_part(executor, file.path, file.part)
             except BitsError as error:
                 log.warning("job %s: BG_S_UNABLE_TO_DELETE_FILES %s: %s", entry.job.id, left, error)
+                left_behind.append(left)
             else:
                 if not gone:
                     log.warning("job %s: %s is not the job's part file any more and was left alone", entry.job.id, left)
+        return left_behind
 
     async def take_over(self, entry: Entry, key: OwnerKey, owner: Token) -> None:
         """Another owner; what the old one entrusted to the job is dropped (BITS: TakeOwnership)."""
@@ -568,7 +616,8 @@ class Engine:
         entry.helper = None
         files = [replace(file, part=None, slices=(), validator=None, transferred=False) for file in entry.files if not file.committed]
         state = JobState.SUSPENDED if entry.job.state is JobState.TRANSFERRED else entry.job.state
-        await self.change(entry, files=files, owner=key, state=state)
+        http = replace(entry.job.http, headers=(), header_origins=None)
+        await self.change(entry, files=files, owner=key, state=state, http=http)
         entry.owner = owner
         entry.positions = {file.index: 0 for file in files}
         entry.farthest.clear()
@@ -629,7 +678,7 @@ class Engine:
         for entry in list(self.entries.values()):
             if entry.work is not None and now >= self._download_deadline(entry):
                 entry.overdue = True
-                entry.work.cancel()
+                entry.stop()
             elif limit is not None and not entry.held and not entry.job.state.is_active and self._idle(entry) >= limit:
                 log.warning("job %s: cancelled after %g s without activity", entry.job.id, limit)
                 await self.cancel(entry)
@@ -683,32 +732,30 @@ class Engine:
 
     def _schedule(self) -> None:
         now = self.clock.monotonic()
-        choice = choose([self._candidate(entry, now) for entry in self.entries.values() if not entry.held], self._limits)
+        # a job that a command holds is not started; while it runs, it has its place
+        looked_at = [entry for entry in self.entries.values() if not entry.held or entry.job.state.is_active]
+        choice = choose([self._candidate(entry, now) for entry in looked_at], self._limits)
         for job_id in choice.yield_:
-            entry = self.entries[job_id]
-            if entry.work is not None:
-                entry.work.cancel()
+            self.entries[job_id].stop()
         for job_id in choice.start:
             self._start(self.entries[job_id])
 
     def _candidate(self, entry: Entry, now: float) -> Candidate:
         job = entry.job
         over = entry.work is not None and now - entry.started >= self._time_slice
-        return Candidate(job.id, job.state, job.priority, entry.turn, entry.owner is not None, over)
+        return Candidate(job.id, job.state, job.priority, entry.turn, entry.owner is not None and job.may_run, over)
 
     def _start(self, entry: Entry) -> None:
         self._turns += 1
         entry.turn = self._turns
         entry.started = self.clock.monotonic()
+        entry.stopping = entry.overdue = False
         self.move_in_memory(entry, Outcome.PICKED)
         entry.work = self.task(self._work(entry), f"bits-attempt-{entry.job.id}")
         entry.supervisor = self.task(self._supervise(entry, entry.work), f"bits-supervisor-{entry.job.id}")
 
     async def _work(self, entry: Entry) -> None:
-        def party(token: Token, security: TokenExecutor) -> Party:
-            return self._party(entry, token, security)
-
-        await Attempt(self._shop, _Report(self, entry), entry.pair, party).run()
+        await Attempt(self._shop, _Report(self, entry), entry.pair, partial(self._party, entry)).run()
 
     async def _supervise(self, entry: Entry, work: asyncio.Task[None]) -> None:
         """Wait for the attempt and say what becomes of the job; never cancelled itself, so that the outcome survives."""
@@ -725,24 +772,21 @@ class Engine:
 
     async def _settle(self, entry: Entry, work: asyncio.Task[None]) -> None:
         active = entry.job.active + self.clock.monotonic() - entry.started
-        if work.cancelled():
-            if entry.overdue and self.failure is None:
-                entry.overdue = False
-                message = f"the job has been transferring for {entry.job.maximum_download_time:g} s"
-                code = ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT
-                await self._failed(entry, make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=entry.job.id), active)
-            elif self.failure is None:
-                await self.change(entry, state=advance(entry.job.state, Outcome.YIELDED), active=active)
+        failure = None if work.cancelled() else work.exception()
+        if self.failure is not None:
             return
-        failure = work.exception()
-        if failure is None and entry.unfinished:  # a file was added at the last moment
-            await self.change(entry, state=advance(entry.job.state, Outcome.YIELDED), active=active)
-        elif failure is None:
+        if failure is not None:
+            await self._failed(entry, self._understand(entry, failure), active)
+        elif not entry.unfinished:  # perhaps it was told to stop at that moment
             now = self.clock.now()
             state = advance(entry.job.state, Outcome.ALL_FILES_DONE)
             await self.change(entry, state=state, active=active, completed=now, error=None, retry_number=0, stalled=0.0)
-        elif self.failure is None:
-            await self._failed(entry, self._understand(entry, failure), active)
+        elif work.cancelled() and entry.overdue:
+            message = f"the job has been transferring for {entry.job.maximum_download_time:g} s"
+            error = make_error(ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=entry.job.id)
+            await self._failed(entry, error, active)
+        else:  # it was stopped, or a file was added at the last moment
+            await self.change(entry, state=advance(entry.job.state, Outcome.YIELDED), active=active)
 
     def _understand(self, entry: Entry, failure: BaseException) -> BitsError:
         if isinstance(failure, BitsError):
@@ -754,6 +798,9 @@ class Engine:
     async def _failed(self, entry: Entry, error: BitsError, active: float) -> None:
         job, now = entry.job, self.clock.monotonic()
         count = job.error_count + 1
+        if error.transient and not job.http.plain:
+            error.transient = False  # only the application knows whether such a request may be made twice
+            error.advice = f"resume the job if its {job.http.method} may be made again"
         if error.transient and entry.failing_since is None:
             entry.failing_since = now
         stalled = 0.0 if entry.failing_since is None else now - entry.failing_since
@@ -785,6 +832,14 @@ class Engine:
     def jobs(self) -> Iterator[Entry]:
         """Every job in the queue."""
         yield from list(self.entries.values())
+
+
+def _renamed(file: FileRecord, url: str) -> FileRecord:
+    """The file under another URL; what pins the version of an unfinished one counts there too, as far as it can."""
+    validator = file.validator
+    if validator is not None and not file.transferred and file.url.partition("?")[0] != url.partition("?")[0]:
+        validator = validator.at_another_url()
+    return replace(file, url=url, original_url=url, validator=validator, restarts=0)
 
 
 def _short(error: BitsError | None) -> str:

@@ -49,20 +49,25 @@ from ..errors import (
     ManagerClosed,
     NotFound,
     StoreError,
+    TokenRequired,
     ValidationFailed,
     make_error,
 )
 from ..identity import native
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, ImpersonationLevel, Token, current_token, impersonation
-from ..transport.answers import check_url
-from ..transport.lane import Lanes, Network, Party
+from ..transport.answers import MAX_URL, check_url
+from ..transport.lane import Judge, Lanes, Network, Party
+from ..transport.options import TLS_FLAGS, SecurityFlags, checked_flags, checked_headers, checked_method
 from ..transport.proxies import ProxySettings, resolve, route
+from ..transport.ranges import FileRange, checked_ranges
 from ..transport.timeouts import Timeouts
-from ..transport.tls import TlsSettings
+from ..transport.tls import TlsSettings, read_revocation_lists
+from .certificates import CertificateJudge, callback_required
 from .engine import Engine, Entry
 from .model import (
     RETRY_DELAY_FLOOR,
+    Completion,
     FileProgress,
     FileRecord,
     GrantRecord,
@@ -122,7 +127,8 @@ seams: contextvars.ContextVar[Seams | None] = contextvars.ContextVar("bits_async
 class JobFile:
     """One file of a job; the values are as new as your last await."""
 
-    def __init__(self, entry: Entry, index: int) -> None:
+    def __init__(self, manager: "BitsManager", entry: Entry, index: int) -> None:
+        self._manager = manager
         self._entry = entry
         self._index = index
 
@@ -145,6 +151,70 @@ class JobFile:
         """How far it is; `completed`: it stands at its destination."""
         record = self._record
         return FileProgress(record.size, self._entry.positions.get(self._index, 0), record.committed)
+
+    @property
+    def http_response_headers(self) -> Sequence[tuple[str, str]]:
+        """Of the last response for this file, an error or a redirect too, as they came; empty before the first. Not kept by the journal.
+
+        Servers write them: cookies may be among them, and nothing in them is to be believed.
+        """
+        return self._entry.answers.get(self._index, ())
+
+    @property
+    def ranges(self) -> Sequence[FileRange]:
+        """What of the remote file the local one is made of, in this order; empty: all of it."""
+        return self._record.ranges
+
+    @property
+    def temporary_name(self) -> Path | None:
+        """The part file beside the destination, from the moment it is made until the job is completed or cancelled. Leave it alone."""
+        record = self._record
+        return None if record.part is None or record.committed else record.part.path
+
+    @property
+    def validation_state(self) -> bool:
+        """Whether the application said that the content is right; completing the job says so too."""
+        return self._record.validated
+
+    @property
+    def is_downloaded_from_peer(self) -> bool:
+        """False: there are no peers, every byte comes from the origin."""
+        return False
+
+    async def set_remote_name(self, url: "str | URL") -> None:
+        """Fetch the file from another URL, from now on; durable when it returns.
+
+        The position is kept where the file there proves to be the same version, by its size and time (for URLs that differ in their
+        query only, by its ETag too); a finished file is not fetched again. An origin that the job did not name before gets no
+        credentials until `Job.set_credentials` is called again (T19).
+
+        Raises:
+            InvalidArgument: not a URL that can be fetched, as in `Job.add_file`.
+        """
+        engine, name = self._manager._ready(), check_url(str(url))
+        async with engine.command(self._entry):
+            self._manager._check_lengths(self._entry.job, name)
+            await engine.rename(self._entry, {self._index: name})
+
+    async def set_validation_state(self, valid: bool) -> None:
+        """Say whether the content of the finished file, in `temporary_name`, is right.
+
+        False drops what was fetched, and the job goes to ERROR (BG_E_VALIDATION_FAILED); resume fetches the file anew.
+
+        Raises:
+            InvalidState: the file is not transferred yet (E_PENDING), or it is at its destination already.
+        """
+        engine, checked = self._manager._ready(), _yes_or_no("validation_state", valid)
+        async with engine.command(self._entry):
+            where: dict[str, Any] = {"job_id": self._entry.job.id, "path": self.local_name}
+            if not self._record.transferred:
+                raise make_error(ErrorCode.E_PENDING, ErrorContext.NONE, "the file is not transferred yet", **where)
+            if checked:
+                await engine.change(self._entry, files=[replace(self._record, validated=True)])
+            elif self._record.committed:
+                raise InvalidState("the file is at its destination already", **where)
+            else:
+                await engine.refuse_content(self._entry, self._index)
 
     def __repr__(self) -> str:
         return f"<JobFile {self.local_name}>"
@@ -210,7 +280,7 @@ class Job:
     @property
     def files(self) -> Sequence[JobFile]:
         """In the order in which they were added."""
-        return tuple(JobFile(self._entry, file.index) for file in self._entry.files)
+        return tuple(JobFile(self._manager, self._entry, file.index) for file in self._entry.files)
 
     @property
     def priority(self) -> JobPriority:
@@ -249,9 +319,45 @@ class Job:
         return self._entry.job.maximum_download_time
 
     @property
+    def maximum_download_size(self) -> int | None:
+        """Bytes that the files of the job may have together; None: any number."""
+        return self._entry.job.maximum_download_size
+
+    @property
+    def dynamic_content(self) -> bool:
+        """The files are made when they are asked for."""
+        return self._entry.job.dynamic_content
+
+    @property
+    def high_performance(self) -> bool:
+        """Nothing is journalled while a file is fetched."""
+        return self._entry.job.high_performance
+
+    @property
     def proxy_settings(self) -> ProxySettings:
         """How the job reaches its servers."""
         return self._entry.job.proxy
+
+    @property
+    def custom_headers(self) -> Sequence[tuple[str, str]] | None:
+        """Sent with every request; None: they are write-only, or the journal's key was lost."""
+        http = self._entry.job.http
+        return None if http.headers_write_only else http.headers
+
+    @property
+    def http_method(self) -> str:
+        """Of every request."""
+        return self._entry.job.http.method
+
+    @property
+    def security_flags(self) -> SecurityFlags:
+        """What the job allows a server."""
+        return self._entry.job.http.flags
+
+    @property
+    def crl_source(self) -> Path | None:
+        """File or directory of the certificate revocation lists for SSL_ENABLE_CRL_CHECK."""
+        return self._entry.job.http.crl_source
 
     # -- files and properties -------------------------------------------------------------------------------------------------------------
 
@@ -270,27 +376,81 @@ class Job:
         Raises:
             InvalidArgument: as `add_file`; AccessDenied (BG_E_TOO_MANY_FILES_IN_JOB): more than `Limits.files_per_job`.
         """
-        engine, checked = self._manager._ready(), [_checked(file) for file in files]
-        entry = self._entry
+        self._manager._ready()
+        return await self._add([_checked(file) for file in files])
+
+    async def add_file_with_ranges(
+        self, url: "str | URL", path: StrPath, ranges: Sequence[FileRange], *, sha256: str | None = None
+    ) -> JobFile:
+        """Add one file that is made of ranges of a remote one, joined in the order given; durable when it returns.
+
+        The server must support ranges, and give a validator (a strong ETag or Last-Modified) where there is more than one. A range that
+        is not in the remote file stops the job with BG_E_INVALID_RANGE.
+
+        Raises:
+            InvalidArgument: as `add_file`; no range, or one without a byte; an offset that is none (BG_E_INVALID_RANGE); ranges that
+                overlap (BG_E_OVERLAPPING_RANGES).
+            AccessDenied: more than `Limits.ranges_per_file` (BG_E_TOO_MANY_RANGES_IN_FILE), or as `add_file_set`.
+            InvalidState: the job has dynamic content (BG_E_UNSUPPORTED_JOB_CONFIGURATION).
+        """
+        self._manager._ready()
+        (file,) = await self._add([replace(_checked(FileInfo(url, path, sha256=sha256)), ranges=checked_ranges(ranges))])
+        return file
+
+    async def _add(self, files: Sequence["_File"]) -> Sequence[JobFile]:
+        engine, entry = self._manager._ready(), self._entry
         async with engine.command(entry):
-            most = self._manager._limits.files_per_job
-            if most is not None and not entry.job.owner.elevated and len(entry.files) + len(checked) > most:
-                code = ErrorCode.BG_E_TOO_MANY_FILES_IN_JOB
-                raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"a job may have {most} files", job_id=self.id)
+            self._manager._check_limits(entry, files)
+            if entry.job.dynamic_content and any(file.ranges for file in files):
+                raise self._unfit("dynamic content has no ranges")
             first = len(entry.files)
-            records = [_file_record(self.id, first + n, file) for n, file in enumerate(checked)]
+            records = [_file_record(self.id, first + n, file) for n, file in enumerate(files)]
             await engine.add_files(entry, records)
-        return tuple(JobFile(entry, record.index) for record in records)
+        return tuple(JobFile(self._manager, entry, record.index) for record in records)
+
+    def _unfit(self, message: str, code: ErrorCode = ErrorCode.BG_E_UNSUPPORTED_JOB_CONFIGURATION) -> BitsError:
+        return make_error(code, ErrorContext.NONE, message, job_id=self.id)
+
+    async def replace_remote_prefix(self, old_prefix: str, new_prefix: str) -> bool:
+        """Put another beginning on the URLs of all files that begin with `old_prefix`, letter by letter; all or none of them.
+
+        See `JobFile.set_remote_name` for what becomes of positions and credentials. False: no URL begins so.
+
+        Raises:
+            InvalidArgument: an empty prefix, or a URL that cannot be fetched comes out.
+        """
+        engine, entry = self._manager._ready(), self._entry
+        if not isinstance(old_prefix, str) or not isinstance(new_prefix, str) or not old_prefix or not new_prefix:
+            raise InvalidArgument("a prefix is text, at least one character")
+        async with engine.command(entry):
+            old = [(file.index, file.url) for file in entry.files if file.url.startswith(old_prefix)]
+            urls = {index: _replaced_prefix(url, old_prefix, new_prefix) for index, url in old}
+            for url in urls.values():
+                self._manager._check_lengths(entry.job, url)
+            if urls:
+                await engine.rename(entry, urls)
+            return bool(urls)
 
     async def set_proxy_settings(self, settings: ProxySettings) -> None:
         """How the job reaches its servers, from the next attempt on. A later proxy needs its credentials set again (T19)."""
         await self._set(proxy=resolve(settings, os.environ))
 
     async def set_priority(self, priority: JobPriority) -> None:
-        """Which jobs go first."""
+        """Which jobs go first.
+
+        Raises:
+            InvalidState: a job with another method than GET stays FOREGROUND (BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD).
+        """
         if not isinstance(priority, JobPriority):
             raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
-        await self._set(priority=priority)
+        engine, entry = self._manager._ready(), self._entry
+        async with engine.command(entry):
+            if priority is not JobPriority.FOREGROUND and not entry.job.http.plain:
+                message = f"a job with the method {self.http_method} stays FOREGROUND"
+                raise self._unfit(message, ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD)
+            if not replace(entry.job, priority=priority).may_run:
+                await engine.halt(entry)
+            await engine.change(entry, priority=priority)
 
     async def set_description(self, description: str) -> None:
         """For people, at most 1024 characters.
@@ -304,6 +464,57 @@ class Job:
             message = f"a description has at most {DESCRIPTION_LENGTH} characters"
             raise InvalidArgument(message, code=ErrorCode.BG_E_STRING_TOO_LONG)
         await self._set(description=description)
+
+    async def set_maximum_download_size(self, size: int | None) -> None:
+        """Bytes that the files of the job may have together, before the first resume. A job that would get more fails.
+
+        Raises:
+            InvalidArgument: not a whole number from 1 (BG_E_MAX_DOWNLOAD_SIZE_INVALID_VALUE).
+            InvalidState: the job was resumed before (BG_E_READ_ONLY_PROPERTY_AFTER_RESUME).
+        """
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**64):
+            message = f"maximum_download_size takes a whole number of bytes, not {size!r}"
+            raise InvalidArgument(message, code=ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_INVALID_VALUE)
+        await self._set_early("maximum_download_size", size)
+
+    async def set_dynamic_content(self, dynamic: bool) -> None:
+        """The files are made when they are asked for: neither a size nor ranges are needed, and after any interruption a file begins
+        anew. The job is transferred at FOREGROUND priority only, where nothing else interrupts it.
+
+        Raises:
+            InvalidState: the job was resumed before (BG_E_READ_ONLY_PROPERTY_AFTER_RESUME), or has a file with ranges
+                (BG_E_UNSUPPORTED_JOB_CONFIGURATION).
+        """
+        await self._set_early("dynamic_content", _yes_or_no("dynamic_content", dynamic))
+
+    async def set_high_performance(self, fast: bool) -> None:
+        """Journal nothing while a file is fetched, and sync it once, at its end: after a loss of power it is fetched anew.
+
+        BITS also writes to the destination itself and leaves there what an error or a cancel has cut short. That much of it we do not
+        do: a rename costs nothing, and the destination never holds half a file, or parts of two versions.
+
+        Raises:
+            InvalidState: the job has a file (BG_E_READ_ONLY_PROPERTY_AFTER_ADDFILE).
+        """
+        engine, checked = self._manager._ready(), _yes_or_no("high_performance", fast)
+        async with engine.command(self._entry):
+            if self._entry.files:
+                code = ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_ADDFILE
+                raise self._unfit("high_performance is set before the first file is added", code)
+            await engine.change(self._entry, high_performance=checked)
+
+    async def _set_early(self, name: str, value: object) -> None:
+        """Set what the first resume makes final."""
+        engine, entry = self._manager._ready(), self._entry
+        async with engine.command(entry):
+            if entry.job.resumed:
+                raise self._unfit(f"{name} is set before the first resume", ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME)
+            if name == "dynamic_content" and value and not entry.job.http.plain:
+                raise self._unfit("dynamic content is fetched with GET only", ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD)
+            if name == "dynamic_content" and value and any(file.ranges for file in entry.files):
+                raise self._unfit("dynamic content has no ranges")
+            fields: dict[str, Any] = {name: value}
+            await engine.change(entry, **fields)
 
     async def set_maximum_download_time(self, seconds: float) -> None:
         """Seconds that the job may spend CONNECTING and TRANSFERRING; then it fails with BG_E_MAXDOWNLOAD_TIMEOUT. Resume counts anew."""
@@ -321,6 +532,124 @@ class Job:
         engine = self._manager._ready()
         async with engine.command(self._entry):
             await engine.change(self._entry, **fields)
+
+    async def set_custom_headers(self, headers: Sequence[tuple[str, str]] | str | None) -> None:
+        """Headers to send with every request of the job, in place of those set before; None: none. Kept encrypted.
+
+        They go to the origins that the job names when it is first resumed, or names now if it was (T19), and to no other: not where a
+        redirect leads, and not to a proxy with CONNECT (a proxy that forwards plain http reads them, like the rest of the request).
+
+        Args:
+            headers: pairs, or text with a CRLF between lines.
+
+        Raises:
+            InvalidArgument: more than 16,384 characters (BG_E_STRING_TOO_LONG), a malformed header, or one that belongs to the engine or
+                the connection (Host, Range, Cookie, Authorization, Proxy-* and the like).
+        """
+        checked, entry = checked_headers(headers), self._entry
+        async with self._manager._ready().command(entry):
+            origins = _origins(entry, AuthTarget.SERVER) if checked and entry.job.resumed else None
+            await self._change_http(stop=entry.job.http.headers != (), headers=checked, header_origins=origins)
+
+    async def make_custom_headers_write_only(self) -> None:
+        """From now on `custom_headers` gives none out, those set later neither; irreversible."""
+        async with self._manager._ready().command(self._entry):
+            await self._change_http(headers_write_only=True)
+
+    async def set_http_method(self, method: str) -> None:
+        """The method of every request, sent without a body; before the first resume only. Anything but GET makes the job FOREGROUND.
+
+        Such a request is made once: what would be tried again with GET is an error, and resume begins with the first byte. (A job that
+        was at work when its manager closed is begun anew when the journal is opened, like any other.)
+
+        Args:
+            method: a token in capital letters; not CONNECT, HEAD, OPTIONS or TRACE, whose answers bring no file.
+
+        Raises:
+            InvalidArgument: another method. InvalidState: the job was resumed (BG_E_READ_ONLY_PROPERTY_AFTER_RESUME), or has dynamic
+                content (BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD).
+        """
+        checked, entry = checked_method(method), self._entry
+        async with self._manager._ready().command(entry):
+            if checked == entry.job.http.method:
+                return
+            if entry.job.resumed:
+                raise self._unfit("http_method is set before the first resume", ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME)
+            if checked == "GET":
+                await self._change_http(method=checked)
+                return
+            if entry.job.dynamic_content:
+                raise self._unfit("dynamic content is fetched with GET only", ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD)
+            http = replace(entry.job.http, method=checked)
+            await self._manager._ready().change(entry, http=http, priority=JobPriority.FOREGROUND)
+
+    async def set_security_flags(self, flags: SecurityFlags) -> None:
+        """What the job allows a server, in place of what was allowed before. An attempt that is running begins again under them; with
+        SSL_ENABLE_CRL_CHECK newly set, files that are not whole are fetched anew.
+
+        Raises:
+            InvalidArgument: no SecurityFlags. BitsError (E_NOTIMPL): flags that contradict each other, that `ssl` cannot follow, or that
+                cannot be applied to the manager's `ssl=` context.
+        """
+        checked, entry, manager = checked_flags(flags), self._entry, self._manager
+        engine = manager._ready()
+        await manager._check_derivable(checked)
+        async with engine.command(entry):
+            before = entry.job.http.flags
+            if checked == before:
+                return
+            await engine.halt(entry)
+            newly_checked = SecurityFlags.SSL_ENABLE_CRL_CHECK in checked & ~before
+            untrusted = [file for file in entry.files if newly_checked and not file.transferred and not file.committed]
+            files = [replace(file, validator=None, slices=()) for file in untrusted]
+            await engine.change(entry, files=files, http=replace(entry.job.http, flags=checked))
+
+    async def set_crl_source(self, source: StrPath | None) -> None:
+        """Where the certificate revocation lists for SSL_ENABLE_CRL_CHECK are: a file, or a directory of files (PEM or DER).
+
+        They are read again at each attempt, as the job's owner; nothing is fetched.
+
+        Raises:
+            InvalidArgument: not an absolute path.
+        """
+        path = None if source is None else os.fspath(source)
+        if path is not None and (not isinstance(path, str) or "\0" in path or not os.path.isabs(path)):
+            raise InvalidArgument("revocation lists are named by an absolute path")
+        checked, entry = None if path is None else Path(path), self._entry
+        async with self._manager._ready().command(entry):
+            if checked != entry.job.http.crl_source:
+                await self._change_http(stop=SecurityFlags.SSL_ENABLE_CRL_CHECK in entry.job.http.flags, crl_source=checked)
+
+    async def set_server_certificate_validation(self, callback: "Callable[[Job, JobFile, bytes], bool | Awaitable[bool]] | None") -> None:
+        """Let the application look at each server's certificate, after TLS verified it (under the security flags) and before anything is
+        requested; None: no longer.
+
+        Only True accepts. A server that was not accepted leaves the job in TRANSIENT_ERROR with the context SERVER_CERTIFICATE_CALLBACK,
+        and the code of a BitsError that the callback raised. What was accepted (host, port, certificate) is not asked again until the next
+        set. The callback runs in the context of this call, on the event loop; it does not survive a restart, but that there must be one
+        does: until it is set again the job fails with BG_E_SERVER_CERT_VALIDATION_INTERFACE_REQUIRED.
+
+        Args:
+            callback: a function or coroutine function of (job, file, certificate as DER).
+
+        Raises:
+            InvalidState: the job is active (BG_E_READ_ONLY_WHEN_JOB_ACTIVE); suspend it first.
+        """
+        if callback is not None and not callable(callback):
+            raise InvalidArgument("a server certificate validation is a function of (job, file, certificate)")
+        judge, entry = None if callback is None else CertificateJudge(callback), self._entry
+        async with self._manager._ready().command(entry):
+            if not (entry.job.state.is_settled or entry.job.state is JobState.SUSPENDED):
+                raise self._unfit(f"the job is {entry.job.state.name}", ErrorCode.BG_E_READ_ONLY_WHEN_JOB_ACTIVE)
+            await self._change_http(validates_certificates=judge is not None)
+            entry.judge = judge
+
+    async def _change_http(self, *, stop: bool = False, **fields: Any) -> None:
+        """For a command; with `stop` a running attempt begins again with the new values."""
+        engine, entry = self._manager._ready(), self._entry
+        if stop:
+            await engine.halt(entry)
+        await engine.change(entry, http=replace(entry.job.http, **fields))
 
     async def set_credentials(self, target: AuthTarget, scheme: AuthScheme, user_name: str | None, password: str | None) -> None:
         """What the job may answer a challenge with; None, None: the acting token's own credentials (NTLM and NEGOTIATE only).
@@ -399,17 +728,17 @@ class Job:
         """The job leaves the queue; its part files are gone when it returns (finished ones too, unless completed before)."""
         await self._manager._ready().cancel(self._entry)
 
-    async def complete(self, *, partial: bool = False) -> Sequence[Path]:
+    async def complete(self, *, partial: bool = False) -> Completion:
         """Put the files in their places, in one rename each; the job leaves the queue. Returns the paths.
 
-        `partial` is BITS's Complete: in any state, keeps the finished files and drops the rest.
+        `partial` is BITS's Complete: in any state, keeps the finished files and drops the rest. `Completion.code` says whether it did.
 
         Raises:
             InvalidState: not TRANSFERRED, and not `partial`.
             LocalFileError: a file could not be put in place; the job stays, files that were are available; call it again or cancel.
             TokenRequired: the identity that must do it has no token.
         """
-        return tuple(await self._manager._ready().complete(self._entry, partial=partial))
+        return await self._manager._ready().complete(self._entry, partial=partial)
 
     async def wait(self, *, transient: bool = False) -> None:
         """Return when the job is TRANSFERRED or ACKNOWLEDGED. Cancelling stops the waiting, never the job.
@@ -675,6 +1004,31 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         now, proxy = engine.clock.now(), resolve(ProxySettings.preconfig(), os.environ)
         return JobRecord(id=uuid4(), display_name=display_name, owner=key, created=now, modified=now, priority=priority, proxy=proxy)
 
+    def _check_limits(self, entry: Entry, files: Sequence["_File"]) -> None:
+        """Whether the job may have these files too."""
+        limits, job = self._limits, entry.job
+        if not job.owner.elevated:
+            most = limits.files_per_job
+            if most is not None and len(entry.files) + len(files) > most:
+                code = ErrorCode.BG_E_TOO_MANY_FILES_IN_JOB
+                raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"a job may have {most} files", job_id=job.id)
+            most = limits.ranges_per_file
+            if most is not None and any(len(file.ranges) > most for file in files):
+                code = ErrorCode.BG_E_TOO_MANY_RANGES_IN_FILE
+                raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"a file may have {most} ranges", job_id=job.id)
+        for file in files:
+            self._check_lengths(job, file.url, file.path)
+
+    def _check_lengths(self, job: JobRecord, url: str, path: Path | None = None) -> None:
+        """Whether names are as short as `Limits.name_length` wants them."""
+        most = self._limits.name_length
+        if most is None or job.owner.elevated:
+            return
+        segments = url.partition("?")[0].split("/")[3:]
+        if len(str(path or "")) > most or any(len(each) > most for each in segments):
+            message = f"a local name, and a segment of a URL, may have {most} characters"
+            raise InvalidArgument(message, code=ErrorCode.BG_E_STRING_TOO_LONG, job_id=job.id, path=path)
+
     def get_job(self, job_id: UUID | str) -> Coroutine[Any, Any, Job]:
         """The access check: a handle on an unfinished job, for the ambient identity at this call.
 
@@ -809,16 +1163,57 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
 
     # -- credentials --------------------------------------------------------------------------------------------------------------------
 
-    def _party(self, entry: Entry, token: Token, security: TokenExecutor) -> Party:
+    async def _party(self, entry: Entry, token: Token, security: TokenExecutor, file: int) -> Party:
+        http = entry.job.http
+        if http.headers is None:
+            message = "the journal's key file was lost or replaced, and the custom headers cannot be read: set them again"
+            code = ErrorCode.BG_E_INVALID_CREDENTIALS
+            raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=entry.job.id)
         return Party(
+            options=http,
+            judge=Judge(entry.judge or entry, partial(self._judge, entry, file)) if http.validates_certificates else None,
+            heard=partial(self._heard, entry, file),
             token=token,
             grants=tuple(grant.grant() for grant in entry.grants),
             proxy=entry.job.proxy,
-            tls=self._tls,
+            tls=await self._tls_of(entry),
             rules=AuthRules(),
             timeouts=self._timeouts,
             security=security,
         )
+
+    async def _tls_of(self, entry: Entry) -> TlsSettings:
+        """The manager's TLS as the job's security flags want it; read and made off the loop."""
+        http, revoked = entry.job.http, None
+        assert self._executors is not None
+        if not http.flags & TLS_FLAGS:
+            return self._tls
+        if SecurityFlags.SSL_ENABLE_CRL_CHECK in http.flags:
+            if http.crl_source is None:
+                code = ErrorCode.ERROR_WINHTTP_SECURE_CERT_REV_FAILED
+                raise make_error(code, ErrorContext.GENERAL_TRANSPORT, "the job has no revocation lists", job_id=entry.job.id)
+            if entry.owner is None:
+                raise TokenRequired("the revocation lists are read as the job's owner", job_id=entry.job.id)
+            with self._executors.lease(entry.owner, "files") as files:
+                revoked = await files.run(read_revocation_lists, http.crl_source, entry.owner.name)
+        with self._executors.lease(Token.for_process(), "files") as files:
+            return await files.run(self._tls.under, http.flags, revoked)
+
+    async def _check_derivable(self, flags: SecurityFlags) -> None:
+        """Raises E_NOTIMPL when the flags cannot be applied to the manager's context."""
+        assert self._executors is not None
+        with self._executors.lease(Token.for_process(), "files") as files:
+            await files.run(self._tls.under, flags & ~SecurityFlags.SSL_ENABLE_CRL_CHECK)
+            if SecurityFlags.SSL_ENABLE_CRL_CHECK in flags:
+                await files.run(self._tls.check_revocable)
+
+    async def _judge(self, entry: Entry, file: int, host: str, port: int, certificate: bytes) -> None:
+        if entry.judge is None:
+            raise callback_required()
+        await entry.judge.ask(Job(self, entry), JobFile(self, entry, file), host, port, certificate)
+
+    def _heard(self, entry: Entry, file: int, headers: Iterable[tuple[str, str]]) -> None:
+        entry.answers[file] = tuple(headers)
 
     def _bind(self, entry: Entry) -> Sequence[GrantRecord]:
         """Grants without origins get those that the job names now (T19)."""
@@ -1002,6 +1397,7 @@ class _File:
     url: str
     path: Path
     sha256: str | None
+    ranges: tuple[FileRange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -1193,8 +1589,8 @@ def _make_state_directories(path: Path) -> None:
 
 
 def _origins(entry: Entry, target: AuthTarget) -> frozenset[Origin]:
-    """The origins that a job names now: of its files, or of the proxies on the way to them."""
-    urls = [file.url for file in entry.files]
+    """The origins that a job names now: of its files as the application named them, or of the proxies on the way to them."""
+    urls = [file.original_url for file in entry.files]
     if target is AuthTarget.SERVER:
         return frozenset(Origin.of(url) for url in urls)
     proxies = [route(entry.job.proxy, url) for url in urls]
@@ -1218,7 +1614,21 @@ def _checked(file: FileInfo) -> _File:
 
 
 def _file_record(job_id: UUID, index: int, file: _File) -> FileRecord:
-    return FileRecord(job_id=job_id, index=index, original_url=file.url, url=file.url, path=file.path, sha256=file.sha256)
+    named = FileRecord(job_id=job_id, index=index, original_url=file.url, url=file.url, path=file.path, sha256=file.sha256)
+    return replace(named, ranges=file.ranges)
+
+
+def _replaced_prefix(url: str, old: str, new: str) -> str:
+    replaced = new + url[len(old) :]
+    if len(replaced) > MAX_URL:
+        raise InvalidArgument(f"the prefix makes a URL of more than {MAX_URL} characters")
+    return check_url(replaced)
+
+
+def _yes_or_no(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name} takes True or False, not {value!r}")
+    return value
 
 
 def _flags(flags: HelperTokenFlags) -> HelperTokenFlags:

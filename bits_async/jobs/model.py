@@ -6,19 +6,20 @@ diagram is drawn from the table by `mermaid()`.
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self, final
 from uuid import UUID
 
 from ..auth.policy import AuthScheme, AuthTarget, Grant, Origin
-from ..errors import BitsError, InvalidState
+from ..errors import BitsError, ErrorCode, InvalidState
 from ..identity.tokens import HelperTokenFlags
+from ..transport.options import HttpOptions
 from ..transport.proxies import ProxySettings
-from ..transport.ranges import Slice, Validator
+from ..transport.ranges import FileRange, Slice, Validator, local_size
 
 if TYPE_CHECKING:
     from ..files import PartRecord
@@ -96,6 +97,7 @@ class WaitingReason(enum.Enum):
 
     SUSPENDED = "suspended"
     QUEUE = "waiting for its turn"
+    NOT_FOREGROUND = "dynamic content is fetched at FOREGROUND priority only"
     NO_OWNER_TOKEN = "waiting for the owner's token"  # noqa: S105 - a sentence, not a secret
     RETRY = "retry"
     MANAGER_CLOSED = "the manager runs no transfers"
@@ -142,6 +144,28 @@ class JobTimes:
     creation_time: datetime
     modification_time: datetime
     transfer_completion_time: datetime | None
+
+
+@final
+class Completion(tuple[Path, ...]):
+    """What `Job.complete()` did: the files that stand at their destinations now, in the order in which they were added.
+
+    Attributes:
+        code: S_OK; BG_S_PARTIAL_COMPLETE: files that were not finished were dropped; BG_S_UNABLE_TO_DELETE_FILES: so they were, but
+            their part files could not all be deleted.
+        left_behind: these part files.
+    """
+
+    code: ErrorCode
+    left_behind: tuple[Path, ...]
+
+    def __new__(cls, paths: Iterable[Path] = (), left_behind: Iterable[Path] = (), *, partial: bool = False) -> Self:
+        completion = super().__new__(cls, paths)
+        completion.left_behind = tuple(left_behind)
+        completion.code = ErrorCode.BG_S_PARTIAL_COMPLETE if partial else ErrorCode.S_OK
+        if completion.left_behind:
+            completion.code = ErrorCode.BG_S_UNABLE_TO_DELETE_FILES
+        return completion
 
 
 S, C, O = JobState, Command, Outcome  # noqa: E741 - the table below reads better with short names
@@ -202,6 +226,7 @@ NEXT: Final[Mapping[tuple[JobState, Command | Outcome], JobState]] = MappingProx
         (S.TRANSFERRED, C.RESUME_UNFINISHED): S.QUEUED,
         (S.TRANSFERRED, C.CANCEL): S.CANCELLED,
         (S.TRANSFERRED, C.COMPLETE): S.ACKNOWLEDGED,
+        (S.TRANSFERRED, O.FAILED): S.ERROR,
     }
 )
 
@@ -219,11 +244,11 @@ def advance(state: JobState, event: Command | Outcome) -> JobState:
 
 
 def mermaid() -> str:
-    """The life cycle as a Mermaid state diagram, drawn from `NEXT`; loops that keep the state are left out."""
+    """The life cycle as a Mermaid state diagram, drawn from `NEXT`; loops that keep the state are left out, and rows that say the same."""
     rows = [
         f"    {before.name} --> {after.name}: {event.name}"
         for (before, event), after in NEXT.items()
-        if before is not after and event is not C.RESUME_UNFINISHED
+        if before is not after and (event is not C.RESUME_UNFINISHED or NEXT[before, C.RESUME] is not after)
     ]
     return "\n".join(["stateDiagram-v2", "    [*] --> SUSPENDED", *rows, "    ACKNOWLEDGED --> [*]", "    CANCELLED --> [*]"])
 
@@ -267,9 +292,13 @@ class JobRecord:
     completed: datetime | None = None  # when TRANSFERRED was reached
     helper_flags: HelperTokenFlags = HelperTokenFlags.NONE
     proxy: ProxySettings = field(default_factory=ProxySettings.no_proxy)
+    http: HttpOptions = field(default_factory=HttpOptions)
     minimum_retry_delay: float = RETRY_DELAY
     no_progress_timeout: float = NO_PROGRESS_TIMEOUT
     maximum_download_time: float = MAX_DOWNLOAD_TIME
+    maximum_download_size: int | None = None  # bytes of all files together; None: any number
+    dynamic_content: bool = False  # fetched in one go or anew; FOREGROUND only
+    high_performance: bool = False  # no checkpoints while a file is fetched
     error: BitsError | None = None
     error_file: int | None = None  # index of the file the error is about
     error_count: int = 0
@@ -278,13 +307,18 @@ class JobRecord:
     stalled: float = 0.0  # seconds since the first transient error without progress
     active: float = 0.0  # seconds spent CONNECTING and TRANSFERRING
 
+    @property
+    def may_run(self) -> bool:
+        """Dynamic content cannot be interrupted, so it is fetched only where nothing pre-empts it."""
+        return not self.dynamic_content or self.priority is JobPriority.FOREGROUND
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
     """One file of a job as the journal keeps it.
 
     `url` is where the file is fetched from; `original_url` what the application named (redirects never change it). Slices are absolute
-    positions; the journal keeps their `durable` position only.
+    positions, with `ranges` those of the local file; the journal keeps their `durable` position only. `validator` is of the remote file.
     """
 
     job_id: UUID
@@ -293,6 +327,7 @@ class FileRecord:
     url: str = field(repr=False)
     path: Path
     sha256: str | None = None
+    ranges: tuple[FileRange, ...] = ()  # what the local file is made of, in this order; none: the whole remote file
     validator: Validator | None = None
     part: "PartRecord | None" = None
     slices: tuple[Slice, ...] = ()
@@ -300,11 +335,12 @@ class FileRecord:
     restarts: int = 0
     transferred: bool = False  # every byte is in the part file, durable and checked
     committed: bool = False  # renamed to `path`
+    validated: bool = False  # the application said that the content is right
 
     @property
     def size(self) -> int | None:
-        """Bytes, None while unknown."""
-        return self.validator.size if self.validator else None
+        """Bytes of the local file, None while unknown."""
+        return local_size(self.ranges, self.validator.size if self.validator else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

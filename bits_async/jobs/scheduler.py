@@ -23,9 +23,11 @@ class Limits:
     Attributes:
         background_jobs: jobs below FOREGROUND that transfer at the same time, 1 or more.
         connections_per_host: connections to one host and port (of the proxy, where there is one), 1 or more.
-        jobs_per_user: unfinished jobs of one owner; None: any number. Elevated owners are exempt from this and the next two.
+        jobs_per_user: unfinished jobs of one owner; None: any number. Elevated owners are exempt from this and the next three.
         jobs_per_machine: unfinished jobs in the queue; None: any number.
         files_per_job: None: any number.
+        ranges_per_file: ranges of one file (`Job.add_file_with_ranges`); None: any number.
+        name_length: characters of a local name, and of each segment of a URL's path; None: as many as the system takes.
         job_inactivity_timeout: seconds without progress or change after which a job is cancelled, its part files with it; None: never.
     """
 
@@ -34,10 +36,13 @@ class Limits:
     jobs_per_user: int | None = None
     jobs_per_machine: int | None = None
     files_per_job: int | None = None
+    ranges_per_file: int | None = None
+    name_length: int | None = None
     job_inactivity_timeout: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("background_jobs", "connections_per_host", "jobs_per_user", "jobs_per_machine", "files_per_job"):
+        counts = ("background_jobs", "connections_per_host", "jobs_per_user", "jobs_per_machine", "files_per_job")
+        for name in (*counts, "ranges_per_file", "name_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InvalidArgument(f"Limits({name}=) takes a whole number from 1, not {value!r}")
@@ -46,8 +51,16 @@ class Limits:
 
     @classmethod
     def windows(cls) -> "Limits":
-        """BITS's own limits ("Group Policies"): 60 jobs per user, 300 per machine, 200 files per job, 90 days without activity."""
-        return cls(jobs_per_user=60, jobs_per_machine=300, files_per_job=200, job_inactivity_timeout=90 * 86400.0)
+        """BITS's own limits ("Group Policies"): 60 jobs per user, 300 per machine, 200 files per job, 500 ranges per file, names of 260
+        characters, 90 days without activity."""
+        return cls(
+            jobs_per_user=60,
+            jobs_per_machine=300,
+            files_per_job=200,
+            ranges_per_file=500,
+            name_length=260,
+            job_inactivity_timeout=90 * 86400.0,
+        )
 
 
 @dataclass(frozen=True, slots=True)

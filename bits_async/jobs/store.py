@@ -50,8 +50,9 @@ from ..errors import (
 )
 from ..files import PartRecord
 from ..identity.tokens import HelperTokenFlags
+from ..transport.options import HttpOptions, SecurityFlags, headers_of_text, headers_text
 from ..transport.proxies import ProxySettings, ProxyUsage
-from ..transport.ranges import Slice, Validator
+from ..transport.ranges import FileRange, Slice, Validator
 from .model import (
     Change,
     FileRecord,
@@ -192,6 +193,17 @@ SCHEMA: Final = (
     """,
     """
     ALTER TABLE jobs ADD COLUMN description TEXT NOT NULL DEFAULT '';
+    ALTER TABLE jobs ADD COLUMN http_method TEXT NOT NULL DEFAULT 'GET';
+    ALTER TABLE jobs ADD COLUMN custom_headers_secret BLOB;        -- sealed; NULL: none
+    ALTER TABLE jobs ADD COLUMN custom_headers_write_only INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN custom_headers_origins TEXT;       -- as grants.origins
+    ALTER TABLE jobs ADD COLUMN security_flags INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN crl_source TEXT;
+    ALTER TABLE jobs ADD COLUMN validates_certificates INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN maximum_download_size INTEGER;  -- bytes
+    ALTER TABLE jobs ADD COLUMN dynamic_content INTEGER NOT NULL DEFAULT 0 CHECK (dynamic_content IN (0, 1));
+    ALTER TABLE jobs ADD COLUMN high_performance INTEGER NOT NULL DEFAULT 0 CHECK (high_performance IN (0, 1));
+    ALTER TABLE files ADD COLUMN validated INTEGER NOT NULL DEFAULT 0 CHECK (validated IN (0, 1));
     """,
 )
 """`SCHEMA[n]` takes a journal from version n to n + 1. Entries that were released are never edited."""
@@ -247,7 +259,8 @@ class Store(Protocol):
     async def load(self) -> list[StoredJob]:
         """All jobs in the order in which they were created.
 
-        A grant whose password cannot be read is left out; a URL whose query cannot be read comes without it. `lost_secrets` names
+        A grant whose password cannot be read is left out; a URL whose query cannot be read comes without it; custom headers that
+        cannot be read come as None. `lost_secrets` names
         the jobs. What is sealed stays in the journal until it is replaced, so bringing the key back brings the secrets back.
         """
 
@@ -465,10 +478,11 @@ class SqliteStore:
             with self._translated():
                 jobs = await _fetch(db, "SELECT * FROM jobs ORDER BY number")
                 files = await _fetch(db, "SELECT * FROM files ORDER BY job_id, file_index")
+                ranges = await _fetch(db, "SELECT * FROM ranges ORDER BY job_id, file_index, range_index")
                 slices = await _fetch(db, "SELECT * FROM slices ORDER BY job_id, file_index, slice_index")
                 grants = await _fetch(db, "SELECT * FROM grants ORDER BY job_id, target, scheme")
             reader = _Reader(box, self.path)
-            stored = await self._in_thread(partial(reader.jobs, jobs, files, slices, grants))
+            stored = await self._in_thread(partial(reader.jobs, jobs, files, ranges, slices, grants))
             self._lost = reader.lost
             return stored
 
@@ -508,6 +522,7 @@ class SqliteStore:
         rows = await self._in_thread(partial(writer.rows, batch, owners))
         await _put(db, "jobs", rows.jobs, key=("id",))
         await _put(db, "files", rows.files, key=("job_id", "file_index"))
+        await _put(db, "ranges", rows.ranges, key=("job_id", "file_index", "range_index"))  # a file keeps its ranges
         await _each(db, "DELETE FROM slices WHERE job_id = :job_id AND file_index = :file_index", rows.files)
         await _put(db, "slices", rows.slices, key=("job_id", "file_index", "slice_index"))
         await _each(db, "DELETE FROM grants WHERE job_id = :job_id AND target = :target AND scheme = :scheme", rows.grants_removed)
@@ -712,6 +727,10 @@ def _url_place(job_id: UUID, owner: str, index: int, column: str) -> Place:
     return Place(job_id, owner, f"files.{index}.{column}")
 
 
+def _headers_place(job: JobRecord) -> Place:
+    return Place(job.id, job.owner.sid, "jobs.custom_headers")
+
+
 def _password_place(job_id: UUID, owner: str, target: AuthTarget, scheme: AuthScheme) -> Place:
     return Place(job_id, owner, "grants.password", target.name, scheme.name)
 
@@ -721,20 +740,22 @@ def _password_place(job_id: UUID, owner: str, target: AuthTarget, scheme: AuthSc
 
 @dataclass(slots=True)
 class _Lost:
-    """Sealed values that this key does not open: of files by (job, index, column), beside their readable part; of grants."""
+    """Sealed values that this key does not open: of files by (job, index, column), beside their readable part; of grants; of jobs."""
 
     urls: dict[tuple[UUID, int, str], tuple[str, bytes]] = field(default_factory=dict)
     grants: set[tuple[UUID, AuthTarget, AuthScheme]] = field(default_factory=set)
+    headers: dict[UUID, bytes] = field(default_factory=dict)  # of jobs: custom headers
 
     def jobs(self) -> frozenset[UUID]:
-        return frozenset(key[0] for key in (*self.urls, *self.grants))
+        return frozenset((*(key[0] for key in (*self.urls, *self.grants)), *self.headers))
 
     def copy(self) -> "_Lost":
-        return _Lost(dict(self.urls), set(self.grants))
+        return _Lost(dict(self.urls), set(self.grants), dict(self.headers))
 
     def forget(self, job_id: UUID) -> None:
         self.urls = {key: value for key, value in self.urls.items() if key[0] != job_id}
         self.grants = {key for key in self.grants if key[0] != job_id}
+        self.headers.pop(job_id, None)
 
 
 @dataclass(slots=True)
@@ -780,6 +801,7 @@ class _Batch:
 class _Rows:
     jobs: list[Values]
     files: list[Values]
+    ranges: list[Values]
     slices: list[Values]
     grants: list[Values]
     grants_removed: list[Values]
@@ -797,8 +819,9 @@ class _Writer:
             if job_id not in owners and any(key[0] == job_id for key in (*batch.files, *(k for k, v in batch.grants.items() if v))):
                 raise NotFound(job_id=job_id)
         return _Rows(
-            [_job_row(job) for job in batch.jobs.values()],
+            [_job_row(job) | self._headers_of(job) for job in batch.jobs.values()],
             [self._file_row(file, owners[file.job_id]) for file in batch.files.values()],
+            [row for file in batch.files.values() for row in _range_rows(file)],
             [row for file in batch.files.values() for row in _slice_rows(file)],
             [self._grant_row(grant, owners[grant.job_id]) for grant in batch.grants.values() if grant],
             [self._grant_removed(*key) for key, grant in batch.grants.items() if grant is None],
@@ -834,6 +857,13 @@ class _Writer:
         secret = None if sealed is None else self._box.open(sealed, before)
         return sealed if secret is None else self._box.seal(secret, after)
 
+    def _headers_of(self, job: JobRecord) -> Values:
+        headers = job.http.headers
+        if headers is None:  # as load() gave them: what is sealed stays
+            return {"custom_headers_secret": self.lost.headers.get(job.id)}
+        self.lost.headers.pop(job.id, None)
+        return {"custom_headers_secret": self._box.seal(headers_text(headers), _headers_place(job)) if headers else None}
+
     def _file_row(self, file: FileRecord, owner: str) -> Values:
         validator, part = file.validator, file.part
         original_url, original_url_secret = self._url(file, owner, "original_url", file.original_url)
@@ -862,6 +892,7 @@ class _Writer:
             restarts=file.restarts,
             transferred=file.transferred,
             committed=file.committed,
+            validated=file.validated,
         )
 
     def _url(self, file: FileRecord, owner: str, column: str, url: str) -> tuple[str, bytes | None]:
@@ -914,9 +945,18 @@ def _job_row(job: JobRecord) -> Values:
         proxy_list=json.dumps(job.proxy.proxy_list),
         proxy_bypass=json.dumps(job.proxy.bypass),
         proxy_resolved=job.proxy.resolved,
+        http_method=job.http.method,
+        custom_headers_write_only=job.http.headers_write_only,
+        custom_headers_origins=_origins_in(job.http.header_origins),
+        security_flags=job.http.flags,
+        crl_source=job.http.crl_source,
+        validates_certificates=job.http.validates_certificates,
         minimum_retry_delay=float(job.minimum_retry_delay),
         no_progress_timeout=float(job.no_progress_timeout),
         maximum_download_time=float(job.maximum_download_time),
+        maximum_download_size=job.maximum_download_size,
+        dynamic_content=job.dynamic_content,
+        high_performance=job.high_performance,
         **{f"error_{name}": error.get(name) for name in _ERROR_FIELDS},
         error_file=job.error_file,
         error_count=job.error_count,
@@ -928,6 +968,13 @@ def _job_row(job: JobRecord) -> Values:
 
 
 _ERROR_FIELDS: Final = tuple(BitsError().fields())
+
+
+def _range_rows(file: FileRecord) -> list[Values]:
+    return [
+        _columns(job_id=file.job_id, file_index=file.index, range_index=number, start=each.initial_offset, length=each.length)
+        for number, each in enumerate(file.ranges)
+    ]
 
 
 def _slice_rows(file: FileRecord) -> list[Values]:
@@ -955,22 +1002,36 @@ class _Reader:
         self._path = path
         self.lost = _Lost()
 
-    def jobs(self, jobs: Iterable[Row], files: Iterable[Row], slices: Iterable[Row], grants: Iterable[Row]) -> list[StoredJob]:
+    def jobs(
+        self, jobs: Iterable[Row], files: Iterable[Row], ranges: Iterable[Row], slices: Iterable[Row], grants: Iterable[Row]
+    ) -> list[StoredJob]:
         files_of, grants_of = _by(files, "job_id"), _by(grants, "job_id")
-        slices_of = _by(slices, "job_id", "file_index")
-        return [self._job(row, files_of, slices_of, grants_of) for row in jobs]
+        ranges_of, slices_of = _by(ranges, "job_id", "file_index"), _by(slices, "job_id", "file_index")
+        return [self._job(row, files_of, ranges_of, slices_of, grants_of) for row in jobs]
 
-    def _job(self, row: Row, files_of: "_Groups", slices_of: "_Groups", grants_of: "_Groups") -> StoredJob:
+    def _job(self, row: Row, files_of: "_Groups", ranges_of: "_Groups", slices_of: "_Groups", grants_of: "_Groups") -> StoredJob:
         name = row["id"]
         try:
-            job = _job(row)
-            files = [self._file(file, job, slices_of.get((name, file["file_index"]), ())) for file in files_of.get((name,), ())]
+            job = self._with_headers(row, _job(row))
+            files = [
+                self._file(file, job, ranges_of.get((name, file["file_index"]), ()), slices_of.get((name, file["file_index"]), ()))
+                for file in files_of.get((name,), ())
+            ]
             grants = [self._grant(grant, job) for grant in grants_of.get((name,), ())]
         except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as exc:
             raise StoreError(f"the journal's record of job {show_text(str(name), 40)} is damaged", path=self._path) from scrub(exc)
         return StoredJob(job, tuple(files), tuple(grant for grant in grants if grant))
 
-    def _file(self, row: Row, job: JobRecord, slices: Iterable[Row]) -> FileRecord:
+    def _with_headers(self, row: Row, job: JobRecord) -> JobRecord:
+        sealed = row["custom_headers_secret"]
+        if sealed is None:
+            return job
+        text = self._box.open(sealed, _headers_place(job))
+        if text is None:
+            self.lost.headers[job.id] = sealed
+        return replace(job, http=replace(job.http, headers=None if text is None else headers_of_text(text)))
+
+    def _file(self, row: Row, job: JobRecord, ranges: Iterable[Row], slices: Iterable[Row]) -> FileRecord:
         return FileRecord(
             job_id=job.id,
             index=row["file_index"],
@@ -978,6 +1039,7 @@ class _Reader:
             url=self._url(row, job, "url"),
             path=Path(_text_out(row["path"])),
             sha256=row["sha256"],
+            ranges=tuple(FileRange(int(each["start"]), _maybe_int(each["length"])) for each in ranges),
             validator=_validator(row),
             part=_part(row),
             slices=tuple(_slice(piece) for piece in slices),
@@ -985,6 +1047,7 @@ class _Reader:
             restarts=row["restarts"],
             transferred=bool(row["transferred"]),
             committed=bool(row["committed"]),
+            validated=bool(row["validated"]),
         )
 
     def _url(self, row: Row, job: JobRecord, column: str) -> str:
@@ -1050,9 +1113,20 @@ def _job(row: Row) -> JobRecord:
             tuple(json.loads(row["proxy_bypass"])),
             bool(row["proxy_resolved"]),
         ),
+        http=HttpOptions(
+            method=_text_out(row["http_method"]),
+            headers_write_only=bool(row["custom_headers_write_only"]),
+            header_origins=_origins_out(row["custom_headers_origins"]),
+            flags=SecurityFlags(row["security_flags"]),
+            crl_source=None if row["crl_source"] is None else Path(_text_out(row["crl_source"])),
+            validates_certificates=bool(row["validates_certificates"]),
+        ),
         minimum_retry_delay=row["minimum_retry_delay"],
         no_progress_timeout=row["no_progress_timeout"],
         maximum_download_time=row["maximum_download_time"],
+        maximum_download_size=_maybe_int(row["maximum_download_size"]),
+        dynamic_content=bool(row["dynamic_content"]),
+        high_performance=bool(row["high_performance"]),
         error=_error(row),
         error_file=row["error_file"],
         error_count=row["error_count"],

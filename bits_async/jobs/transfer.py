@@ -9,7 +9,7 @@ This module decides nothing about jobs: it raises what went wrong and its caller
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -18,20 +18,23 @@ from ..errors import BitsError, ErrorCode, ErrorContext, NetworkError, Validatio
 from ..files import PartFile
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
-from ..transport.answers import AlreadyComplete, Asked, FileChanged
+from ..transport.answers import MAX_URL, AlreadyComplete, Asked, FileChanged, Redirected
 from ..transport.lane import Body, Network, Party
-from ..transport.ranges import MAX_REQUEST, Slice, Validator
+from ..transport.options import SecurityFlags
+from ..transport.ranges import MAX_REQUEST, Detached, Slice, Validator, local_size, locate
 from .model import FileRecord, JobRecord
 
 WRITE_BATCH: Final = 1 << 20
 WRITE_AFTER: Final = 0.25  # seconds of silence after which a smaller batch is written
 CHECKPOINT_BYTES: Final = 32 << 20
 CHECKPOINT_SECONDS: Final = 5.0
+LOOK: Final = 0.1  # seconds between two looks at a body that a thread moves
 FILE_RESTARTS: Final = 3
 RECONNECTS: Final = 5
 RECONNECT_DELAYS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 RESERVE_AHEAD: Final = 64 << 20
 NO_VALIDATOR: Final = "the server gives no validator to go on by"
+DYNAMIC: Final = "dynamic content cannot be continued"
 
 log = logging.getLogger("bits_async.transfer")
 
@@ -110,10 +113,12 @@ async def _next(chunks: AsyncIterator[bytes], patience: float | None) -> bytes |
 class Attempt:
     """One go at a job, as the tokens of `pair`. `run` returns when every file is transferred.
 
-    `party` makes the network side of the job for the token that acts there and its security threads.
+    `party` makes the network side of one file (by its index) for the token that acts there and its security threads.
     """
 
-    def __init__(self, shop: Workshop, recorder: Recorder, pair: TokenPair, party: Callable[[Token, TokenExecutor], Party]) -> None:
+    def __init__(
+        self, shop: Workshop, recorder: Recorder, pair: TokenPair, party: Callable[[Token, TokenExecutor, int], Awaitable[Party]]
+    ) -> None:
         self._shop = shop
         self._recorder = recorder
         self._pair = pair
@@ -133,8 +138,8 @@ class Attempt:
             executors.lease(local, "files") as files,
             executors.lease(remote, "security") as security,
         ):
-            party = self._party(remote, security)
             while (record := next((file for file in self._recorder.files if not file.transferred), None)) is not None:
+                party = await self._party(remote, security, record.index)
                 await self._transfer(record, files, party)  # files may be added meanwhile
 
     async def _transfer(self, record: FileRecord, files: TokenExecutor, party: Party) -> None:
@@ -176,9 +181,9 @@ class Attempt:
     async def _position(self, record: FileRecord, part: PartFile) -> int:
         """Where to go on: in the boot that wrote the file its length counts, after another boot only what was made durable."""
         length = await part.length()
-        resumable = record.validator is not None and record.validator.resumable
+        resumable = self._can_go_on(record.validator)
         if length and not resumable:
-            self._recorder.restarted(record.index, NO_VALIDATOR, changed=False)
+            self._recorder.restarted(record.index, self._why_anew, changed=False)
         durable = record.slices[0].durable if record.slices and resumable else 0
         if length < durable:
             self._recorder.restarted(record.index, "the part file is shorter than the journal says", changed=True)
@@ -188,6 +193,17 @@ class Attempt:
         if durable < length:
             await part.truncate(durable)  # also where all is fetched anew: what lies beyond is of no version
         return durable
+
+    def _can_go_on(self, validator: Validator | None) -> bool:
+        """Whether bytes of that version can be followed by more of the same version."""
+        job = self._recorder.job
+        return validator is not None and validator.resumable and not job.dynamic_content and job.http.plain
+
+    @property
+    def _why_anew(self) -> str:
+        if not self._recorder.job.http.plain:
+            return "only GET can be continued"
+        return DYNAMIC if self._recorder.job.dynamic_content else NO_VALIDATOR
 
     async def _start_digest(self, download: _Download) -> None:
         if download.record.sha256 is not None:
@@ -206,6 +222,11 @@ class Attempt:
                 else:
                     # the server cannot go on where we stopped; bounded by the number of broken connections
                     await self._anew(download, change.reason, changed=False)
+            except Redirected as elsewhere:
+                if download.validator is not None:
+                    download.validator = download.validator.at_another_url()
+                await self._rename(download, elsewhere.location)
+                raise elsewhere.error from None
             except AlreadyComplete as done:
                 if done.total != download.piece.written:
                     await self._restart(download, "the file's size on the server is another one")
@@ -215,37 +236,75 @@ class Attempt:
                 await self._reopen(download, error, download.piece.written > start)
 
     async def _request(self, download: _Download, party: Party) -> None:
-        piece, record = download.piece, download.record
+        piece = download.piece
         if piece.end is not None and piece.written >= piece.end and piece.written > 0:
             download.complete = True
             return
-        limit = None if piece.end is None or piece.end - piece.written <= MAX_REQUEST else piece.written + MAX_REQUEST
-        asked = Asked(record.url, piece.written, limit, download.validator)
+        asked = self._asked(download)
         async with self._shop.network.get(party, asked) as body:
-            await self._pin(download, body)
+            await self._pin(download, asked, body)
             self._recorder.answered()
-            await self._pump(download, body)
+            if SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_REPORT in party.options.flags:
+                await self._rename(download, body.url)
+            detached = body.detach()
+            if detached is None:
+                await self._pump(download, body)
+            else:
+                await self._receive(download, body, detached, party.timeouts.idle)
         if body.length is None:
             download.complete = True  # only the end of the body says where the file ends
-        elif body.total is not None:
-            download.complete = download.piece.written >= body.total
+        elif piece.end is not None:
+            download.complete = piece.written >= piece.end
 
-    async def _pin(self, download: _Download, body: Body) -> None:
+    def _asked(self, download: _Download) -> Asked:
+        """The bytes to ask for next."""
+        record, position, validator = download.record, download.piece.written, download.validator
+        if not record.ranges:
+            end = download.piece.end
+            limit = None if end is None or end - position <= MAX_REQUEST else position + MAX_REQUEST
+            return Asked(record.url, position, limit, validator, dynamic=self._recorder.job.dynamic_content)
+        if position and not self._can_go_on(validator):
+            message = f"a file of ranges cannot be fetched: {NO_VALIDATOR}"
+            raise make_error(ErrorCode.BG_E_INSUFFICIENT_RANGE_SUPPORT, ErrorContext.REMOTE_FILE, message, url=record.url)
+        return Asked(record.url, *locate(record.ranges, position, validator.size if validator else None), validator, part=True)
+
+    async def _pin(self, download: _Download, asked: Asked, body: Body) -> None:
         """The first answer names the version that every later one must be of; the journal knows it before the first byte is written."""
-        if body.start != download.piece.written:
+        if body.start != asked.start:
             raise make_error(ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorContext.REMOTE_FILE, "the answer starts elsewhere", url=body.url)
         if download.validator is None or download.validator.size is None:
+            self._refuse_outside(download.record, body.total)
             download.validator = replace(body.validator, size=body.total)
-            download.piece.end = body.total
+            download.piece.end = local_size(download.record.ranges, body.total)
             await self._keep(download)
+        self._refuse_too_large(download, download.piece.end or 0)
         if body.length is not None:
-            await download.part.reserve(body.start, min(body.length, RESERVE_AHEAD))
+            await download.part.reserve(download.piece.written, min(body.length, RESERVE_AHEAD))
+
+    def _refuse_outside(self, record: FileRecord, size: int | None) -> None:
+        for each in record.ranges:
+            if size is not None and each.reaches_beyond(size):
+                message = f"the range from byte {each.initial_offset} is not in the file, which has {size} bytes"
+                raise make_error(ErrorCode.BG_E_INVALID_RANGE, ErrorContext.REMOTE_FILE, message, url=record.url)
+
+    def _refuse_too_large(self, download: _Download, size: int) -> None:
+        """With `size` bytes of this file the job would have more than it may (its maximum download size)."""
+        most = self._recorder.job.maximum_download_size
+        if most is None:
+            return
+        others = sum(file.size or 0 for file in self._recorder.files if file.index != download.index)
+        if others + size > most:
+            message = f"the job may have {most} bytes, and its files have at least {others + size}"
+            code = ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_LIMIT_REACHED
+            raise make_error(code, ErrorContext.REMOTE_FILE, message, url=download.record.url)
 
     async def _pump(self, download: _Download, body: Body) -> None:
         chunks, batch, size = aiter(body), list[bytes](), 0
         try:
             while (chunk := await _next(chunks, WRITE_AFTER if batch else None)) is not None:
                 if chunk:
+                    if download.piece.end is None:
+                        self._refuse_too_large(download, download.piece.written + size + len(chunk))
                     batch.append(chunk)
                     size += len(chunk)
                 if size >= WRITE_BATCH or not chunk:
@@ -262,16 +321,41 @@ class Attempt:
         finally:
             piece.advance(max(0, download.part.written_to - piece.written))  # a write is finished before its cancel goes on
             self._recorder.moved(download.index, piece.written)
-        now = self._shop.clock.monotonic()
-        if piece.written - download.checkpoint_from >= CHECKPOINT_BYTES or now - download.checkpoint_at >= CHECKPOINT_SECONDS:
+        await self._checkpoint_when_due(download)
+
+    async def _receive(self, download: _Download, body: Body, detached: Detached, idle: float) -> None:
+        """The fast way: a thread of the file token moves the rest of the body from its socket; here it is only watched."""
+        piece, start = download.piece, download.piece.written
+        move = asyncio.ensure_future(download.part.receive(detached, piece, None, None, idle=idle))
+        try:
+            while not move.done():
+                await asyncio.wait({move}, timeout=LOOK)
+                self._recorder.moved(download.index, piece.written)
+                await self._checkpoint_when_due(download)
+            move.result()
+        except BitsError as error:
+            raise error.located(url=body.url) from None
+        finally:
+            if not move.done():
+                move.cancel()
+                await asyncio.wait({move})
+            self._recorder.moved(download.index, piece.written)
+            body.reattach(piece.written - start)
+
+    async def _checkpoint_when_due(self, download: _Download) -> None:
+        if self._recorder.job.high_performance:
+            return
+        clock, written = self._shop.clock, download.piece.written
+        if written - download.checkpoint_from >= CHECKPOINT_BYTES or clock.monotonic() - download.checkpoint_at >= CHECKPOINT_SECONDS:
             await self._checkpoint(download)
 
     async def _checkpoint(self, download: _Download) -> None:
+        position = download.piece.written  # read before the sync: a thread may be writing on
         await download.part.sync()
-        download.piece.durable = download.piece.written
+        download.piece.checkpoint(position)
         await self._keep(download)
         download.checkpoint_at = self._shop.clock.monotonic()
-        download.checkpoint_from = download.piece.written
+        download.checkpoint_from = position
 
     async def _keep(self, download: _Download, *, transferred: bool = False) -> None:
         download.record = replace(
@@ -290,12 +374,20 @@ class Attempt:
         """Open a connection that broke after new bytes again, a few times in one attempt; anything else ends the attempt."""
         if not (isinstance(error, NetworkError) and error.transient and moved and self._reconnects < RECONNECTS):
             raise error
+        if not self._recorder.job.http.plain:
+            raise error  # only the application knows whether such a request may be made twice
         delay = RECONNECT_DELAYS[self._reconnects]
         self._reconnects += 1
         self._recorder.retrying(self._reconnects, delay, error)
         await self._shop.clock.sleep(delay)
-        if download.validator is None or not download.validator.resumable:
-            await self._anew(download, NO_VALIDATOR, changed=False)
+        if not self._can_go_on(download.validator):
+            await self._anew(download, self._why_anew, changed=False)
+
+    async def _rename(self, download: _Download, url: str) -> None:
+        """The redirect policy reports where the file is. What is too long to be the name of a file in a job is not kept."""
+        if url != download.record.url and len(url) <= MAX_URL:
+            download.record = replace(download.record, url=url)
+            await self._keep(download)
 
     async def _restart(self, download: _Download, reason: str) -> None:
         """The remote file is another one: fetch this file anew, a bounded number of times."""
@@ -331,7 +423,8 @@ class Attempt:
             found = await download.part.digest("sha256")
             if found != record.sha256:
                 await self._refuse(download, f"sha256 is {found}, expected {record.sha256}")
-        download.validator = replace(download.validator or Validator(None, None, None), size=length)
+        known = download.validator or Validator(None, None, None)
+        download.validator = known if record.ranges and known.size is not None else replace(known, size=length)
         piece.end = length
         await download.part.sync()
         piece.durable = piece.written
@@ -359,7 +452,7 @@ class Attempt:
                 await part.discard()  # the journal knows nothing of it
             elif download.fresh and not piece.written and not record.transferred:
                 await self._discard(download)
-            elif not record.transferred and piece.durable < piece.written:
+            elif not record.transferred and piece.durable < piece.written and not self._recorder.job.high_performance:
                 await self._checkpoint(download)
         except BitsError as error:
             log.warning("job %s: the last checkpoint failed, a resume repeats some bytes: %s", record.job_id, error)

@@ -9,7 +9,7 @@ redirect leads.
 import ipaddress
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import quote
@@ -256,17 +256,27 @@ class Asked:
         url: where it is asked now (after redirects).
         start, end: absolute positions; end None: to the end of the file.
         pinned: the version the bytes must be of; None: any.
+        part: exactly these bytes are wanted, and not those before them: any version will do while none is pinned, and the whole file
+            is no answer.
+        dynamic: the file is made when it is asked for: it need not tell where it ends.
     """
 
     url: str
     start: int = 0
     end: int | None = None
     pinned: Validator | None = None
+    part: bool = False
+    dynamic: bool = False
 
     @property
     def ranged(self) -> bool:
         """Whether the request carries a Range header."""
         return self.start > 0 or self.end is not None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether bytes of a version were fetched before."""
+        return self.pinned is not None or (self.start > 0 and not self.part)
 
     def headers(self) -> dict[str, str]:
         """What the request needs of headers besides logins: identity coding, the range, `If-Range` for a pinned version."""
@@ -341,6 +351,7 @@ class Redirect:
 
     location: str
     downgrade: bool = False
+    status: int = field(default=302, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,6 +389,15 @@ class AlreadyComplete(Exception):
         self.total = total
 
 
+class Redirected(Exception):
+    """Control flow: the server redirects, and the job does not follow. `location` is where to, `error` what becomes of the attempt."""
+
+    def __init__(self, location: str, error: BitsError) -> None:
+        super().__init__("redirected")
+        self.location = location
+        self.error = error
+
+
 # -- the judge -------------------------------------------------------------------------------------------------------------------
 
 
@@ -406,7 +426,7 @@ def judge(asked: Asked, answer: Answer, *, now: float | None = None) -> Verdict:
                 return _judge_redirect(asked, answer)
             case 401 | 407:
                 return Challenged(answer.status)
-            case 412 if asked.start > 0 or asked.pinned:
+            case 412 if asked.goes_on:
                 return Restart("the server has another version (412)", None)
             case 416:
                 return _judge_unsatisfied(asked, answer)
@@ -426,10 +446,12 @@ def _judge_whole(asked: Asked, answer: Answer, length: int | None, framed: bool)
     version = _same_version(asked, served)
     if isinstance(version, Restart):
         return version
+    if asked.part and asked.ranged and (asked.start > 0 or length is None or (asked.end is not None and asked.end < length)):
+        raise _Broken("the server sends the whole file in place of a range", ErrorCode.BG_E_INSUFFICIENT_RANGE_SUPPORT)
     if asked.start > 0:
         return Restart("the server sent the whole file in place of the rest", version, changed=False)
     _require_whole(answer.headers)
-    if not framed:
+    if not framed and not asked.dynamic:
         raise _Broken("nothing in it says where the file ends", ErrorCode.BG_E_MISSING_FILE_SIZE)
     return Accept(0, length, version.size, version, ranged=False)
 
@@ -448,7 +470,7 @@ def _judge_part(asked: Asked, answer: Answer, length: int | None) -> Verdict:
     if isinstance(version, Restart):
         return version
     if version.size is None:
-        if asked.start > 0:
+        if asked.goes_on and asked.start > 0:
             return Restart("the server does not tell the size of the file", version, changed=False)
         raise _Broken("it is a part of a file whose size is not told", ErrorCode.BG_E_MISSING_FILE_SIZE)
     if part.end > version.size or (asked.end is not None and part.end > asked.end):
@@ -460,10 +482,12 @@ def _judge_part(asked: Asked, answer: Answer, length: int | None) -> Verdict:
 
 def _judge_unsatisfied(asked: Asked, answer: Answer) -> Verdict:
     """416: complete, when the file is proved to end where we stopped; else another file, or a server without sense."""
+    if asked.part and not asked.goes_on:
+        raise _Broken("the file ends before the range begins", ErrorCode.BG_E_INVALID_RANGE)
     end = _content_range(answer.headers, needed=False)
     total = end.total if isinstance(end, Unsatisfied) else None
     served = validator_of(answer.headers, total)
-    if total is not None and total == asked.start and _ends_here(asked, served):
+    if total is not None and total == asked.start and not asked.part and _ends_here(asked, served):
         return Complete(total)
     if asked.start == 0 and asked.pinned is None:
         return Refuse(_error(asked, answer, None))
@@ -475,7 +499,7 @@ def _judge_redirect(asked: Asked, answer: Answer) -> Verdict:
         target = resolve_location(asked.url, _only(answer.headers, "Location") or "")
     except BitsError as exc:
         return Refuse(make_error(exc.code, exc.context, exc.message, url=asked.url, http_status=answer.status))
-    return Redirect(target, downgrades(asked.url, target))
+    return Redirect(target, downgrades(asked.url, target), answer.status)
 
 
 # -- what the judge looks at -----------------------------------------------------------------------------------------------------
@@ -494,7 +518,7 @@ def _same_version(asked: Asked, served: Validator) -> Validator | Restart:
         )
     if pinned is not None and pinned.contradicts(served):
         return Restart("the file has changed on the server", served)
-    if asked.start > 0:
+    if asked.start > 0 and asked.goes_on:
         return Restart("nothing proves that this is still the same file", served, changed=False)
     return served
 

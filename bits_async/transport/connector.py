@@ -394,6 +394,7 @@ class LaneConnector(aiohttp.TCPConnector):
         self.peer_certificate: bytes | None = None
         self.proxy_certificate: bytes | None = None
         self._tls = tls
+        self._proxy_tls = tls.proxy or tls
         self._proxy_login = proxy_login
         self._current: ResponseHandler | None = None
         self._wire: asyncio.Transport | None = None  # TCP itself, under all TLS: to abort it always works
@@ -441,7 +442,7 @@ class LaneConnector(aiohttp.TCPConnector):
         who = "proxy" if self.route.forwarded else "server"
         with network_errors(url, f"reach the {who} {connect_target(peer)}"):
             async with asyncio.timeout(timeouts.connect):
-                transport, protocol = await self._dial(peer, self._factory)
+                transport, protocol = await self._dial(peer, self._factory, self._proxy_tls if self.route.forwarded else self._tls)
         self._current = protocol
         certificate = peer_certificate(transport)
         if self.route.forwarded:
@@ -456,7 +457,7 @@ class LaneConnector(aiohttp.TCPConnector):
         for _ in range(EXCHANGES):
             with network_errors(url, f"reach the proxy {connect_target(proxy)}"):
                 async with asyncio.timeout(timeouts.connect):
-                    transport, link = await self._dial(proxy, Link)
+                    transport, link = await self._dial(proxy, Link, self._proxy_tls)
                 self.proxy_certificate = peer_certificate(transport)
                 self._proxy_login.opened(self.proxy_certificate)
                 stands = await self._connect_legs(link, url, timeouts)
@@ -489,11 +490,11 @@ class LaneConnector(aiohttp.TCPConnector):
             if link.pending:
                 raise bad_proxy_answer(url, "bytes follow the tunnel's head")
             async with asyncio.timeout(timeouts.connect):
-                inner = await self._start_tls(transport, protocol, url)
+                inner = await self._start_tls(transport, protocol, url, self._tls)
         self._current = protocol
         self.peer_certificate = peer_certificate(inner)
 
-    async def _dial(self, peer: str, factory: "Callable[[], _Protocol]") -> "tuple[asyncio.Transport, _Protocol]":
+    async def _dial(self, peer: str, factory: "Callable[[], _Protocol]", settings: TlsSettings) -> "tuple[asyncio.Transport, _Protocol]":
         """A connection to the peer of the route (a URL), with TLS where its scheme says so."""
         loop, tls = asyncio.get_running_loop(), peer[:6].lower() == "https:"
         connected = await _connected_socket(*authority(peer))
@@ -503,20 +504,24 @@ class LaneConnector(aiohttp.TCPConnector):
         except BaseException:
             connected.close()
             raise
-        transport = await self._start_tls(self._wire, protocol, peer) if tls else self._wire
+        transport = await self._start_tls(self._wire, protocol, peer, settings) if tls else self._wire
         return transport, protocol
 
-    async def _start_tls(self, transport: asyncio.Transport, protocol: asyncio.Protocol, url: str) -> asyncio.Transport:
+    async def _start_tls(
+        self, transport: asyncio.Transport, protocol: asyncio.Protocol, url: str, settings: TlsSettings
+    ) -> asyncio.Transport:
         """TLS over what stands already, with the host of the URL. The deadline is the caller's."""
+        host = authority(url)[0].removesuffix(".")  # a trailing dot is the resolver's affair
         inner = await asyncio.get_running_loop().start_tls(
             transport,
             protocol,
-            self._tls.effective(),
-            server_hostname=authority(url)[0].removesuffix("."),  # a trailing dot is the resolver's affair
+            settings.effective(),
+            server_hostname=host,
             ssl_shutdown_timeout=SHUTDOWN_TIMEOUT,
         )
         if inner is None:
             raise ConnectionAbortedError("closed in the handshake")
+        settings.check_leaf(peer_certificate(inner), host, url)
         protocol.connection_made(inner)
         return inner
 

@@ -11,11 +11,13 @@ with the old one. This module knows no job and no local file, and decides nothin
 
 import asyncio
 import contextvars
+import socket
 import ssl
+import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import aiohttp
@@ -49,13 +51,16 @@ from .answers import (
     Complete,
     FileChanged,
     Redirect,
+    Redirected,
     Refuse,
     Restart,
     Verdict,
+    authority,
     check_url,
     judge,
 )
 from .connector import EXCHANGES, HEAD_LIMIT, LEG_BODY_LIMIT, USER_AGENT, LaneConnector, Login, Route, throw, tokens
+from .options import HttpOptions, SecurityFlags
 from .proxies import ProxySettings, route
 from .ranges import Detached, Validator
 from .timeouts import Timeouts
@@ -68,6 +73,7 @@ REDIRECTS: Final = 10
 READ_BUFFER: Final = 256 * 1024
 LEFTOVER_LIMIT: Final = 64 * 1024  # an unwanted body up to this size is read, so that the connection can be used again
 LEFTOVER_SECONDS: Final = 5.0
+DETACH_FROM: Final = 4 * 1024 * 1024  # a body with less left is not worth a thread of its own
 
 
 # -- the seam -----------------------------------------------------------------------------------------------------------------
@@ -84,6 +90,17 @@ class Party:
     rules: AuthRules
     timeouts: Timeouts
     security: TokenExecutor
+    options: HttpOptions = field(default_factory=HttpOptions)
+    judge: "Judge | None" = None
+    heard: Callable[[Iterable[tuple[str, str]]], None] | None = None  # told the headers of each answer that is not a leg of a login
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who is asked about a server's certificate after TLS verified it and before anything is requested."""
+
+    key: object  # connections that it let pass are for those with the very same key
+    ask: Callable[[str, int, bytes], Awaitable[None]]  # host, port, certificate (DER); raises BitsError for no
 
 
 class Body(Protocol):
@@ -118,7 +135,11 @@ class Body(Protocol):
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
     def detach(self) -> Detached | None:
-        """The socket with the rest of the body on it; None: iterate instead."""
+        """The socket with the rest of the body on it; None: iterate instead. Whoever takes it gives it back by `reattach`."""
+        ...
+
+    def reattach(self, moved: int) -> None:
+        """So many bytes of what was detached were put away; the socket is not used any more."""
         ...
 
 
@@ -131,6 +152,7 @@ class Network(Protocol):
         Raises (on entering):
             FileChanged: the file must be fetched anew.
             AlreadyComplete: nothing is left to fetch.
+            Redirected: the party's options refuse to follow.
             BitsError: everything else.
         """
         ...
@@ -203,6 +225,7 @@ class LaneBody:
         self._silent = False
         self._waiting_since: float | None = None
         self._watch: asyncio.TimerHandle | None = None
+        self._detached: socket.socket | None = None
 
     def __aiter__(self) -> "LaneBody":
         return self
@@ -257,7 +280,42 @@ class LaneBody:
             throw(error_from_network(EOFError(), url=self.url, doing="receive the whole file"))
 
     def detach(self) -> Detached | None:
-        return None
+        """Plain HTTP with a known length, and enough of it left to be worth a thread; None otherwise, then iterate.
+
+        Between here and `reattach` nobody reads this connection but the holder of the socket.
+        """
+        left, response = self._left, self._response
+        if sys.platform == "win32" or left is None or left < DETACH_FROM or self._ended or self._lane.withdrawn:
+            return None
+        if response.content_length != left:
+            return None  # in chunks: a range tells its length, but between the bytes there is framing
+        connection = response.connection
+        transport = connection.transport if connection is not None else None
+        if connection is None or transport is None or transport.get_extra_info("sslcontext") is not None:
+            return None
+        protocol = connection.protocol
+        raw = transport.get_extra_info("socket")
+        if protocol is None or raw is None or response.content.exception() is not None:
+            return None
+        already = rest_of(response.content)  # no await until reading is paused: nothing can come in between
+        protocol.pause_reading()
+        self._detached = socket.fromfd(raw.fileno(), raw.family, raw.type)
+        self._lane.detached = self._detached
+        return Detached(self._detached, already, left)
+
+    def reattach(self, moved: int) -> None:
+        """The holder has put `moved` bytes away and does not use the socket any more. A body that is whole frees its connection."""
+        assert self._left is not None, "detach gives nothing without a length"
+        self._left -= moved
+        self._lane.detached = None
+        if self._detached is not None:
+            self._detached.close()
+            self._detached = None
+        connection = self._response.connection
+        if self._left == 0 and connection is not None and connection.protocol is not None:
+            connection.protocol.resume_reading()
+            self._response.content.feed_eof()
+        self._ended = True
 
     def close(self) -> None:
         """Read to its end: the connection may serve again. Left early: it goes."""
@@ -287,6 +345,7 @@ class LaneKey:
     """For each seat what may be shown there: scheme, keyed fingerprint of the credential, implicit or not."""
     rules: AuthRules
     tls: object
+    judge: object
     origin: Origin
     proxy: str | None
 
@@ -298,6 +357,7 @@ class Lane:
         self.key = key
         self.identity = party.token.name
         self.withdrawn = False
+        self.detached: socket.socket | None = None  # another descriptor of the connection, while somebody else reads it
         self.failed = False
         """A request had no answer: whatever state its logins are in, they are not tried again."""
         self._offers = offers
@@ -347,6 +407,8 @@ class Lane:
             BitsError: no answer, or a challenge that may not be answered.
         """
         self._party = party
+        if not party.options.plain:
+            self.drop()  # a kept connection that breaks would leave open whether the request was carried out
         response: aiohttp.ClientResponse | None = None
         try:
             for _ in range(EXCHANGES):
@@ -399,13 +461,13 @@ class Lane:
         """One request and the head of its answer.
 
         A kept connection may have been closed by the peer at the very moment it is used again; then, and only then, the request
-        is made once more on a new one. It is a GET: asking twice does no harm, and the logins know that the connection changed.
+        is made once more on a new one. A GET only: asking twice does no harm, and the logins know that the connection changed.
         """
         if self._connector.ready:
             try:
                 return await self._send(asked)
             except NetworkError as error:
-                if error.code != ErrorCode.BG_E_CONNECTION_CLOSED:
+                if error.code != ErrorCode.BG_E_CONNECTION_CLOSED or not self._party.options.plain:
                     raise
         await self._connect(asked.url)
         return await self._send(asked)
@@ -421,22 +483,30 @@ class Lane:
         for login in self._logins:
             proxy = login.seat is Seat.PROXY
             login.opened(self._connector.proxy_certificate if proxy else self._connector.peer_certificate)
+        judge, certificate = self._party.judge, self._connector.peer_certificate
+        if judge is not None and certificate is not None:
+            await judge.ask(*authority(url), certificate)
 
     async def _send(self, asked: Asked) -> aiohttp.ClientResponse:
         url = yarl.URL(asked.url, encoded=True)
-        headers = {"User-Agent": USER_AGENT, **asked.headers()}
+        options = self._party.options
+        headers = [*asked.headers().items(), *options.headers_for(self._route.origin)]
+        if not any(name.lower() == "user-agent" for name, _ in headers):
+            headers.append(("User-Agent", USER_AGENT))
         for login in self._logins:
             target = str(url) if login.seat is Seat.PROXY else url.raw_path_qs
-            value = await login.header(method="GET", target=target)
+            value = await login.header(method=options.method, target=target)
             if value is not None:
-                headers[login.seat.answer_header] = value
+                headers.append((login.seat.answer_header, value))
         if self._route.forwarded:
-            headers["Proxy-Connection"] = "keep-alive"
+            headers.append(("Proxy-Connection", "keep-alive"))
         proxy = yarl.URL(self._route.proxy) if self._route.forwarded and self._route.proxy else None
         self.check(asked.url)  # while the headers were made, or while the connection was
         with wire_errors(asked.url, "get an answer"):
             async with asyncio.timeout(self.timeouts.response):
-                return await self._session.get(url, headers=headers, proxy=proxy, allow_redirects=False)
+                return await self._session.request(
+                    options.method, url, headers=headers, skip_auto_headers=["Content-Type"], proxy=proxy, allow_redirects=False
+                )
 
     # -- after an answer
 
@@ -459,6 +529,9 @@ class Lane:
 
     def drop(self) -> None:
         """Closes the connection at once; the next request opens another."""
+        if self.detached is not None:
+            with suppress(OSError):  # the peer was quicker
+                self.detached.shutdown(socket.SHUT_RDWR)  # another descriptor of the same connection: closing ours would not end it
         self._connector.drop()
 
     def withdraw(self) -> None:
@@ -569,7 +642,7 @@ class Lanes:
     async def get(self, party: Party, asked: Asked) -> AsyncIterator[Body]:
         """See `Network.get`. Redirects are followed; the body says where it comes from in the end."""
         url = check_url(asked.url)
-        been = {url}
+        been = {(party.options.method, url)}
         while True:
             async with self._lane_for(party, url) as lane:
                 with _placed(url, party.token.name):
@@ -581,7 +654,7 @@ class Lanes:
                         body.close()
                     return
             with _placed(url, party.token.name):
-                url = _follow(url, onward, been)
+                party, url = _follow(party, url, onward, been)
 
     async def forget(self, token: Token) -> None:
         """See `Network.forget`. Requests that are being made on such lanes fail as if the connection had been cut."""
@@ -615,6 +688,8 @@ class Lanes:
     async def _ask(self, lane: Lane, party: Party, asked: Asked) -> tuple[LaneBody | None, Redirect]:
         """(the body, anything), or (None, where to go on)."""
         verdict, response = await lane.ask(party, asked)
+        if party.heard is not None:
+            party.heard((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in response.raw_headers)
         if isinstance(verdict, Accept):
             return LaneBody(lane, response, asked, verdict), Redirect("")
         await lane.settle(response, LEFTOVER_LIMIT, LEFTOVER_SECONDS)
@@ -660,7 +735,8 @@ class Lanes:
         if proxy is not None:
             offers[Seat.PROXY] = choose_offers(Seat.PROXY, Origin.of(proxy), party.grants, party.token)
         shown = tuple((seat, offer.scheme.word, offer.fingerprint, offer.implicit) for seat, given in offers.items() for offer in given)
-        return LaneKey(party.token, shown, party.rules, party.tls.key, origin, proxy), offers
+        judge = None if party.judge is None else party.judge.key
+        return LaneKey(party.token, shown, party.rules, party.tls.key, judge, origin, proxy), offers
 
     def _new_lane(self, host: _Host, key: LaneKey, offers: Mapping[Seat, Offers], party: Party) -> Lane:
         """Makes room where kept lanes of others fill the host's share."""
@@ -698,13 +774,20 @@ class Lanes:
             await asyncio.wait(self._closing)
 
 
-def _follow(url: str, onward: Redirect, been: set[str]) -> str:
-    """The next URL; refuses what never ends and what gives up TLS."""
-    if onward.downgrade:
+def _follow(party: Party, url: str, onward: Redirect, been: set[tuple[str, str]]) -> tuple[Party, str]:
+    """Who asks next, and where; refuses what the party does not want, what never ends, and what gives up TLS unasked."""
+    flags = party.options.flags
+    if SecurityFlags.HTTP_REDIRECT_POLICY_DISALLOW in flags:
+        error = error_from_status(onward.status, url=url, reason="a redirect, which this job does not follow", identity=party.token.name)
+        error.transient = False
+        error.advice = "the file's remote name is now where the server redirected to: look at it, then resume the job"
+        raise Redirected(onward.location, error)
+    if onward.downgrade and SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_HTTPS_TO_HTTP not in flags:
         raise _bad_redirect(url, "it leads from https to http")
-    if onward.location in been:
+    options = party.options.after_redirect(onward.status)
+    if (options.method, onward.location) in been:
         raise _bad_redirect(url, "it leads back to where it came from")
     if len(been) > REDIRECTS:
         raise _bad_redirect(url, f"it is the {REDIRECTS + 1}th")
-    been.add(onward.location)
-    return onward.location
+    been.add((options.method, onward.location))
+    return replace(party, options=options), onward.location

@@ -71,7 +71,7 @@ class Connectivity(Protocol):
         """Whether the host may be reached: False only with proof, and then `changed` says True once it may be.
 
         Args:
-            host: a name or an address, as `peer_host` gives it. Without a network, names are looked up, for at most 2 x 2 s.
+            host: a name or an address, as `peer_host` gives it. Without a network, a name is looked up, for 4 s at most.
         """
         ...
 
@@ -230,7 +230,6 @@ def _is_news(address: LocalAddress, link: Link) -> bool:
 NLMSG_ERROR: Final = 2
 NLMSG_DONE: Final = 3
 NLM_F_REQUEST: Final = 0x1
-NLM_F_DUMP_INTR: Final = 0x10
 NLM_F_DUMP: Final = 0x300
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
@@ -516,21 +515,20 @@ class _Watcher(ABC):
         self._hear()
         self._refresh()
         target = parse_address(host)
-        if self._connected_to(target, host):
+        if is_loopback_name(host) or self._in_reach(target):
             return True
         found = [str(target)] if target else await self._resolve(host)
         if found is None:
             return True  # nothing is proven; whoever asked may try
         targets: set[Address | None] = {address for text in found if (address := parse_address(text))} or {None}
         self._refresh()
-        if any(self._leads_to(one) for one in targets):
+        if any(self._in_reach(one) for one in targets):
             return True
         self._missed |= targets
         return False
 
-    def _connected_to(self, target: Address | None, host: str) -> bool:
-        """Without asking a resolver."""
-        return is_loopback_name(host) or self._leads_to(target)
+    def _in_reach(self, target: Address | None) -> bool:
+        return self._connected or self._leads_to(target)
 
     def _stir(self) -> None:
         self._stale = self._unquiet = True
@@ -558,7 +556,7 @@ class _Watcher(ABC):
 
     def _owes(self) -> bool:
         """Somebody was told that a host is out of reach, and it no longer is."""
-        return any(self._leads_to(target) for target in self._missed)
+        return any(self._in_reach(target) for target in self._missed)
 
     def _news(self) -> bool | None:
         if self._told and not self._connected:
@@ -566,7 +564,7 @@ class _Watcher(ABC):
             return False
         if self._appeared:
             self._told, self._appeared = self._connected, False
-            self._missed = {target for target in self._missed if not self._leads_to(target)}
+            self._missed = {target for target in self._missed if not self._in_reach(target)}
             return True
         return None
 
@@ -576,7 +574,7 @@ class _Watcher(ABC):
 
     @abstractmethod
     def _leads_to(self, target: Address | None) -> bool:
-        """Whether an address may be reached; None: whether any name may have an address."""
+        """Whether an address may be reached by a machine that is not connected; None: whether a name may have an address."""
 
     @abstractmethod
     def _hear(self) -> None:
@@ -631,7 +629,7 @@ class NetlinkConnectivity(_Watcher):
         return came_up(before, now) or (route_came and self._connected)
 
     def _leads_to(self, target: Address | None) -> bool:
-        return self._connected if target is None else leads_to(self._sight, target)
+        return target is not None and leads_to(self._sight, target)
 
     def _hear(self) -> None:
         if self._kernel is None:
@@ -751,7 +749,7 @@ class PollingConnectivity(_Watcher):
     def _leads_to(self, target: Address | None) -> bool:
         if target is None:
             # Where there never was a way out, as on an isolated network, its absence says nothing about a name.
-            return self._connected or not self._was_connected
+            return not self._was_connected
         if is_loopback(target) or _only_nearby(target):
             return True
         try:

@@ -1,7 +1,8 @@
 """Which bytes of which version: slices of a remote file, the requests that fetch them, and what pins the version.
 
 Pure arithmetic and text. Knows no connection and no local file; positions are absolute offsets in the remote file, and every
-`end` is exclusive (only the text of a header counts inclusively).
+`end` is exclusive (only the text of a header counts inclusively). Where a job names ranges of a file, the local file is these,
+one after the other; slices then count in it, and `locate` says where a position of it is in the remote file.
 
 A version is pinned by a strong ETag, else by Last-Modified together with the size. A weak ETag promises equal meaning, not
 equal bytes, so it never proves that two answers are the same file; it may prove that they are not.
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import pairwise
-from typing import Final, Self
+from typing import Final, Self, TypeGuard
 
-from ..errors import InvalidArgument
+from ..errors import ErrorCode, InvalidArgument
 
 MAX_REQUEST: Final = 2 * 1024**3
 """One request asks for the rest of the file, but for no more than this; BITS never asks for more either."""
@@ -84,6 +85,13 @@ class Validator:
         if (self.etag and not other.etag) or (self.size is not None and other.size is None):
             return False
         return self.modified is not None and self.modified == other.modified
+
+    def at_another_url(self) -> "Validator":
+        """What of it counts where the file got another URL: BITS's version of a file, its time and size.
+
+        An ETag means something for its own resource only; two resources may well share one (RFC 9110, 8.8.1).
+        """
+        return Validator(None, self.last_modified, self.size)
 
     def contradicts(self, other: "Validator") -> bool:
         """Whether size or ETag prove that `other` is another version. What is missing proves nothing."""
@@ -243,6 +251,102 @@ def recover(slices: Sequence[Slice], *, length: int, same_boot: bool) -> tuple[S
         written = max(piece.durable, length if piece.end is None else min(length, piece.end))
         return (Slice(piece.start, piece.end, written, piece.durable),)
     return tuple(Slice(piece.start, piece.end, piece.durable, piece.durable) for piece in slices)
+
+
+# -- ranges that a job names ------------------------------------------------------------------------------------------------------
+
+LENGTH_TO_EOF: Final = 2**64 - 1  # BG_LENGTH_TO_EOF; here it is written None
+_FARTHEST: Final = 2**63 - 1  # no file system and no journal counts farther
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """Bytes of a remote file (BG_FILE_RANGE): `length` of them from `initial_offset`; None: to the end of the file."""
+
+    initial_offset: int
+    length: int | None = None
+
+    @property
+    def end(self) -> int | None:
+        """One past its last byte; None: the end of the file."""
+        return None if self.length is None else self.initial_offset + self.length
+
+    def reaches_beyond(self, size: int) -> bool:
+        """Whether a file of that size lacks bytes of it, or brings none to a range that goes to its end."""
+        if self.end is not None:
+            return self.end > size
+        return self.initial_offset >= size and self.initial_offset > 0
+
+
+def checked_ranges(ranges: Iterable[FileRange]) -> tuple[FileRange, ...]:
+    """Ranges that one file may be made of, in the order given.
+
+    Raises:
+        InvalidArgument: none, or one of no byte (E_INVALIDARG); an offset that is none, or the end of the file (BG_E_INVALID_RANGE);
+            two that share a byte, or begin at the same one (BG_E_OVERLAPPING_RANGES).
+    """
+    checked = tuple(_checked_range(each) for each in ranges)
+    if not checked:
+        raise InvalidArgument("a file with ranges has at least one")
+    for one, other in pairwise(sorted(checked, key=lambda each: each.initial_offset)):
+        if one.initial_offset == other.initial_offset or one.end is None or one.end > other.initial_offset:
+            message = f"the ranges from {one.initial_offset} and from {other.initial_offset} overlap"
+            raise InvalidArgument(message, code=ErrorCode.BG_E_OVERLAPPING_RANGES)
+    if any(each.length == 0 for each in checked):
+        raise InvalidArgument("a range has at least one byte")
+    return checked
+
+
+def _checked_range(given: FileRange) -> FileRange:
+    if not isinstance(given, FileRange):
+        raise InvalidArgument(f"a range is a FileRange, not {type(given).__name__}")
+    offset, length = given.initial_offset, None if given.length == LENGTH_TO_EOF else given.length
+    if not _is_count(offset) or offset + (length if _is_count(length) else 0) > _FARTHEST:
+        raise InvalidArgument("a range begins at a byte of the file", code=ErrorCode.BG_E_INVALID_RANGE)
+    if length is not None and not _is_count(length):
+        raise InvalidArgument("the length of a range is a whole number, or None: to the end of the file")
+    return FileRange(offset, length)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def local_size(ranges: Sequence[FileRange], size: int | None) -> int | None:
+    """Bytes of a local file made of these ranges of a remote one of `size` bytes (of all of it, without ranges); None: unknown."""
+    if not ranges:
+        return size
+    total = 0
+    for each in ranges:
+        end = size if each.end is None else each.end
+        if end is None:
+            return None
+        total += max(0, end - each.initial_offset)
+    return total
+
+
+def locate(ranges: Sequence[FileRange], position: int, size: int | None) -> tuple[int, int | None]:
+    """The bytes to ask for next when `position` bytes of the local file are there, as (start, end) in the remote file.
+
+    As far as the ranges go on without a gap, but at most `MAX_REQUEST` bytes; end None: to the end of the file.
+
+    Raises:
+        ValueError: the ranges end before `position`.
+    """
+    here = position
+    for number, each in enumerate(ranges):
+        end = size if each.end is None else each.end
+        if end is None or here < end - each.initial_offset:
+            start = each.initial_offset + here
+            for following in ranges[number + 1 :]:
+                if end is None or following.initial_offset != end:
+                    break
+                end = size if following.end is None else following.end
+            if end is not None and end > start + MAX_REQUEST:
+                end = start + MAX_REQUEST
+            return start, end
+        here -= end - each.initial_offset
+    raise ValueError(f"the ranges end before byte {position}")
 
 
 # -- their text ------------------------------------------------------------------------------------------------------------------

@@ -1,44 +1,116 @@
 """Which TLS a lane speaks, and what this connection's own handshake showed.
 
-A caller's `SSLContext` is used as it is: never changed, copied or stored. The certificate for channel binding is read from the
-connection's own `ssl_object` after its handshake, never through a hook on a context that other connections share (T24).
-This module knows no connection but the one it is asked about, and nothing of credentials.
+A caller's `SSLContext` is never changed or stored, and used as it is unless a job's security flags ask for another verification: then a
+context is derived from it, with all that can be read back of it. What cannot be read back is lost: a client certificate, directories of
+authorities (`capath`), the list of ALPN; a context whose verification would be weakened by that is refused instead (E_NOTIMPL). The
+certificate for channel binding is read from the connection's own `ssl_object` after its handshake, never through a hook on a context
+that other connections share (T24). This module knows no connection but the one it is asked about, and nothing of credentials.
 """
 
 import asyncio
 import functools
 import os
+import re
 import ssl
-from dataclasses import dataclass
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NoReturn
+
+from ..errors import BitsError, ErrorCode, ErrorContext, make_error, scrub
+from .certificates import LeafRules, check_leaf, prepare
+from .options import TLS_FLAGS, SecurityFlags, not_implemented
 
 SHUTDOWN_TIMEOUT = 1.0
 """Seconds a closing connection waits for the peer's close_notify; an HTTP body has an end of its own, so nothing is lost."""
+
+MAX_REVOCATION_LISTS: Final = 16 << 20
+"""Bytes of revocation lists that a job may name."""
+
+_NO_CHECK_TIME: Final = ssl.VerifyFlags(0x200000)  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which ssl has no name for
+_CRL: Final = re.compile(rb"-----BEGIN X509 CRL-----[A-Za-z0-9+/=\s]+-----END X509 CRL-----")
 
 
 @dataclass(frozen=True)
 class TlsSettings:
     """What decides how a server is verified and how we present ourselves to it.
 
-    `context` None means Python's defaults, so `SSL_CERT_FILE` and `SSL_CERT_DIR` work.
+    `context` None means Python's defaults, so `SSL_CERT_FILE` and `SSL_CERT_DIR` work. `leaf` is what is left to check of a server's
+    own certificate where OpenSSL does not verify it, and `proxy` the settings for TLS with a proxy, both made by `under`.
     """
 
     context: ssl.SSLContext | None = None
+    leaf: LeafRules | None = None
+    proxy: "TlsSettings | None" = None
 
     def effective(self) -> ssl.SSLContext:
         """The context to shake hands with. Reads the trusted authorities when the defaults are used for the first time."""
-        if self.context is not None:
-            return self.context
-        return _default_context(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+        return self.context if self.context is not None else _default_context(*_places())
 
     @property
     def key(self) -> object:
         """What lanes are told apart by: the context itself; two that look alike may differ in what cannot be read back."""
-        return self.effective()
+        return self.effective() if self.proxy is None else (self.effective(), self.leaf, self.proxy.key)
+
+    def under(self, flags: SecurityFlags, revoked: bytes | None = None) -> "TlsSettings":
+        """These settings as a job's security flags want them; blocks, because it reads the trusted authorities.
+
+        Args:
+            flags: those that `checked_flags` let pass.
+            revoked: the revocation lists (`read_revocation_lists`), for SSL_ENABLE_CRL_CHECK.
+
+        Raises:
+            BitsError: E_NOTIMPL: the context cannot be derived from.
+        """
+        flags &= TLS_FLAGS
+        if not flags:
+            return self
+        base = self.effective()
+        context = _default_under(*_places(), flags, revoked) if self.context is None else _derived(base, flags, revoked)
+        leaf = _leaf_rules(base, flags)
+        if leaf is not None:
+            prepare()
+        return TlsSettings(context, leaf, TlsSettings(base))
+
+    def check_revocable(self) -> None:
+        """Whether SSL_ENABLE_CRL_CHECK can be applied.
+
+        Raises:
+            BitsError: E_NOTIMPL.
+        """
+        base = self.effective()
+        if self.context is not None:
+            _copy(base)
+        _require_verification(base)
+
+    def check_leaf(self, certificate: bytes | None, host: str, url: str) -> None:
+        """After a handshake in which OpenSSL verified nothing: what the flags do not ignore.
+
+        Raises:
+            NetworkError: the certificate does not pass.
+        """
+        if self.leaf is not None:
+            check_leaf(certificate, host, self.leaf, url=url)
+
+
+def _places() -> tuple[str | None, str | None]:
+    return os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
 
 
 @functools.lru_cache(maxsize=8)
 def _default_context(cert_file: str | None, cert_dir: str | None) -> ssl.SSLContext:
     """One context per place the authorities come from, so that jobs without settings of their own share lanes."""
+    return _new_default()
+
+
+@functools.lru_cache(maxsize=8)
+def _default_under(cert_file: str | None, cert_dir: str | None, flags: SecurityFlags, revoked: bytes | None) -> ssl.SSLContext:
+    return _apply(_new_default(), flags, revoked)
+
+
+def _new_default() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context
@@ -51,3 +123,146 @@ def peer_certificate(transport: asyncio.BaseTransport) -> bytes | None:
         return None
     certificate: bytes | None = connection.getpeercert(binary_form=True)
     return certificate
+
+
+# -- contexts for a job's security flags -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Derived:
+    """What was made from one caller's context; gone when that context is."""
+
+    contexts: dict[tuple[SecurityFlags, bytes | None], ssl.SSLContext] = field(default_factory=dict)
+
+
+_derived_from: "weakref.WeakKeyDictionary[ssl.SSLContext, _Derived]" = weakref.WeakKeyDictionary()
+
+
+def _derived(base: ssl.SSLContext, flags: SecurityFlags, revoked: bytes | None) -> ssl.SSLContext:
+    """One context per caller's context and flags, so that jobs with the same settings share lanes."""
+    made = _derived_from.setdefault(base, _Derived()).contexts
+    if (flags, revoked) not in made:
+        context = _apply(_copy(base), flags, revoked)
+        while len(made) >= 8:
+            made.pop(next(iter(made)), None)  # an outdated revocation list, most likely
+        made[flags, revoked] = context
+    return made[flags, revoked]
+
+
+def _copy(base: ssl.SSLContext) -> ssl.SSLContext:
+    """A context that verifies as `base` does, or more strictly.
+
+    Raises:
+        BitsError: E_NOTIMPL: its verification depends on something that cannot be read back.
+    """
+    stored = base.cert_store_stats()
+    if type(base) is not ssl.SSLContext:
+        raise not_implemented("security flags cannot be applied to the manager's ssl context: it is of a class of its own")
+    if stored["crl"] or stored["x509"] != stored["x509_ca"]:
+        raise not_implemented("security flags cannot be applied to the manager's ssl context: its store cannot be read back")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = base.verify_mode
+    context.check_hostname = base.check_hostname
+    context.verify_flags = base.verify_flags
+    context.options = base.options
+    context.minimum_version, context.maximum_version = base.minimum_version, base.maximum_version
+    context.hostname_checks_common_name = base.hostname_checks_common_name
+    context.post_handshake_auth = base.post_handshake_auth
+    context.sslobject_class = base.sslobject_class
+    names = [cipher["name"] for cipher in base.get_ciphers() if cipher["protocol"] != "TLSv1.3"]
+    context.set_ciphers(":".join([*(names or ["DEFAULT"]), f"@SECLEVEL={base.security_level}"]))
+    context.set_alpn_protocols(["http/1.1"])
+    authorities = b"".join(base.get_ca_certs(binary_form=True))
+    if authorities:
+        context.load_verify_locations(cadata=authorities)
+    return context
+
+
+def _apply(context: ssl.SSLContext, flags: SecurityFlags, revoked: bytes | None) -> ssl.SSLContext:
+    if SecurityFlags.SSL_ENABLE_CRL_CHECK in flags:
+        _require_verification(context)
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+        _load_revoked(context, revoked or b"")
+    if flags & (SecurityFlags.SSL_IGNORE_CERT_CN_INVALID | SecurityFlags.SSL_IGNORE_UNKNOWN_CA):
+        context.check_hostname = False
+    if SecurityFlags.SSL_IGNORE_CERT_DATE_INVALID in flags:
+        context.verify_flags |= _NO_CHECK_TIME
+    if SecurityFlags.SSL_IGNORE_UNKNOWN_CA in flags:
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _require_verification(context: ssl.SSLContext) -> None:
+    if context.verify_mode is ssl.CERT_NONE:
+        raise not_implemented("the manager's ssl context verifies nothing, so nothing is checked for revocation")
+
+
+def _leaf_rules(base: ssl.SSLContext, flags: SecurityFlags) -> LeafRules | None:
+    """Never more than the context itself would have checked."""
+    if SecurityFlags.SSL_IGNORE_UNKNOWN_CA not in flags or base.verify_mode is ssl.CERT_NONE:
+        return None
+    return LeafRules(
+        name=base.check_hostname and SecurityFlags.SSL_IGNORE_CERT_CN_INVALID not in flags,
+        dates=SecurityFlags.SSL_IGNORE_CERT_DATE_INVALID not in flags,
+        usage=SecurityFlags.SSL_IGNORE_CERT_WRONG_USAGE not in flags,
+    )
+
+
+# -- revocation lists --------------------------------------------------------------------------------------------------------------
+
+
+def read_revocation_lists(source: Path, identity: str) -> bytes:
+    """The revocation lists (as PEM) in a file, or in the files of a directory; blocks. Called in threads of the job's owner (T27).
+
+    Certificates beside them are not taken along: they would become trusted.
+
+    Raises:
+        LocalFileError: they cannot be read, are too large, or there is none.
+    """
+    try:
+        files = sorted(each for each in source.iterdir() if each.is_file()) if source.is_dir() else [source]
+        found = b"\n".join(_revocation_lists(files))
+    except OSError as exc:
+        raise _no_lists(exc.strerror or type(exc).__name__, source, identity) from scrub(exc)
+    except ValueError as exc:
+        raise _no_lists(str(exc), source, identity) from None
+    if not found:
+        raise _no_lists("there is none", source, identity)
+    return found + b"\n"
+
+
+def _revocation_lists(files: list[Path]) -> Iterator[bytes]:
+    left = MAX_REVOCATION_LISTS
+    for each in files:
+        with each.open("rb") as file:
+            content = file.read(left + 1)
+        left -= len(content)
+        if left < 0:
+            raise ValueError(f"they have more than {MAX_REVOCATION_LISTS >> 20} MiB")
+        if content.startswith(b"0") and b"-----BEGIN" not in content:  # DER: a SEQUENCE
+            body = ssl.DER_cert_to_PEM_cert(content).encode("ascii")
+            yield body.replace(b" CERTIFICATE-----", b" X509 CRL-----").strip()
+        else:
+            yield from _CRL.findall(content)
+
+
+def _no_lists(why: str, source: Path, identity: str) -> BitsError:
+    code = ErrorCode.ERROR_WINHTTP_SECURE_CERT_REV_FAILED
+    return make_error(code, ErrorContext.LOCAL_FILE, f"cannot read the revocation lists: {why}", path=source, identity=identity)
+
+
+def _load_revoked(context: ssl.SSLContext, revoked: bytes) -> None:
+    """`ssl` takes revocation lists from files only; this one is private, and nothing in it is secret."""
+    with tempfile.TemporaryDirectory(prefix="bits-async-") as directory:
+        file = Path(directory, "revoked.pem")
+        file.write_bytes(revoked)
+        try:
+            context.load_verify_locations(cafile=str(file))
+        except ssl.SSLError as exc:
+            _refuse_lists(exc)
+
+
+def _refuse_lists(exc: ssl.SSLError) -> NoReturn:
+    code, why = ErrorCode.ERROR_WINHTTP_SECURE_CERT_REV_FAILED, "cannot read the revocation lists: OpenSSL does not understand them"
+    raise make_error(code, ErrorContext.LOCAL_FILE, why) from scrub(exc)

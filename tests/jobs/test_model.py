@@ -56,5 +56,6 @@ def test_only_active_jobs_yield_and_only_waiting_ones_retry():
 def test_the_diagram_has_one_line_for_each_row_that_changes_the_state():
     lines = mermaid().splitlines()
     rows = {(a, e): b for (a, e), b in NEXT.items() if a is not b and e is not Command.RESUME_UNFINISHED}
-    assert len(lines) == len(rows) + 4
+    assert len(lines) == len(rows) + 5  # that one is drawn where it leads elsewhere than RESUME
+    assert "    TRANSFERRED --> QUEUED: RESUME_UNFINISHED" in lines
     assert "    TRANSFERRED --> ACKNOWLEDGED: COMPLETE" in lines

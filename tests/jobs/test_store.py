@@ -672,7 +672,7 @@ async def test_ten_thousand_jobs_are_read_quickly_and_by_one_query_for_each_tabl
         stored = await store.load()
         took = time.perf_counter() - began
         await store._db.set_trace_callback(lambda _: None)
-    assert len(queries) == 4
+    assert len(queries) == 5
     assert [s.job.display_name for s in stored[:3]] == ["0", "1", "2"]
     assert stored[-1].files == (a_file(jobs[-1], slices=(Slice(0, None, 0, 0),)),)
     assert took < 10

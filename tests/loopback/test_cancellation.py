@@ -36,8 +36,8 @@ ALICE = AuthCredentials(AuthTarget.SERVER, AuthScheme.NTLM, r"LAB\alice", USERS[
 ALICE_AT_THE_PROXY = AuthCredentials(AuthTarget.PROXY, AuthScheme.NTLM, r"LAB\alice", USERS[r"LAB\alice"])
 
 
-async def until(done: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+async def until(done: Callable[[], object], *, seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
         while not done():  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.002)
 
@@ -770,6 +770,7 @@ async def test_a_silent_kdc_keeps_nobody_waiting(no_leaks, scene, end):
             assert len(stuck) == (2 if end is _cancel_download else 1)
             assert all(each.daemon for each in stuck)
             assert scene.left == []
+    await until(lambda: not any(each.is_alive() for each in stuck), seconds=40)
 
 
 # -- at any step

@@ -353,7 +353,7 @@ async def test_a_challenge_for_a_scheme_that_is_not_permitted_says_what_was_aske
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
-@pytest.mark.parametrize("size", [0, 1, 100_000, 8 * MIB - 1000], ids=["none", "1", "100K", "8M"])
+@pytest.mark.parametrize("size", [0, 100_000, 8 * MIB - 1000], ids=["none", "100K", "8M"])
 async def test_a_refusal_with_a_body_up_to_8_mib_costs_no_connection(way, tmp_path, size, chunked):
     ways = Misbehaviour(refusal_body=size, refusal_chunked=chunked)
     async with Origin(tls=way.tls) as origin, Proxy(door=Door("NTLM", misbehave=ways)) as proxy:
@@ -507,9 +507,10 @@ async def test_t26_a_wrong_password_in_one_scheme_is_not_shown_in_a_weaker_one(a
         url = origin.serve("/f", BODY)
         given = [login(SERVER, scheme, ALICE, "wrong") for scheme in AuthScheme]
         async with bits.BitsManager(store=tmp_path / "queue.db", ssl=authority.client()) as manager:
-            for name in ("one", "two"):
+            for number in range(5):
                 with pytest.raises(bits.AuthFailed):
-                    await manager.download(url, tmp_path / name, credentials=given)
+                    await manager.download(url, tmp_path / f"{number}", credentials=given)
+        # one for the account, and one for the realm "lab", which NTLM does not name: it might be another directory of users
         shown_proofs = sum(attempts(origin.requests, word, "Authorization") for word in ("Negotiate", "NTLM", "Digest", "Basic"))
         assert shown_proofs <= 2, shown(origin)
 

@@ -963,3 +963,71 @@ def test_a_login_page_that_pins_nothing_is_taken_only_after_everything_before_it
     page = answer(200, "Content-Length: 37", "Content-Type: text/html")
     assert isinstance(judge(asked(100, None, PINNED), page), Restart)
     assert isinstance(judge(asked(), page), Accept)
+
+
+# -- parts that are wanted by themselves, and files that are made when they are asked for
+
+
+def part(start: int = 0, end: int | None = None, pinned: Validator | None = None) -> Asked:
+    return Asked(URL, start, end, pinned, part=True)
+
+
+SECOND = answer(206, "Content-Range: bytes 100-149/200", "Content-Length: 50", 'ETag: "a"')
+
+
+def test_a_part_begins_anywhere_while_no_version_is_pinned_and_says_which_it_is_of() -> None:
+    assert judge(part(100, 150), SECOND) == Accept(100, 50, 200, Validator('"a"', None, 200), True)
+    assert isinstance(judge(asked(100, 150), SECOND), Restart), "the rest of a file is another matter"
+    unpinned = answer(206, "Content-Range: bytes 100-149/200", "Content-Length: 50")
+    assert judge(part(100, 150), unpinned) == Accept(100, 50, 200, Validator(None, None, 200), True)
+
+
+def test_a_later_part_is_of_the_pinned_version() -> None:
+    assert judge(part(100, 150, PINNED), SECOND) == Accept(100, 50, 200, Validator('"a"', MONDAY, 200), True)
+    other = answer(206, "Content-Range: bytes 0-49/200", "Content-Length: 50", 'ETag: "b"')
+    verdict = judge(part(0, 50, PINNED), other)
+    assert isinstance(verdict, Restart)
+    assert verdict.changed
+
+
+@pytest.mark.parametrize("question", [part(100, 150), part(0, 50), part(0, 50, PINNED), part(100, None, PINNED)])
+def test_the_whole_file_in_place_of_a_part_is_a_server_without_ranges(question: Asked) -> None:
+    verdict = judge(question, answer(200, "Content-Length: 200", 'ETag: "a"'))
+    assert isinstance(verdict, Refuse)
+    assert verdict.error.code == ErrorCode.BG_E_INSUFFICIENT_RANGE_SUPPORT
+    assert not verdict.error.transient
+
+
+def test_a_part_that_is_the_whole_file_may_come_as_such() -> None:
+    whole = answer(200, "Content-Length: 200", 'ETag: "a"')
+    for question in (part(), part(0, 200)):
+        assert judge(question, whole) == Accept(0, 200, 200, Validator('"a"', None, 200), False)
+
+
+def test_another_version_in_place_of_a_part_restarts_the_file() -> None:
+    verdict = judge(part(100, 150, PINNED), answer(200, "Content-Length: 200", 'ETag: "b"'))
+    assert isinstance(verdict, Restart)
+    assert verdict.changed
+
+
+def test_a_part_beyond_the_end_is_an_invalid_range_and_never_a_complete_file() -> None:
+    verdict = judge(part(200), answer(416, "Content-Range: bytes */200"))
+    assert isinstance(verdict, Refuse)
+    assert verdict.error.code == ErrorCode.BG_E_INVALID_RANGE
+    assert isinstance(verdict.error, RemoteFileError)
+    assert isinstance(judge(part(200, None, PINNED), answer(416, "Content-Range: bytes */200")), Restart)
+
+
+def test_412_to_a_part_of_any_version_is_an_error_and_no_loop() -> None:
+    assert isinstance(judge(part(100, 150), answer(412)), Refuse)
+    assert isinstance(judge(part(100, 150, PINNED), answer(412)), Restart)
+
+
+def test_a_part_of_a_file_whose_size_is_not_told_is_refused() -> None:
+    verdict = judge(part(100, 150), answer(206, "Content-Range: bytes 100-149/*", "Content-Length: 50", 'ETag: "a"'))
+    assert isinstance(verdict, Refuse)
+    assert verdict.error.code == ErrorCode.BG_E_MISSING_FILE_SIZE
+
+
+def test_dynamic_content_may_end_with_its_connection() -> None:
+    assert judge(Asked(URL, dynamic=True), answer(200)) == Accept(0, None, None, Validator(), False)

@@ -7,16 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bits_async.errors import InvalidArgument
+from bits_async.errors import ErrorCode, InvalidArgument
 from bits_async.transport.ranges import (
     MAX_REQUEST,
     ContentRange,
     Detached,
+    FileRange,
     Slice,
     Unsatisfied,
     Validator,
+    checked_ranges,
     complete,
     http_date,
+    local_size,
+    locate,
     merge,
     next_request,
     parse_content_range,
@@ -411,3 +415,111 @@ def test_an_open_range_has_no_end() -> None:
 def test_a_range_without_a_byte_cannot_be_asked(start: int, end: int | None) -> None:
     with pytest.raises(InvalidArgument):
         range_header(start, end)
+
+
+# -- ranges that a job names
+
+THREE = (FileRange(100, 100), FileRange(1000, 100), FileRange(200, 100))  # the worked example of MC-BUP
+
+
+def fetched(ranges: tuple[FileRange, ...], start: int, end: int, size: int | None) -> list[tuple[int, int]]:
+    """What is asked for, request by request, to get [start, end) of the local file."""
+    spans, position = [], start
+    while position < end:
+        first, stop = locate(ranges, position, size)
+        stop = first + end - position if stop is None else min(stop, first + end - position)
+        spans.append((first, stop))
+        position += stop - first
+    return spans
+
+
+def test_the_worked_example_of_the_protocol() -> None:
+    assert fetched(THREE, 25, 225, 2000) == [(125, 200), (1000, 1100), (200, 225)]
+
+
+def test_neighbouring_ranges_are_one_request_and_a_large_one_several() -> None:
+    assert locate((FileRange(5, 5), FileRange(10, 10), FileRange(30, 1)), 2, None) == (7, 20)
+    assert locate((FileRange(5, 5), FileRange(10)), 0, None) == (5, None)
+    assert locate((FileRange(5, 5), FileRange(10)), 0, 100) == (5, 100)
+    assert locate((FileRange(7, 3 * MAX_REQUEST),), 5, None) == (12, 12 + MAX_REQUEST)
+    assert locate((FileRange(7),), 0, 3 * MAX_REQUEST) == (7, 7 + MAX_REQUEST)
+    assert locate((FileRange(7),), 0, None) == (7, None)
+
+
+def test_beyond_its_ranges_nothing_is_asked_for() -> None:
+    for ranges, position, size in [(THREE, 300, None), ((FileRange(5),), 5, 10)]:
+        with pytest.raises(ValueError, match="end before"):
+            locate(ranges, position, size)
+
+
+def test_the_local_file_has_the_sum_of_its_ranges() -> None:
+    assert local_size(THREE, None) == local_size(THREE, 2000) == 300
+    assert local_size((*THREE, FileRange(1500)), None) is None
+    assert local_size((*THREE, FileRange(1500)), 2000) == 800
+    assert local_size((), 2000) == 2000
+    assert local_size((), None) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=6), st.randoms(), st.integers(0, 200), st.booleans())
+def test_every_position_is_fetched_from_where_its_range_says(gaps: list[tuple[int, int]], order: object, start: int, open_end: bool) -> None:
+    ranges, offset = [], 0
+    for gap, length in gaps:
+        ranges.append(FileRange(offset + gap, length))
+        offset += gap + length
+    size = offset + 17
+    if open_end:
+        ranges[-1] = FileRange(ranges[-1].initial_offset)
+    order.shuffle(ranges)  # type: ignore[attr-defined]
+    wanted = [byte for each in checked_ranges(ranges) for byte in range(each.initial_offset, each.end or size)]
+    assert local_size(ranges, size) == len(wanted)
+    spans = fetched(tuple(ranges), min(start, len(wanted)), len(wanted), size)
+    assert [byte for span in spans for byte in range(*span)] == wanted[min(start, len(wanted)) :]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "code"),
+    [
+        ([], ErrorCode.E_INVALIDARG),
+        ([FileRange(0, 0)], ErrorCode.E_INVALIDARG),
+        ([FileRange(0, -1)], ErrorCode.E_INVALIDARG),
+        ([FileRange(0, 1.5)], ErrorCode.E_INVALIDARG),  # type: ignore[arg-type]
+        ([(0, 1)], ErrorCode.E_INVALIDARG),
+        ([FileRange(-1, 1)], ErrorCode.BG_E_INVALID_RANGE),
+        ([FileRange(None, 1)], ErrorCode.BG_E_INVALID_RANGE),  # type: ignore[arg-type]
+        ([FileRange(2**64 - 1, 1)], ErrorCode.BG_E_INVALID_RANGE),
+        ([FileRange(2**62, 2**62)], ErrorCode.BG_E_INVALID_RANGE),
+        ([FileRange(5, 5), FileRange(5, 5)], ErrorCode.BG_E_OVERLAPPING_RANGES),
+        ([FileRange(5, 5), FileRange(5, 0)], ErrorCode.BG_E_OVERLAPPING_RANGES),
+        ([FileRange(9, 5), FileRange(5, 5)], ErrorCode.BG_E_OVERLAPPING_RANGES),
+        ([FileRange(9, 5), FileRange(5)], ErrorCode.BG_E_OVERLAPPING_RANGES),
+        ([FileRange(5), FileRange(9)], ErrorCode.BG_E_OVERLAPPING_RANGES),
+    ],
+)
+def test_ranges_that_cannot_be_meant_are_refused(ranges: list[FileRange], code: int) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        checked_ranges(ranges)
+    assert caught.value.code == code
+
+
+def test_ranges_in_any_order_that_touch_but_do_not_overlap_are_taken_as_they_are() -> None:
+    given_ranges = [FileRange(10, 5), FileRange(15, 2**64 - 1), FileRange(0, 10)]
+    assert checked_ranges(given_ranges) == (FileRange(10, 5), FileRange(15), FileRange(0, 10))
+
+
+@pytest.mark.parametrize(
+    ("each", "size", "beyond"),
+    [
+        (FileRange(0), 0, False),
+        (FileRange(1), 1, True),
+        (FileRange(1), 2, False),
+        (FileRange(0, 5), 5, False),
+        (FileRange(0, 6), 5, True),
+    ],
+)
+def test_a_range_is_in_the_file_or_it_is_not(each: FileRange, size: int, beyond: bool) -> None:
+    assert each.reaches_beyond(size) is beyond
+
+
+def test_an_etag_says_nothing_at_another_url() -> None:
+    assert Validator('"a"', MONDAY, 5).at_another_url() == Validator(None, MONDAY, 5)
+    assert not Validator('"a"', None, 5).at_another_url().resumable

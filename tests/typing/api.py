@@ -42,6 +42,10 @@ async def logon(job: bits.Job) -> bits.Token | None:
     return None
 
 
+async def looks_right(job: bits.Job, file: bits.JobFile, certificate: bytes) -> bool:
+    return False
+
+
 async def the_queue() -> None:
     manager = bits.BitsManager(
         store="queue.db", limits=bits.Limits(background_jobs=2), timeouts=bits.Timeouts(connect=5), run=True, logon=logon
@@ -61,6 +65,33 @@ async def the_queue() -> None:
         await job.set_proxy_settings(bits.ProxySettings.override(["http://proxy:1"], bypass=("<local>",)))
         await job.set_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC, "user", "password")
         assert_type(await job.remove_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC), bool)
+        file = await job.add_file_with_ranges("http://h/f", "/f", [bits.FileRange(0, 10), bits.FileRange(20)], sha256=None)
+        assert_type(file.ranges, Sequence[bits.FileRange])
+        assert_type(file.temporary_name, Path | None)
+        assert_type(file.validation_state, bool)
+        assert_type(file.is_downloaded_from_peer, bool)
+        await file.set_remote_name(URL("http://h/g"))
+        await file.set_validation_state(True)
+        assert_type(await job.replace_remote_prefix("http://h/", "http://i/"), bool)
+        await job.set_maximum_download_size(10**9)
+        assert_type(job.maximum_download_size, int | None)
+        await job.set_dynamic_content(False)
+        await job.set_high_performance(False)
+        await job.set_custom_headers([("X-Tenant", "a")])
+        await job.set_custom_headers("X-Tenant: a\r\nX-Trace: b")
+        await job.set_custom_headers(None)
+        await job.make_custom_headers_write_only()
+        assert_type(job.custom_headers, Sequence[tuple[str, str]] | None)
+        await job.set_http_method("POST")
+        assert_type(job.http_method, str)
+        await job.set_security_flags(bits.SecurityFlags.SSL_ENABLE_CRL_CHECK | bits.SecurityFlags.HTTP_REDIRECT_POLICY_DISALLOW)
+        assert_type(job.security_flags, bits.SecurityFlags)
+        await job.set_crl_source("/etc/ssl/revoked")
+        assert_type(job.crl_source, Path | None)
+        await job.set_server_certificate_validation(looks_right)
+        await job.set_server_certificate_validation(lambda job, file, certificate: len(certificate) > 0)
+        await job.set_server_certificate_validation(None)
+        assert_type(file.http_response_headers, Sequence[tuple[str, str]])
         await job.set_priority(bits.JobPriority.LOW)
         await job.set_minimum_retry_delay(5)
         await job.set_no_progress_timeout(60.0)
@@ -80,7 +111,10 @@ async def the_queue() -> None:
                 else:
                     assert_type(event.job_id, UUID)
         await job.wait(transient=True)
-        assert_type(await job.complete(partial=False), Sequence[Path])
+        done = await job.complete(partial=False)
+        assert_type(done, bits.Completion)
+        assert_type(done[0], Path)
+        assert_type(done.code, bits.ErrorCode)
         await job.suspend()
         await job.cancel()
         assert_type(manager.enum_jobs(all_users=True), AsyncIterator[bits.Job])
