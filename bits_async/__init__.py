@@ -8,10 +8,13 @@ The map of the package; imports point from a lower line to a higher one only:
 
     errors.py           what can go wrong: every BITS code, context, transient or not; one table from status or exception to them
     clock.py            what time it is, and waiting
+    limits.py           token buckets: machine > priority > job; safe from threads
     identity/           WHO
       tokens.py         Token, TokenPair, flags, levels; impersonate(), current_token(), revert_to_self()
       logon.py          how tokens are made
       threads.py        TokenExecutor: threads born in a token
+      processes.py      a child process as a token, every id and capability dropped
+      launcher.py       the program that becomes that child; handed over as text
       kernel.py         Linux system calls on the identity of one thread
       posix.py          per-thread identities, and file calls relative to directory descriptors
       windows.py        the same names on Windows
@@ -28,6 +31,7 @@ The map of the package; imports point from a lower line to a higher one only:
       options.py        a job's HTTP options: method, custom headers, security flags
       certificates.py   a server's own certificate, where nobody verifies who issued it
       tls.py            contexts for security flags, revocation lists, the peer's certificate
+      network.py        network lost and back
       connector.py      opens a lane's connection: TCP, CONNECT legs, TLS
       lane.py           requests on that connection, auth included; the pool of lanes
     files.py            KEEP: part file, positional writes by the file token's threads, digests while writing, commit
@@ -35,6 +39,7 @@ The map of the package; imports point from a lower line to a higher one only:
       model.py          what a job is; the transition table
       secrets.py        secrets at rest
       store.py          durable job journal: SQLite
+      policies.py       bandwidth schedules, cost, group policy (TOML)
       scheduler.py      who runs next, and when a failed job tries again
       certificates.py   the application's own say about servers' certificates
       transfer.py       one attempt at one job: the only place where a lane meets a file

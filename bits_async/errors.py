@@ -217,6 +217,7 @@ _ADVICE: Mapping[int, str] = MappingProxyType(
         ErrorCode.ERROR_PATH_NOT_FOUND: "create the directory, then resume the job",
         ErrorCode.ERROR_DISK_FULL: "make room on the volume; the job then goes on from where it stopped",
         ErrorCode.ERROR_FILE_EXISTS: "name a file, not a directory, as the destination",
+        ErrorCode.ERROR_FILENAME_EXCED_RANGE: "shorten the name of the destination",
         ErrorCode.ERROR_DIRECTORY: "use a directory that this identity owns and that others may not change",
         ErrorCode.ERROR_SHARING_VIOLATION: "end what uses the file, then resume the job",
         ErrorCode.ERROR_SERVICE_NOT_ACTIVE: "open a manager on the journal; the job continues there",
@@ -238,6 +239,7 @@ _ADVICE: Mapping[int, str] = MappingProxyType(
         HTTP_ERROR | 403: "ask the server's administrator for access with this identity",
         HTTP_ERROR | 404: "check the URL",
         HTTP_ERROR | 407: "set credentials for the proxy, then resume the job",
+        HTTP_ERROR | 410: "ask the publisher where the file is now",
     }
 )
 
@@ -293,7 +295,7 @@ class BitsError(Exception):
         self.http_status = http_status
         self.advice = advice or _ADVICE.get(self.code, "")
         self.retry_after = retry_after
-        self.message = message or (type(self).__doc__ or "").partition("\n")[0]
+        self.message = message or (type(self).__doc__ or type(self).__name__).partition("\n")[0]
         super().__init__(self.message)
 
     def fields(self) -> dict[str, Any]:
@@ -561,7 +563,16 @@ def error_from_status(
         identity=identity,
         http_status=status,
         retry_after=retry_after if status in (429, 503) else None,
+        advice=_ADVICE.get(HTTP_ERROR | status) or _advice_for(status),
     )
+
+
+def _advice_for(status: int) -> str:
+    if status_is_transient(status):
+        return "the job tries again by itself; if it lasts, ask the server's administrator"
+    if 300 <= status < 400:
+        return "use the address that the server points to"
+    return "check the URL, or ask the server's administrator"
 
 
 # -- from an exception ------------------------------------------------------------------------------------------------------------------
@@ -617,13 +628,20 @@ def _network_code(exc: BaseException) -> tuple[int, str, bool]:
     if isinstance(exc, ssl.SSLError):
         return ErrorCode.ERROR_WINHTTP_SECURE_FAILURE, f"TLS failed: {show_text(exc.reason or type(exc).__name__)}", True
     if isinstance(exc, socket.gaierror):
-        return ErrorCode.ERROR_WINHTTP_NAME_NOT_RESOLVED, "the host's name is not known", True
+        again = exc.errno == socket.EAI_AGAIN
+        return (
+            ErrorCode.ERROR_WINHTTP_NAME_NOT_RESOLVED,
+            "the name servers do not answer" if again else "the host's name is not known",
+            True,
+        )
     if isinstance(exc, TimeoutError):
         return ErrorCode.ERROR_WINHTTP_TIMEOUT, "no answer in time", True
     if isinstance(exc, OSError) and exc.errno in (errno.ENETUNREACH, errno.ENETDOWN, getattr(errno, "EHOSTUNREACH", -1)):
         return ErrorCode.BG_E_NETWORK_DISCONNECTED, "no way to the host", True
     if isinstance(exc, ConnectionResetError | BrokenPipeError | ConnectionAbortedError | EOFError):
         return ErrorCode.BG_E_CONNECTION_CLOSED, "the connection was cut", True
+    if isinstance(exc, ConnectionRefusedError):  # asyncio's own text does not say it
+        return ErrorCode.BG_E_CONNECT_FAILURE, "the connection was refused", True
     if isinstance(exc, OSError):
         return ErrorCode.BG_E_CONNECT_FAILURE, show_text(exc.strerror or type(exc).__name__), True
     return ErrorCode.BG_E_CONNECTION_CLOSED, type(exc).__name__, True

@@ -79,6 +79,8 @@ _OF_THE_SOCKET: Final = {
     getattr(errno, name, -1) for name in ("EHOSTUNREACH", "EHOSTDOWN", "ENETUNREACH", "ENETDOWN", "ENETRESET", "ENOTCONN", "ESHUTDOWN")
 }
 
+_STEP: Final = getattr(os, "O_PATH", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
 if sys.platform == "win32":
     Directory = Path  # Windows has no calls relative to a descriptor
 else:
@@ -452,11 +454,51 @@ def _refuse_shared(directory: Directory, uid: int | None) -> None:
         why = "other users may write in the directory, and it is not sticky"
     else:
         return
-    raise make_error(
-        ErrorCode.ERROR_DIRECTORY,
-        ErrorContext.LOCAL_FILE,
-        f"a privileged identity does not write there: {why} and could swap the file",
-    )
+    raise _unfit_directory(f"{why} and could swap the file")
+
+
+_LINKS: Final = 40  # as many as the kernel follows in one path
+
+
+def _refuse_detour(directory: Directory, path: Path, uid: int | None) -> None:
+    """A link that somebody else made on the way to the directory: he chose where a privileged token writes, and may choose anew.
+
+    The way is walked again with a descriptor per step, so that no name changes its meaning between the look and the next step.
+    """
+    if uid is None or sys.platform != "linux":
+        return
+    here = os.open("/", _STEP)
+    try:
+        names, links = list(reversed(path.parts[1:])), 0
+        while names:
+            step = os.open(names.pop(), _STEP, dir_fd=here)
+            found = os.fstat(step)
+            if not stat.S_ISLNK(found.st_mode):
+                left, here = here, step
+                os.close(left)
+                continue
+            try:
+                target, links = os.readlink("", dir_fd=step), links + 1
+            finally:
+                os.close(step)
+            if found.st_uid not in (0, uid):
+                why = f"a symbolic link of another user (uid {found.st_uid}) leads there"
+                raise _unfit_directory(f"{why}, who could have chosen any place")
+            if links > _LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            if target.startswith("/"):
+                left, here = here, os.open("/", _STEP)
+                os.close(left)
+            names += [name for name in reversed(target.split("/")) if name]
+        if not os.path.samestat(os.fstat(here), os.stat(directory)):
+            raise _unfit_directory("another directory took its place at this moment")
+    finally:
+        os.close(here)
+
+
+def _unfit_directory(why: str) -> BitsError:
+    message = f"a privileged identity does not write there: {why}"
+    return make_error(ErrorCode.ERROR_DIRECTORY, ErrorContext.LOCAL_FILE, message)
 
 
 def _others_may_write(directory: Directory, found: os.stat_result, uid: int) -> bool:
@@ -493,6 +535,7 @@ def _make(handles: _Handles, destination: Path, job_id: UUID, guard: int | None)
     try:
         handles.directory = directory = _open(destination.parent)
         _refuse_shared(directory, guard)
+        _refuse_detour(directory, destination.parent, guard)
         _replaceable(directory, destination)
         name, handles.file = _create_new(directory, destination.name, job_id)
         where, made = os.stat(directory), os.fstat(handles.file)
@@ -520,6 +563,7 @@ def _take_up(handles: _Handles, destination: Path, record: PartRecord, guard: in
     try:
         handles.directory = directory = _open(destination.parent)
         _refuse_shared(directory, guard)
+        _refuse_detour(directory, destination.parent, guard)
         taken = record.is_directory(os.stat(directory)) and _open_known(handles, directory, record) and handles.publish(record)
     except BaseException:
         handles.release()

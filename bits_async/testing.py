@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Final, Self, final
 
+from .auth.policy import Origin
 from .errors import AuthFailed, BitsError, ErrorCode, ErrorContext, NetworkError, RemoteFileError, error_from_status, make_error
 from .identity.tokens import LocalIdentity, Token
 from .jobs.manager import Seams, seams
@@ -122,13 +123,15 @@ class FakeClock:
 
 @dataclass(frozen=True)
 class FakeRequest:
-    """One request that reached the fake network: what was asked, and as whom."""
+    """One request that reached the fake network: what was asked, as whom, and with which custom headers."""
 
     url: str
     start: int
     end: int | None
     identity: str
     if_range: str | None
+    method: str = "GET"
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
 
 @dataclass
@@ -248,7 +251,9 @@ class FakeNetwork:
         """What `transport.lane.Lanes.get` does, without a network."""
         await asyncio.sleep(0)
         validator = asked.pinned.if_range() if asked.pinned and asked.ranged else None
-        self.requests.append(FakeRequest(asked.url, asked.start, asked.end, party.token.name, validator))
+        options = party.options
+        headers = options.headers_for(Origin.of(asked.url))
+        self.requests.append(FakeRequest(asked.url, asked.start, asked.end, party.token.name, validator, options.method, headers))
         await self._room(0)
         self._fail_if_told(asked.url)
         served = self._served.get(asked.url)
@@ -256,7 +261,10 @@ class FakeNetwork:
             raise error_from_status(404, url=asked.url)
         if served.require is not None and served.require != party.token.name:
             raise AuthFailed("the fake server wants somebody else", code=0x80190191, url=asked.url, identity=party.token.name)
-        verdict = judge(asked, _answer(asked, served))
+        answer = _answer(asked, served)
+        if party.heard is not None and isinstance(answer.headers, HeaderFields):
+            party.heard(answer.headers.items())
+        verdict = judge(asked, answer)
         if isinstance(verdict, Restart):
             raise FileChanged(verdict.validator, verdict.reason, changed=verdict.changed)
         if isinstance(verdict, Complete):

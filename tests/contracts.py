@@ -30,6 +30,7 @@ from bits_async.jobs.model import (
     StoredJob,
 )
 from bits_async.jobs.store import Store
+from bits_async.transport.options import HttpOptions, SecurityFlags
 from bits_async.transport.proxies import ProxySettings, resolve
 from bits_async.transport.ranges import FileRange, Slice, Validator
 
@@ -117,6 +118,15 @@ class StoreContract:
             minimum_retry_delay=5.5,
             no_progress_timeout=0.0,
             maximum_download_time=1e9,
+            http=HttpOptions(
+                method="POST",
+                headers=(("X-Tenant", "s3cret: value"), ("X-Empty", ""), ("X-Tenant", "2")),
+                headers_write_only=True,
+                header_origins=frozenset({Origin("http", "files.example", 80)}),
+                flags=SecurityFlags.SSL_ENABLE_CRL_CHECK | SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_REPORT,
+                crl_source=Path("/etc/\udcff/revoked"),
+                validates_certificates=True,
+            ),
             error=make_error(ErrorCode.BG_E_CONNECTION_CLOSED, ErrorContext.GENERAL_TRANSPORT, "cut", url="http://h/p?x=1"),
             error_file=1,
             error_count=7,
@@ -153,9 +163,9 @@ class StoreContract:
         assert look(stored) == look(StoredJob(job, (first, second), tuple(by_place)))
 
     async def test_the_ranges_of_a_file_and_the_switches_of_a_job_are_there_after_a_restart(self, store: Store, again: Any) -> None:
-        job = a_job(maximum_download_size=2**63, dynamic_content=True, high_performance=True)
+        job = a_job(maximum_download_size=2**63, dynamic_content=True, high_performance=True, on_demand_mode=True)
         ranges = (FileRange(2**62, 1), FileRange(0, 100), FileRange(2**62 + 1))
-        file, plain = a_file(job, ranges=ranges, validated=True), a_file(job, 1)
+        file, plain = a_file(job, ranges=ranges, validated=True), a_file(job, 1, wanted=ranges, position=2**62)
         await store.save(job, file, plain)
         await store.save(replace(file, slices=(Slice(0, None, 5, 5),)))
         await store.close()

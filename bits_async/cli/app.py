@@ -5,6 +5,7 @@ once. No option takes a secret, because every user of the machine can read a com
 """
 
 import enum
+import os
 import re
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def download(
     helper_ccache: Annotated[str | None, typer.Option(metavar="NAME", help="The helper's Kerberos tickets.")] = None,
     helper_for: Annotated[HelperFor | None, typer.Option(help="Where the helper acts instead of the owner.")] = None,
     sha256: Annotated[str | None, typer.Option(metavar="HEX", help="Refuse a file with another digest.")] = None,
-    retry_for: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Give up after so long without a byte.")] = 300.0,
+    retry_for: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Try again for so long without a byte.")] = 300.0,
     cacert: Annotated[Path | None, typer.Option(metavar="FILE", help="Trust these certificate authorities only (PEM).")] = None,
     store: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the journal here, not in a private place.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Write events to standard output, one JSON object a line.")] = False,
@@ -120,6 +121,9 @@ def download(
 
 def main() -> int:
     """The console script; returns the exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it: nobody wants to read it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
     try:
         result: Any = app(args=sys.argv[1:] or ["--help"], prog_name="bits-async", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -128,7 +132,8 @@ def main() -> int:
         message = getattr(error, "format_message", None)  # what click, or typer's own copy of it, refuses
         if message is None:
             raise
-        _complain(f"{message()} Try 'bits-async --help'.")
+        path = getattr(getattr(error, "ctx", None), "command_path", None) or "bits-async"
+        _complain(f"{message().rstrip('.')}. Try '{path} --help'.")
         return USAGE
     return result if isinstance(result, int) else 0
 

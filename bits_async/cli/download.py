@@ -149,7 +149,8 @@ class Order:
         except ssl.SSLError:
             raise InvalidArgument("--cacert takes a file of certificates in PEM format", path=self.cacert) from None
         except OSError as exc:
-            raise error_from_os(exc, path=self.cacert, identity=None, doing="read") from exc
+            error = error_from_os(exc, path=self.cacert, identity=None, doing="read")
+            raise make_error(error.code, error.context, error.message, path=self.cacert, advice="name a file that you may read") from exc
 
 
 def run(order: Order) -> int:
@@ -170,7 +171,7 @@ def _outcome(order: Order, report: Reporter, stop: "Stop") -> int:
         path = asyncio.run(_fetch(order, report, stop))
     except BitsError as error:
         report.failed(error)
-        _say(str(error))
+        _say(str(error).replace(", then resume the job", ", then run the same command again"))
         return FAILED
     except (asyncio.CancelledError, KeyboardInterrupt):  # KeyboardInterrupt: where loops have no signal handlers (Windows)
         received = stop.received or signal.SIGINT

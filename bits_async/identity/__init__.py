@@ -1,6 +1,6 @@
 """WHO: tokens, how they are made, and the threads that wear them.
 
-`native` is the platform's twin (`posix` or `windows`), chosen here and nowhere else. This room knows nothing of jobs, lanes
+`native` is the platform's twin (`posix` or `windows`), chosen here and nowhere else. This package knows nothing of jobs, lanes
 or files to come.
 """
 

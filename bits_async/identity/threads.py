@@ -512,6 +512,9 @@ async def wear(local: LocalIdentity, func: Callable[P, T], /, *args: P.args, **k
 async def run_as(token: Token, func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Runs a callable in a thread born in the token, which is also the ambient identity there.
 
+    On Linux the token decides what files the thread may open, make or change, and whose they are; `os.geteuid()` and `os.access()`
+    go on telling of the process.
+
     A cancel waits for the callable, at most 10 seconds. In a thread of another user no process and no thread can be started.
 
     Raises:

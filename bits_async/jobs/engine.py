@@ -32,13 +32,16 @@ from ..errors import (
     InvalidState,
     ManagerClosed,
     TokenRequired,
+    code_name,
     make_error,
+    show_text,
     show_url,
 )
 from ..files import PartFile, committed_length, discard_part
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
 from ..transport.lane import Party
+from ..transport.options import SecurityFlags
 from .certificates import CertificateJudge
 from .model import (
     Change,
@@ -95,7 +98,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         for file in self.files:
-            position = file.slices[0].durable if file.slices else 0
+            position = sum(piece.durable - piece.start for piece in file.slices)
             self.positions.setdefault(file.index, position)
             self.farthest.setdefault(file.index, position)
 
@@ -119,6 +122,11 @@ class Entry:
         return JobProgress(total, sum(self.positions.get(file.index, 0) for file in self.files), len(self.files), done)
 
     @property
+    def satisfied(self) -> bool:
+        """On demand: all that was asked for is there."""
+        return self.job.on_demand_mode and not any(file.outstanding for file in self.files)
+
+    @property
     def unfinished(self) -> bool:
         """Whether a file is still to be fetched."""
         return any(not file.transferred for file in self.files)
@@ -140,7 +148,12 @@ class _Report:
         return self._entry.files
 
     async def keep(self, file: FileRecord) -> None:
-        await self._engine.save(file, then=partial(self._entry.files.__setitem__, file.index, file))
+        await self._engine.save(file, then=partial(self._kept, file))
+
+    def _kept(self, file: FileRecord) -> None:
+        before, self._entry.files[file.index] = self._entry.files[file.index], file
+        if file.transferred and not before.transferred:
+            self._transferred(file)
 
     def answered(self) -> None:
         if self._entry.job.state is JobState.CONNECTING:
@@ -166,9 +179,9 @@ class _Report:
         now, job = self._engine.clock.now(), self._entry.job.id
         self._engine.publish(Retrying(time=now, job_id=job, number=number, delay=delay, error=error))
 
-    def transferred(self, index: int) -> None:
-        entry, file = self._entry, self._entry.files[index]
-        entry.positions[index] = file.size or 0
+    def _transferred(self, file: FileRecord) -> None:
+        entry = self._entry
+        entry.positions[file.index] = file.size or 0
         now, url, size = self._engine.clock.now(), show_url(file.url), file.size or 0
         self._engine.publish(FileTransferred(time=now, job_id=entry.job.id, url=url, path=file.path, size=size))
 
@@ -358,6 +371,7 @@ class Engine:
 
     def announce(self, entry: Entry) -> None:
         """Tell everybody how the job stands."""
+        log.info("job %s (%s): %s", entry.job.id, show_text(entry.job.display_name, 80), entry.job.state.name)
         self.publish(self.snapshot(entry))
         self._tell_waiters()
 
@@ -483,6 +497,11 @@ class Engine:
         await self.halt(entry)
         await self.change(entry, files=[_renamed(entry.files[index], url) for index, url in urls.items()])
 
+    async def ask_for(self, entry: Entry, index: int, **fields: Any) -> None:
+        """On demand: other wishes for a file. A running attempt ends, and the next one follows them."""
+        await self.halt(entry)
+        await self.change(entry, files=[replace(entry.files[index], **fields)])
+
     async def refuse_content(self, entry: Entry, index: int) -> None:
         """The application found a finished file to be wrong: its bytes are dropped, and the job fails (BG_E_VALIDATION_FAILED)."""
         await self.halt(entry)
@@ -498,7 +517,7 @@ class Engine:
         entry.positions[index] = 0
         entry.farthest.pop(index, None)
         fields: dict[str, Any] = {"error": error, "error_file": index, "error_count": job.error_count + 1, "retry_at": None}
-        await self.change(entry, files=[dropped], state=state, completed=None, **fields)
+        await self.change(entry, files=[dropped], state=state, **fields)
 
     async def resume(self, entry: Entry, bind: Callable[[Entry], Sequence[GrantRecord]]) -> None:
         """Back into the queue. `bind` gives the grants their origins at the first resume (T19)."""
@@ -607,20 +626,34 @@ class Engine:
                     log.warning("job %s: %s is not the job's part file any more and was left alone", entry.job.id, left)
         return left_behind
 
-    async def take_over(self, entry: Entry, key: OwnerKey, owner: Token) -> None:
-        """Another owner; what the old one entrusted to the job is dropped (BITS: TakeOwnership)."""
+    async def take_over(self, entry: Entry, key: OwnerKey, owner: Token) -> Entry:
+        """Another owner; what the old one entrusted to the job is dropped (BITS: TakeOwnership).
+
+        A handle is a right to use the job, and the old owner still holds his: the job goes on as another entry, which his handles do not
+        lead to. Else he would add files that the new owner writes.
+        """
         await self.drop_lanes(entry, entry.owner, entry.helper)
         await self._discard_parts(entry, [file for file in entry.files if not file.committed])
-        await self.save(*[GrantRemoved(entry.job.id, grant.target, grant.scheme) for grant in entry.grants])
+        async with entry.changing:
+            # the new owner looks at what the old one chose (destinations, proxy), and then resumes it or not
+            http = replace(entry.job.http, headers=(), header_origins=None, flags=SecurityFlags(0), crl_source=None)
+            job = replace(entry.job, owner=key, state=JobState.SUSPENDED, http=http, error=None, retry_at=None, modified=self.clock.now())
+            files = [
+                file if file.committed else replace(file, part=None, slices=(), validator=None, transferred=False) for file in entry.files
+            ]
+            taken = Entry(job, files, [], owner=owner)
+            removed = [GrantRemoved(job.id, grant.target, grant.scheme) for grant in entry.grants]
+            await self.save(job, *files, *removed, then=partial(self._taken_over, entry, taken))
+        return taken
+
+    def _taken_over(self, entry: Entry, taken: Entry) -> None:
+        entry.job = replace(entry.job, state=JobState.CANCELLED, error=None)  # for those who hold the old entry it has left the queue
         entry.grants.clear()
-        entry.helper = None
-        files = [replace(file, part=None, slices=(), validator=None, transferred=False) for file in entry.files if not file.committed]
-        state = JobState.SUSPENDED if entry.job.state is JobState.TRANSFERRED else entry.job.state
-        http = replace(entry.job.http, headers=(), header_origins=None)
-        await self.change(entry, files=files, owner=key, state=state, http=http)
-        entry.owner = owner
-        entry.positions = {file.index: 0 for file in files}
-        entry.farthest.clear()
+        entry.owner = entry.helper = entry.judge = entry.retry_due = None
+        self.announce(entry)
+        self.entries[taken.job.id] = taken
+        self.announce(taken)
+        self._wake.set()
 
     async def _leave(self, entry: Entry, state: JobState) -> None:
         await self.save(JobRemoved(entry.job.id), then=partial(self._left, entry, state))
@@ -640,11 +673,12 @@ class Engine:
         try:
             while self.failure is None:
                 self._wake.clear()
+                began = self.clock.monotonic()
                 await self._retry_due()
                 await self._expire()
                 self._search_owners()
                 self._schedule()
-                await self._sleep_until_woken(self._next_deadline())
+                await self._sleep_until_woken(self._next_deadline(began))
         except BitsError as error:
             self.fail(error)
 
@@ -679,7 +713,9 @@ class Engine:
             if entry.work is not None and now >= self._download_deadline(entry):
                 entry.overdue = True
                 entry.stop()
-            elif limit is not None and not entry.held and not entry.job.state.is_active and self._idle(entry) >= limit:
+            elif limit is None or entry.held or entry.job.state.is_active or entry.job.state.is_final:  # final since the last await
+                continue
+            elif self._idle(entry) >= limit:
                 log.warning("job %s: cancelled after %g s without activity", entry.job.id, limit)
                 await self.cancel(entry)
 
@@ -690,8 +726,8 @@ class Engine:
         last = entry.job.modified if entry.touched is None else max(entry.job.modified, entry.touched)
         return (self.clock.now() - last).total_seconds()
 
-    def _next_deadline(self) -> float | None:
-        """Seconds until something is due; None: only a change brings something."""
+    def _next_deadline(self, began: float) -> float | None:
+        """Seconds until something is due that was not when this round of the loop began; None: only a change brings something."""
         now = self.clock.monotonic()
         due = [entry.retry_due for entry in self.entries.values() if entry.retry_due is not None]
         due += [self._download_deadline(entry) for entry in self.entries.values() if entry.work is not None]
@@ -700,7 +736,7 @@ class Engine:
             due += [now + limit - self._idle(entry) for entry in self.entries.values()]
         if any(entry.job.state is JobState.QUEUED for entry in self.entries.values()):
             due += [entry.started + self._time_slice for entry in self.entries.values() if entry.work is not None]
-        return min((max(0.0, moment - now) for moment in due if moment > now), default=None)
+        return min((max(0.0, moment - now) for moment in due if moment > began), default=None)
 
     def _search_owners(self) -> None:
         """Ask once per owner for the token of queued jobs that have none."""
@@ -732,8 +768,8 @@ class Engine:
 
     def _schedule(self) -> None:
         now = self.clock.monotonic()
-        # a job that a command holds is not started; while it runs, it has its place
-        looked_at = [entry for entry in self.entries.values() if not entry.held or entry.job.state.is_active]
+        # a job that a command holds, or whose last attempt is being wound up, is not started; while it runs, it has its place
+        looked_at = [e for e in self.entries.values() if e.job.state.is_active or not (e.held or e.supervisor)]
         choice = choose([self._candidate(entry, now) for entry in looked_at], self._limits)
         for job_id in choice.yield_:
             self.entries[job_id].stop()
@@ -785,6 +821,9 @@ class Engine:
             message = f"the job has been transferring for {entry.job.maximum_download_time:g} s"
             error = make_error(ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=entry.job.id)
             await self._failed(entry, error, active)
+        elif entry.satisfied and not work.cancelled():
+            state = advance(entry.job.state, Outcome.RANGES_DONE)
+            await self.change(entry, state=state, active=active, error=None, retry_number=0, stalled=0.0)
         else:  # it was stopped, or a file was added at the last moment
             await self.change(entry, state=advance(entry.job.state, Outcome.YIELDED), active=active)
 
@@ -810,7 +849,7 @@ class Engine:
             entry.retry_due = now + delay
             until: datetime = self.clock.now() + timedelta(seconds=delay)
             state = advance(job.state, Outcome.FAILED_FOR_NOW)
-            log.warning("job %s: %s; next attempt in %g s", job.id, error.located(job_id=job.id), delay)
+            log.warning("%s; next attempt in %g s", error.located(job_id=job.id), delay)
             fields: dict[str, Any] = {"retry_number": number, "retry_at": until, "stalled": stalled}
             await self.change(entry, state=state, error=error, error_count=count, active=active, **fields)
             return
@@ -818,6 +857,7 @@ class Engine:
             error = _no_progress(error, job.no_progress_timeout)
         entry.retry_due = entry.failing_since = None
         fields = {"retry_at": None, "stalled": 0.0, "active": active}
+        log.warning("%s", error.located(job_id=job.id))
         await self.change(entry, state=advance(job.state, Outcome.FAILED), error=error, error_count=count, **fields)
 
     # -- tokens -----------------------------------------------------------------------------------------------------------------------
@@ -851,9 +891,9 @@ def _short(error: BitsError | None) -> str:
 def _no_progress(error: BitsError, timeout: float) -> BitsError:
     """BG_E_NO_PROGRESS, in the context of the error that kept the job from moving, whose sentence it repeats."""
     fields = error.fields()
-    for name in ("code", "context", "message", "transient", "advice", "retry_after"):
+    for name in ("code", "context", "message", "transient", "retry_after"):
         del fields[name]
-    message = f"no byte for {timeout:g} s; the last error: {error.message}"
+    message = f"no progress, and the next attempt would be after {timeout:g} s; the last error: {code_name(error.code)}: {error.message}"
     made = make_error(ErrorCode.BG_E_NO_PROGRESS, error.context, message, transient=False, **fields)
     made.__cause__ = error
     return made

@@ -52,6 +52,7 @@ from ..errors import (
     TokenRequired,
     ValidationFailed,
     make_error,
+    scrub,
 )
 from ..identity import native
 from ..identity.threads import TokenExecutor, TokenExecutors
@@ -60,7 +61,7 @@ from ..transport.answers import MAX_URL, check_url
 from ..transport.lane import Judge, Lanes, Network, Party
 from ..transport.options import TLS_FLAGS, SecurityFlags, checked_flags, checked_headers, checked_method
 from ..transport.proxies import ProxySettings, resolve, route
-from ..transport.ranges import FileRange, checked_ranges
+from ..transport.ranges import FileRange, checked_ranges, checked_requests, joined, located
 from ..transport.timeouts import Timeouts
 from ..transport.tls import TlsSettings, read_revocation_lists
 from .certificates import CertificateJudge, callback_required
@@ -83,7 +84,7 @@ from .model import (
 )
 from .notify import EventStream, JobChanged, Progress
 from .scheduler import Limits
-from .secrets import release_lock, take_lock
+from .secrets import os_fault, release_lock, take_lock
 from .store import SqliteStore, finish
 from .transfer import Workshop
 
@@ -95,6 +96,7 @@ StrPath = str | os.PathLike[str]
 DISPLAY_NAME_LENGTH: Final = 256
 DESCRIPTION_LENGTH: Final = 1024
 PROGRESS_INTERVAL: Final = 0.5
+STATE_ADVICE: Final = "set HOME or XDG_STATE_HOME to a directory where this user may write"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -166,6 +168,48 @@ class JobFile:
         return self._record.ranges
 
     @property
+    def filled_file_ranges(self) -> Sequence[FileRange]:
+        """What of the remote file is in the part file for good, in the order of the file."""
+        record = self._record
+        here = [FileRange(each.start, each.durable - each.start) for each in record.slices if each.durable > each.start]
+        return located(record.ranges, here) if record.ranges else joined(here)
+
+    async def request_file_ranges(self, ranges: Sequence[FileRange]) -> None:
+        """Ask for bytes of a file whose job is in on-demand mode; durable when it returns. They add to what was asked for before.
+
+        Resume the job to have them fetched. When all is there the job is TRANSFERRED if its files are whole, else SUSPENDED again.
+
+        Raises:
+            InvalidArgument: no range, or one without a byte; one that is not in the file, as far as its size is known
+                (BG_E_INVALID_RANGE; otherwise the job stops with it).
+            InvalidState: the job is not in on-demand mode.
+        """
+        engine, checked = self._manager._ready(), checked_requests(ranges)
+        async with engine.command(self._entry):
+            self._check_on_demand(checked)
+            await engine.ask_for(self._entry, self._index, wanted=joined((*self._record.wanted, *checked)))
+
+    async def update_download_position(self, offset: int) -> None:
+        """Fetch what was asked for at this offset and behind it first, then what lies before it.
+
+        Raises:
+            InvalidArgument: not an offset in the file (BG_E_INVALID_RANGE). InvalidState: the job is not in on-demand mode.
+        """
+        engine = self._manager._ready()
+        (checked,) = checked_requests([FileRange(offset)])
+        async with engine.command(self._entry):
+            self._check_on_demand([checked])
+            await engine.ask_for(self._entry, self._index, position=checked.initial_offset)
+
+    def _check_on_demand(self, ranges: Iterable[FileRange]) -> None:
+        record, job = self._record, self._entry.job
+        if not job.on_demand_mode:
+            raise InvalidState("the job is not in on-demand mode", job_id=job.id)
+        if record.size is not None and any(each.reaches_beyond(record.size) for each in ranges):
+            message = f"a range is not in the file, which has {record.size} bytes"
+            raise InvalidArgument(message, code=ErrorCode.BG_E_INVALID_RANGE, job_id=job.id)
+
+    @property
     def temporary_name(self) -> Path | None:
         """The part file beside the destination, from the moment it is made until the job is completed or cancelled. Leave it alone."""
         record = self._record
@@ -174,7 +218,7 @@ class JobFile:
     @property
     def validation_state(self) -> bool:
         """Whether the application said that the content is right; completing the job says so too."""
-        return self._record.validated
+        return self._record.transferred and self._record.validated
 
     @property
     def is_downloaded_from_peer(self) -> bool:
@@ -329,6 +373,11 @@ class Job:
         return self._entry.job.dynamic_content
 
     @property
+    def on_demand_mode(self) -> bool:
+        """Only what `JobFile.request_file_ranges` asks for is fetched."""
+        return self._entry.job.on_demand_mode
+
+    @property
     def high_performance(self) -> bool:
         """Nothing is journalled while a file is fetched."""
         return self._entry.job.high_performance
@@ -391,7 +440,7 @@ class Job:
             InvalidArgument: as `add_file`; no range, or one without a byte; an offset that is none (BG_E_INVALID_RANGE); ranges that
                 overlap (BG_E_OVERLAPPING_RANGES).
             AccessDenied: more than `Limits.ranges_per_file` (BG_E_TOO_MANY_RANGES_IN_FILE), or as `add_file_set`.
-            InvalidState: the job has dynamic content (BG_E_UNSUPPORTED_JOB_CONFIGURATION).
+            InvalidState: the job has dynamic content, or is in on-demand mode (BG_E_UNSUPPORTED_JOB_CONFIGURATION).
         """
         self._manager._ready()
         (file,) = await self._add([replace(_checked(FileInfo(url, path, sha256=sha256)), ranges=checked_ranges(ranges))])
@@ -401,8 +450,8 @@ class Job:
         engine, entry = self._manager._ready(), self._entry
         async with engine.command(entry):
             self._manager._check_limits(entry, files)
-            if entry.job.dynamic_content and any(file.ranges for file in files):
-                raise self._unfit("dynamic content has no ranges")
+            if (entry.job.dynamic_content or entry.job.on_demand_mode) and any(file.ranges for file in files):
+                raise self._unfit("dynamic content, and a file that is fetched on demand, is not made of ranges")
             first = len(entry.files)
             records = [_file_record(self.id, first + n, file) for n, file in enumerate(files)]
             await engine.add_files(entry, records)
@@ -432,8 +481,22 @@ class Job:
             return bool(urls)
 
     async def set_proxy_settings(self, settings: ProxySettings) -> None:
-        """How the job reaches its servers, from the next attempt on. A later proxy needs its credentials set again (T19)."""
-        await self._set(proxy=resolve(settings, os.environ))
+        """How the job reaches its servers, from the next attempt on.
+
+        A later proxy needs its credentials set again; so do servers over plain http once the job was resumed, because another proxy would
+        see what is shown to them, and custom headers (T19).
+        """
+        engine, entry, proxy = self._manager._ready(), self._entry, resolve(settings, os.environ)
+        async with engine.command(entry):
+            exposed = entry.job.resumed and proxy != entry.job.proxy
+            grants = [_kept_from_proxies(grant) if exposed else grant for grant in entry.grants]
+            http = entry.job.http
+            if exposed and http.header_origins:
+                http = replace(http, header_origins=_not_plain(http.header_origins))
+            if grants != entry.grants:
+                await engine.save(*grants)
+                entry.grants[:] = grants
+            await engine.change(entry, proxy=proxy, http=http)
 
     async def set_priority(self, priority: JobPriority) -> None:
         """Which jobs go first.
@@ -482,10 +545,21 @@ class Job:
         anew. The job is transferred at FOREGROUND priority only, where nothing else interrupts it.
 
         Raises:
-            InvalidState: the job was resumed before (BG_E_READ_ONLY_PROPERTY_AFTER_RESUME), or has a file with ranges
-                (BG_E_UNSUPPORTED_JOB_CONFIGURATION).
+            InvalidState: the job was resumed before (BG_E_READ_ONLY_PROPERTY_AFTER_RESUME); it has a file with ranges, or is in on-demand
+                mode (BG_E_UNSUPPORTED_JOB_CONFIGURATION); or another method than GET (BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD).
         """
         await self._set_early("dynamic_content", _yes_or_no("dynamic_content", dynamic))
+
+    async def set_on_demand_mode(self, on_demand: bool) -> None:
+        """Fetch only what `JobFile.request_file_ranges` asks for, in any order; the rest of the part file stays a hole.
+
+        The server must support ranges and give a validator, else the job stops with BG_E_RANDOM_ACCESS_NOT_SUPPORTED.
+
+        Raises:
+            InvalidState: the job was resumed before (BG_E_READ_ONLY_PROPERTY_AFTER_RESUME); it has dynamic content, or a file with
+                ranges (BG_E_UNSUPPORTED_JOB_CONFIGURATION); or another method than GET (BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD).
+        """
+        await self._set_early("on_demand_mode", _yes_or_no("on_demand_mode", on_demand))
 
     async def set_high_performance(self, fast: bool) -> None:
         """Journal nothing while a file is fetched, and sync it once, at its end: after a loss of power it is fetched anew.
@@ -511,10 +585,22 @@ class Job:
                 raise self._unfit(f"{name} is set before the first resume", ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME)
             if name == "dynamic_content" and value and not entry.job.http.plain:
                 raise self._unfit("dynamic content is fetched with GET only", ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD)
-            if name == "dynamic_content" and value and any(file.ranges for file in entry.files):
-                raise self._unfit("dynamic content has no ranges")
             fields: dict[str, Any] = {name: value}
-            await engine.change(entry, **fields)
+            self._check_fit(replace(entry.job, **fields))
+            kept = [file for file in entry.files if name == "on_demand_mode" and file.wanted]
+            await engine.change(entry, files=[replace(file, wanted=(), position=0) for file in kept], **fields)
+
+    def _check_fit(self, job: JobRecord) -> None:
+        """Whether the ways in which the job is to be fetched go together."""
+        if not (job.dynamic_content or job.on_demand_mode):
+            return
+        if not job.http.plain:
+            code = ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD
+            raise self._unfit("dynamic content, and a file on demand, is fetched with GET only", code)
+        if job.dynamic_content and job.on_demand_mode:
+            raise self._unfit("dynamic content cannot be fetched on demand")
+        if any(file.ranges for file in self._entry.files):
+            raise self._unfit("dynamic content, and a file that is fetched on demand, is not made of ranges")
 
     async def set_maximum_download_time(self, seconds: float) -> None:
         """Seconds that the job may spend CONNECTING and TRANSFERRING; then it fails with BG_E_MAXDOWNLOAD_TIMEOUT. Resume counts anew."""
@@ -578,9 +664,8 @@ class Job:
             if checked == "GET":
                 await self._change_http(method=checked)
                 return
-            if entry.job.dynamic_content:
-                raise self._unfit("dynamic content is fetched with GET only", ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD)
             http = replace(entry.job.http, method=checked)
+            self._check_fit(replace(entry.job, http=http))
             await self._manager._ready().change(entry, http=http, priority=JobPriority.FOREGROUND)
 
     async def set_security_flags(self, flags: SecurityFlags) -> None:
@@ -678,7 +763,8 @@ class Job:
 
     def take_ownership(self) -> Coroutine[Any, Any, None]:
         """Make the ambient identity at this call the owner. What the old owner entrusted to the job is dropped: its credentials and its
-        helper token; what was fetched is fetched anew, because the part files are the old owner's.
+        helper token; what was fetched is fetched anew, because the part files are the old owner's. Other handles on the job lead nowhere
+        from now on (for them it is CANCELLED): get a new one by `get_job`.
 
         Raises:
             AccessDenied: the caller is not elevated.
@@ -688,10 +774,10 @@ class Job:
     async def _take_ownership(self, caller: Token) -> None:
         manager, entry = self._manager, self._entry
         engine = manager._ready()
-        if not manager._usable(caller).elevated:
+        if not manager._is_elevated(manager._usable(caller)):
             raise AccessDenied("only an elevated identity may take a job over", job_id=self.id, identity=caller.name)
         async with engine.command(entry):
-            await engine.take_over(entry, manager._owner_key(caller), caller)
+            self._entry = await engine.take_over(entry, manager._owner_key(caller), caller)
 
     def token_options(self) -> "Coroutine[Any, Any, TokenOptions]":
         """The helper token of the job. The access check happens here, once, for the identity that calls (COM: QueryInterface).
@@ -741,7 +827,8 @@ class Job:
         return await self._manager._ready().complete(self._entry, partial=partial)
 
     async def wait(self, *, transient: bool = False) -> None:
-        """Return when the job is TRANSFERRED or ACKNOWLEDGED. Cancelling stops the waiting, never the job.
+        """Return when the job is TRANSFERRED or ACKNOWLEDGED; in on-demand mode also when all is there that was asked for, and the job is
+        SUSPENDED. Cancelling stops the waiting, never the job.
 
         Raises:
             BitsError: the job is in ERROR (with `transient` also in TRANSIENT_ERROR): a new instance of its error.
@@ -754,7 +841,8 @@ class Job:
 
         def settled() -> bool:
             state = self.state
-            return state.is_settled or (transient and state is JobState.TRANSIENT_ERROR)
+            satisfied = state is JobState.SUSPENDED and self._entry.satisfied
+            return state.is_settled or satisfied or (transient and state is JobState.TRANSIENT_ERROR)
 
         await engine.until(settled)
         if self.state is JobState.CANCELLED:
@@ -862,6 +950,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         run: bool = True,
         logon: Callable[[Job], Awaitable[Token | None]] | None = None,
     ) -> None:
+        if ssl is not None and not isinstance(ssl, SSLContext):
+            raise InvalidArgument(f"ssl= takes an ssl.SSLContext or None, not {ssl!r}")
         self._path = None if store is None else Path(os.path.abspath(os.fspath(store)))
         self._tls = TlsSettings(ssl)
         self._limits = limits
@@ -1050,7 +1140,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             raise NotFound(job_id=key)
         self._admit(caller, entry)
         if entry.owner is None and self._is_owner(caller, entry.job.owner):
-            engine.owner_found(entry, caller)
+            engine.owner_found(entry, self._usable(caller))
         return Job(self, entry)
 
     def enum_jobs(self, *, all_users: bool = False) -> AsyncIterator[Job]:
@@ -1063,7 +1153,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
 
     async def _enum_jobs(self, caller: Token, all_users: bool) -> AsyncIterator[Job]:
         engine = self._ready()
-        if all_users and not caller.elevated:
+        self._refuse_fake(caller)
+        if all_users and not self._is_elevated(caller):
             raise AccessDenied("only an elevated identity may list the jobs of all users", identity=caller.name)
         for entry in engine.jobs():
             if all_users or self._is_owner(caller, entry.job.owner):
@@ -1072,10 +1163,13 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
     def events(self) -> EventStream:
         """Events of every job that the ambient identity at this call may open, those made later too, until the manager closes."""
         engine, caller = self._ready(), current_token()
+        self._refuse_fake(caller)
+        # asked now: a token that is closed later would fail those who publish, and with them the queue
+        who, elevated = self._identity(caller), self._is_elevated(caller)
 
         def wants(job_id: UUID) -> bool:
             entry = engine.entries.get(job_id)
-            return entry is not None and self._may_open(caller, entry.job.owner)
+            return entry is not None and (elevated or who == _identity_of(entry.job.owner))
 
         return engine.stream(wants, lambda _: False)
 
@@ -1090,12 +1184,15 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
 
     # -- who may ------------------------------------------------------------------------------------------------------------------------
 
+    def _refuse_fake(self, token: Token) -> None:
+        if token.fake and self._seams is None:
+            raise ImpersonationFailed("a fake_token works with bits_async.testing.FakeNetwork only", identity=token.name)
+
     def _usable(self, token: Token) -> Token:
         """A token that jobs of this manager may carry."""
         if not isinstance(token, Token):
             raise InvalidArgument(f"a token is a Token, not {type(token).__name__}")
-        if token.fake and self._seams is None:
-            raise ImpersonationFailed("a fake_token works with bits_async.testing.FakeNetwork only", identity=token.name)
+        self._refuse_fake(token)
         if token.level.value < ImpersonationLevel.IMPERSONATE.value:
             raise ImpersonationFailed(f"a token of level {token.level.name} cannot act", identity=token.name)
         return token
@@ -1123,19 +1220,22 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             return None
         return credential_fingerprint(token.network, self._store.fingerprint_key)
 
+    def _identity(self, token: Token) -> "_Identity | None":
+        """What must be the same in an owner key; None: nobody's (ANONYMOUS opens nothing)."""
+        return None if token.level is ImpersonationLevel.ANONYMOUS else (token.local.key, token.principal, self._proof(token))
+
     def _is_owner(self, token: Token, key: OwnerKey) -> bool:
         """Exactly the identity that made the job: the same local user, the same principal, proved by the same secret."""
-        if token.level is ImpersonationLevel.ANONYMOUS:
-            return False
-        return (token.local.key, token.principal, self._proof(token)) == (key.local, key.principal, key.proof)
+        return self._identity(token) == _identity_of(key)
 
-    def _may_open(self, token: Token, key: OwnerKey) -> bool:
-        return self._is_owner(token, key) or (token.elevated and token.level is not ImpersonationLevel.ANONYMOUS)
+    def _is_elevated(self, token: Token) -> bool:
+        """Whether it opens every door. Not with a principal that nobody proved: the powers beside it are those of the process, which
+        whoever merely names a principal has not shown to be his (T7)."""
+        return token.elevated and token.principal is None and token.level is not ImpersonationLevel.ANONYMOUS
 
     def _admit(self, caller: Token, entry: Entry) -> None:
-        if caller.fake and self._seams is None:
-            raise ImpersonationFailed("a fake_token works with bits_async.testing.FakeNetwork only", identity=caller.name)
-        if not self._may_open(caller, entry.job.owner):
+        self._refuse_fake(caller)
+        if not (self._is_owner(caller, entry.job.owner) or self._is_elevated(caller)):
             raise AccessDenied(f"the job belongs to {entry.job.owner.name}", job_id=entry.job.id, identity=caller.name)
 
     async def _adopt(self, stored: StoredJob) -> Token | None:
@@ -1294,6 +1394,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
     async def _prepare(self, order: "_Order") -> Entry:
         """The job of an earlier call for the same owner, path and URL, or a new one; with owner, helper and settings of this call."""
         engine = self._ready()
+        self._usable(order.owner)
         entry = await self._found(order)
         if entry is None:
             record = self._new_record(order.display_name, order.priority, order.owner)
@@ -1439,6 +1540,9 @@ class _Order:
             raise TypeError("progress= takes a plain function")
         if not isinstance(priority, JobPriority):
             raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
+        for token in (owner, helper):
+            if token is not None and not isinstance(token, Token):
+                raise InvalidArgument(f"a token is a Token, not {type(token).__name__}")
         given = None if credentials is None else tuple(credentials)
         if given is not None and not all(isinstance(item, AuthCredentials) for item in given):
             raise InvalidArgument("credentials= takes AuthCredentials")
@@ -1491,7 +1595,7 @@ async def download(
     """Fetch one file and return its path; an existing file is replaced at once, when the new one is whole.
 
     Run again after a kill, a cancel or an error, it goes on where it stopped: a private journal per owner and destination remembers the
-    job until nothing is left to continue.
+    job until nothing is left to continue. Where an error advises to resume the job, call again.
 
     Args:
         url: http or https, sent as it stands; no user information.
@@ -1505,7 +1609,7 @@ async def download(
         progress: a plain function, called in this task: first, last, at each change of state, at most every 0.5 s between.
         priority: of interest on a shared manager only.
         retry_for: seconds without a byte until a transient error is final; 0: the first error is.
-        store: the journal's file instead of a private one.
+        store: the journal's file instead of a private one; the lock on the destination stays in the user's state directory.
         ssl: None: `ssl.create_default_context()`.
 
     Raises:
@@ -1578,14 +1682,34 @@ def _digest(*parts: str) -> str:
 def _state_directory() -> Path:
     import platformdirs
 
-    return platformdirs.user_state_path("bits_async", appauthor=False)
+    try:
+        return platformdirs.user_state_path("bits_async", appauthor=False)
+    except RuntimeError:  # no HOME, and a user whom the user database does not know
+        code = ErrorCode.ERROR_PATH_NOT_FOUND
+        raise StoreError("this user has no home directory for the state of transfers", code=code, advice=STATE_ADVICE) from None
 
 
 def _make_state_directories(path: Path) -> None:
-    """Make a directory and those above it that are missing, each for its owner only, whatever the umask is."""
+    """Make a directory and those above it that are missing, each for its owner only, whatever the umask is.
+
+    Raises:
+        StoreError: one cannot be made.
+    """
     for each in [*reversed(path.parents), path]:
-        with contextlib.suppress(FileExistsError):
+        try:
             each.mkdir(0o700)
+        except FileExistsError:
+            pass
+        except OSError as exc:
+            fault = os_fault(exc, each, "make the directory for")
+            raise StoreError(fault.message, code=fault.code, transient=False, path=each, advice=STATE_ADVICE) from scrub(exc)
+
+
+_Identity = tuple[str, str | None, str | None]  # local user, principal, the proof of that
+
+
+def _identity_of(key: OwnerKey) -> _Identity:
+    return key.local, key.principal, key.proof
 
 
 def _origins(entry: Entry, target: AuthTarget) -> frozenset[Origin]:
@@ -1595,6 +1719,17 @@ def _origins(entry: Entry, target: AuthTarget) -> frozenset[Origin]:
         return frozenset(Origin.of(url) for url in urls)
     proxies = [route(entry.job.proxy, url) for url in urls]
     return frozenset(Origin.of(proxy) for proxy in proxies if proxy is not None)
+
+
+def _not_plain(origins: frozenset[Origin]) -> frozenset[Origin]:
+    return frozenset(origin for origin in origins if origin.scheme != "http")
+
+
+def _kept_from_proxies(grant: GrantRecord) -> GrantRecord:
+    """Without the origins that a forwarding proxy stands before: it reads what they are shown."""
+    if grant.target is AuthTarget.PROXY or grant.origins is None:
+        return grant
+    return replace(grant, origins=_not_plain(grant.origins))
 
 
 def _checked(file: FileInfo) -> _File:

@@ -19,7 +19,7 @@ from ..errors import BitsError, ErrorCode, InvalidState
 from ..identity.tokens import HelperTokenFlags
 from ..transport.options import HttpOptions
 from ..transport.proxies import ProxySettings
-from ..transport.ranges import FileRange, Slice, Validator, local_size
+from ..transport.ranges import FileRange, Slice, Validator, complete, filled, local_size, missing
 
 if TYPE_CHECKING:
     from ..files import PartRecord
@@ -84,6 +84,7 @@ class Outcome(enum.Enum):
     PICKED = "picked by the scheduler"
     ANSWERED = "the server answered"
     ALL_FILES_DONE = "all files done"
+    RANGES_DONE = "all that was asked for on demand is there"
     YIELDED = "time slice over, pre-empted or manager closing"
     FAILED_FOR_NOW = "recoverable error"
     FAILED = "fatal error"
@@ -194,6 +195,7 @@ NEXT: Final[Mapping[tuple[JobState, Command | Outcome], JobState]] = MappingProx
         (S.CONNECTING, C.COMPLETE): S.ACKNOWLEDGED,
         (S.CONNECTING, O.ANSWERED): S.TRANSFERRING,
         (S.CONNECTING, O.ALL_FILES_DONE): S.TRANSFERRED,
+        (S.CONNECTING, O.RANGES_DONE): S.SUSPENDED,
         (S.CONNECTING, O.YIELDED): S.QUEUED,
         (S.CONNECTING, O.FAILED_FOR_NOW): S.TRANSIENT_ERROR,
         (S.CONNECTING, O.FAILED): S.ERROR,
@@ -205,6 +207,7 @@ NEXT: Final[Mapping[tuple[JobState, Command | Outcome], JobState]] = MappingProx
         (S.TRANSFERRING, C.COMPLETE): S.ACKNOWLEDGED,
         (S.TRANSFERRING, O.ANSWERED): S.TRANSFERRING,
         (S.TRANSFERRING, O.ALL_FILES_DONE): S.TRANSFERRED,
+        (S.TRANSFERRING, O.RANGES_DONE): S.SUSPENDED,
         (S.TRANSFERRING, O.YIELDED): S.QUEUED,
         (S.TRANSFERRING, O.FAILED_FOR_NOW): S.TRANSIENT_ERROR,
         (S.TRANSFERRING, O.FAILED): S.ERROR,
@@ -299,6 +302,7 @@ class JobRecord:
     maximum_download_size: int | None = None  # bytes of all files together; None: any number
     dynamic_content: bool = False  # fetched in one go or anew; FOREGROUND only
     high_performance: bool = False  # no checkpoints while a file is fetched
+    on_demand_mode: bool = False  # of its files only what was asked for is fetched
     error: BitsError | None = None
     error_file: int | None = None  # index of the file the error is about
     error_count: int = 0
@@ -328,6 +332,8 @@ class FileRecord:
     path: Path
     sha256: str | None = None
     ranges: tuple[FileRange, ...] = ()  # what the local file is made of, in this order; none: the whole remote file
+    wanted: tuple[FileRange, ...] = ()  # on demand: what was asked for, in the order of the file
+    position: int = 0  # on demand: where to begin with what is wanted
     validator: Validator | None = None
     part: "PartRecord | None" = None
     slices: tuple[Slice, ...] = ()
@@ -341,6 +347,14 @@ class FileRecord:
     def size(self) -> int | None:
         """Bytes of the local file, None while unknown."""
         return local_size(self.ranges, self.validator.size if self.validator else None)
+
+    @property
+    def outstanding(self) -> bool:
+        """On demand: something that was asked for is not there yet, or all of the file is and nobody has said so."""
+        if self.transferred or not self.wanted:
+            return False
+        size = self.validator.size if self.validator else None
+        return missing(self.wanted, self.slices, size) is not None or (size is not None and complete(filled(self.slices), size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

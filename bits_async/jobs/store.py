@@ -203,6 +203,9 @@ SCHEMA: Final = (
     ALTER TABLE jobs ADD COLUMN maximum_download_size INTEGER;  -- bytes
     ALTER TABLE jobs ADD COLUMN dynamic_content INTEGER NOT NULL DEFAULT 0 CHECK (dynamic_content IN (0, 1));
     ALTER TABLE jobs ADD COLUMN high_performance INTEGER NOT NULL DEFAULT 0 CHECK (high_performance IN (0, 1));
+    ALTER TABLE jobs ADD COLUMN on_demand_mode INTEGER NOT NULL DEFAULT 0 CHECK (on_demand_mode IN (0, 1));
+    ALTER TABLE files ADD COLUMN wanted TEXT NOT NULL DEFAULT '[]';  -- JSON array of [start, length or null]
+    ALTER TABLE files ADD COLUMN position INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE files ADD COLUMN validated INTEGER NOT NULL DEFAULT 0 CHECK (validated IN (0, 1));
     """,
 )
@@ -893,6 +896,8 @@ class _Writer:
             transferred=file.transferred,
             committed=file.committed,
             validated=file.validated,
+            wanted=json.dumps([[each.initial_offset, each.length] for each in file.wanted]),
+            position=file.position,
         )
 
     def _url(self, file: FileRecord, owner: str, column: str, url: str) -> tuple[str, bytes | None]:
@@ -957,6 +962,7 @@ def _job_row(job: JobRecord) -> Values:
         maximum_download_size=job.maximum_download_size,
         dynamic_content=job.dynamic_content,
         high_performance=job.high_performance,
+        on_demand_mode=job.on_demand_mode,
         **{f"error_{name}": error.get(name) for name in _ERROR_FIELDS},
         error_file=job.error_file,
         error_count=job.error_count,
@@ -1048,6 +1054,8 @@ class _Reader:
             transferred=bool(row["transferred"]),
             committed=bool(row["committed"]),
             validated=bool(row["validated"]),
+            wanted=tuple(FileRange(start, length) for start, length in json.loads(row["wanted"])),
+            position=int(row["position"]),
         )
 
     def _url(self, row: Row, job: JobRecord, column: str) -> str:
@@ -1127,6 +1135,7 @@ def _job(row: Row) -> JobRecord:
         maximum_download_size=_maybe_int(row["maximum_download_size"]),
         dynamic_content=bool(row["dynamic_content"]),
         high_performance=bool(row["high_performance"]),
+        on_demand_mode=bool(row["on_demand_mode"]),
         error=_error(row),
         error_file=row["error_file"],
         error_count=row["error_count"],

@@ -21,7 +21,18 @@ from ..identity.tokens import HelperTokenFlags, Token, TokenPair
 from ..transport.answers import MAX_URL, AlreadyComplete, Asked, FileChanged, Redirected
 from ..transport.lane import Body, Network, Party
 from ..transport.options import SecurityFlags
-from ..transport.ranges import MAX_REQUEST, Detached, Slice, Validator, local_size, locate
+from ..transport.ranges import (
+    MAX_REQUEST,
+    Detached,
+    FileRange,
+    Slice,
+    Validator,
+    complete,
+    filled,
+    local_size,
+    locate,
+    missing,
+)
 from .model import FileRecord, JobRecord
 
 WRITE_BATCH: Final = 1 << 20
@@ -49,7 +60,7 @@ class Recorder(Protocol):
     def files(self) -> Sequence[FileRecord]: ...
 
     async def keep(self, file: FileRecord) -> None:
-        """Durable in the journal when it returns."""
+        """Durable in the journal when it returns; a file that is transferred is told of at that moment, even if the caller is cancelled."""
         ...
 
     def answered(self) -> None:
@@ -66,10 +77,6 @@ class Recorder(Protocol):
 
     def retrying(self, number: int, delay: float, error: BitsError) -> None:
         """A broken connection is opened again."""
-        ...
-
-    def transferred(self, index: int) -> None:
-        """That file is whole."""
         ...
 
 
@@ -94,11 +101,32 @@ class _Download:
     checkpoint_at: float
     fresh: bool  # nothing is in it but what this attempt wrote
     checkpoint_from: int = 0
-    complete: bool = False
+    complete: bool = False  # all bytes of the piece are there
+    others: tuple[Slice, ...] = ()  # on demand: what is there besides the piece
 
     @property
     def index(self) -> int:
         return self.record.index
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """All that is there, for the journal."""
+        return filled((*self.others, self.piece)) if self.record.wanted else (replace(self.piece),)
+
+    @property
+    def count(self) -> int:
+        """Bytes that are there."""
+        return sum(each.written - each.start for each in (self.piece, *self.others))
+
+    @property
+    def at_risk(self) -> bool:
+        """Bytes are written that a loss of power would take."""
+        return any(each.durable < each.written for each in (self.piece, *self.others))
+
+
+def _size(download: _Download) -> int | None:
+    """Of the remote file."""
+    return download.validator.size if download.validator else None
 
 
 async def _next(chunks: AsyncIterator[bytes], patience: float | None) -> bytes | None:
@@ -108,6 +136,19 @@ async def _next(chunks: AsyncIterator[bytes], patience: float | None) -> bytes |
             return await anext(chunks, None)
     except TimeoutError:
         return b""
+
+
+async def _ended(task: "asyncio.Task[int]") -> None:
+    """Cancel the task and wait for its end through any number of cancels of our own: until then it uses what is ours."""
+    task.cancel()
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 class Attempt:
@@ -126,7 +167,7 @@ class Attempt:
         self._reconnects = 0
 
     async def run(self) -> None:
-        """Transfer the files that are not yet transferred, in order.
+        """Transfer the files that are not yet transferred, in order; on demand, what was asked for of them.
 
         Raises:
             BitsError: what stopped the attempt; `transient` says whether another may help.
@@ -138,16 +179,22 @@ class Attempt:
             executors.lease(local, "files") as files,
             executors.lease(remote, "security") as security,
         ):
-            while (record := next((file for file in self._recorder.files if not file.transferred), None)) is not None:
+            while (record := next((file for file in self._recorder.files if self._to_do(file)), None)) is not None:
                 party = await self._party(remote, security, record.index)
                 await self._transfer(record, files, party)  # files may be added meanwhile
+
+    def _to_do(self, file: FileRecord) -> bool:
+        return file.outstanding if self._recorder.job.on_demand_mode else not file.transferred
 
     async def _transfer(self, record: FileRecord, files: TokenExecutor, party: Party) -> None:
         download = await self._open(record, files)
         try:
-            await self._begin(download)
-            await self._fetch(download, party)
-            await self._finish(download)
+            if self._recorder.job.on_demand_mode:
+                await self._fetch_wanted(download, party)
+            else:
+                await self._begin(download)
+                await self._fetch(download, party)
+                await self._finish(download)
         finally:
             await self._close(download)
 
@@ -235,6 +282,45 @@ class Attempt:
             except BitsError as error:
                 await self._reopen(download, error, download.piece.written > start)
 
+    async def _fetch_wanted(self, download: _Download, party: Party) -> None:
+        """On demand: one stretch after the other of what was asked for; the file is transferred if that is all of it."""
+        await self._begin_with_slices(download)
+        while (gap := missing(download.record.wanted, download.slices, _size(download), download.record.position)) is not None:
+            self._turn_to(download, *gap)
+            try:
+                await self._fetch(download, party)
+            except BitsError as error:
+                if error.code != ErrorCode.BG_E_INSUFFICIENT_RANGE_SUPPORT:
+                    raise
+                code, message = ErrorCode.BG_E_RANDOM_ACCESS_NOT_SUPPORTED, f"nothing can be fetched on demand: {error.message}"
+                raise make_error(code, ErrorContext.REMOTE_FILE, message, url=download.record.url) from error
+        await self._checkpoint(download)
+        size = _size(download)
+        if size is not None and complete(download.slices, size):
+            download.piece, download.others = Slice(0, size, size, size), ()
+            await self._start_digest(download)  # what came out of order is read once more
+            await self._finish(download)
+
+    async def _begin_with_slices(self, download: _Download) -> None:
+        """As `_begin`; the length of a file with holes says nothing, so only what was made durable counts."""
+        record, length = download.record, await download.part.length()
+        kept = [Slice(each.start, each.durable, each.durable, each.durable) for each in record.slices]
+        if self._can_go_on(record.validator) and all(each.durable <= length for each in kept):
+            download.others, download.validator = filled(kept), record.validator
+        elif length:
+            self._recorder.restarted(record.index, self._why_anew, changed=False)
+            await download.part.truncate(0)
+        download.fresh = not download.others
+        if record.part is None or record.boot_id != self._shop.boot_id:
+            await self._keep(download)
+        self._moved(download)
+
+    def _turn_to(self, download: _Download, start: int, end: int | None) -> None:
+        unsaved = download.piece.written - download.checkpoint_from
+        download.others, download.piece, download.complete = download.slices, Slice.fresh(start, end), False
+        download.part.written_to = start
+        download.checkpoint_from = start - unsaved
+
     async def _request(self, download: _Download, party: Party) -> None:
         piece = download.piece
         if piece.end is not None and piece.written >= piece.end and piece.written > 0:
@@ -253,20 +339,30 @@ class Attempt:
                 await self._receive(download, body, detached, party.timeouts.idle)
         if body.length is None:
             download.complete = True  # only the end of the body says where the file ends
+            if download.record.wanted and download.validator is not None:
+                download.validator = replace(download.validator, size=piece.written)
         elif piece.end is not None:
             download.complete = piece.written >= piece.end
 
     def _asked(self, download: _Download) -> Asked:
         """The bytes to ask for next."""
         record, position, validator = download.record, download.piece.written, download.validator
-        if not record.ranges:
-            end = download.piece.end
-            limit = None if end is None or end - position <= MAX_REQUEST else position + MAX_REQUEST
-            return Asked(record.url, position, limit, validator, dynamic=self._recorder.job.dynamic_content)
-        if position and not self._can_go_on(validator):
-            message = f"a file of ranges cannot be fetched: {NO_VALIDATOR}"
+        if record.wanted or record.ranges:
+            return self._asked_part(download)
+        if position and not self._recorder.job.http.plain:
+            code, message = ErrorCode.BG_E_INVALID_SERVER_RESPONSE, "the server sent a part of the file, and only GET can ask for the rest"
+            raise make_error(code, ErrorContext.REMOTE_FILE, message, url=record.url)
+        end = download.piece.end
+        limit = None if end is None or end - position <= MAX_REQUEST else position + MAX_REQUEST
+        return Asked(record.url, position, limit, validator, dynamic=self._recorder.job.dynamic_content)
+
+    def _asked_part(self, download: _Download) -> Asked:
+        record, piece, validator = download.record, download.piece, download.validator
+        if download.count and not self._can_go_on(validator):
+            message = f"a file of ranges cannot be fetched: {self._why_anew}"
             raise make_error(ErrorCode.BG_E_INSUFFICIENT_RANGE_SUPPORT, ErrorContext.REMOTE_FILE, message, url=record.url)
-        return Asked(record.url, *locate(record.ranges, position, validator.size if validator else None), validator, part=True)
+        ranges = record.ranges or (FileRange(0, piece.end),)
+        return Asked(record.url, *locate(ranges, piece.written, _size(download)), validator, part=True)
 
     async def _pin(self, download: _Download, asked: Asked, body: Body) -> None:
         """The first answer names the version that every later one must be of; the journal knows it before the first byte is written."""
@@ -274,15 +370,17 @@ class Attempt:
             raise make_error(ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorContext.REMOTE_FILE, "the answer starts elsewhere", url=body.url)
         if download.validator is None or download.validator.size is None:
             self._refuse_outside(download.record, body.total)
-            download.validator = replace(body.validator, size=body.total)
-            download.piece.end = local_size(download.record.ranges, body.total)
+            served = body.validator if body.url == asked.url else body.validator.at_another_url()  # a redirect may lead elsewhere next time
+            download.validator = replace(served, size=body.total)
+            if download.piece.end is None or not download.record.wanted:
+                download.piece.end = local_size(download.record.ranges, body.total)
             await self._keep(download)
-        self._refuse_too_large(download, download.piece.end or 0)
+        self._refuse_too_large(download, download.count + (download.piece.remaining or 0))
         if body.length is not None:
             await download.part.reserve(download.piece.written, min(body.length, RESERVE_AHEAD))
 
     def _refuse_outside(self, record: FileRecord, size: int | None) -> None:
-        for each in record.ranges:
+        for each in record.wanted or record.ranges:
             if size is not None and each.reaches_beyond(size):
                 message = f"the range from byte {each.initial_offset} is not in the file, which has {size} bytes"
                 raise make_error(ErrorCode.BG_E_INVALID_RANGE, ErrorContext.REMOTE_FILE, message, url=record.url)
@@ -304,7 +402,7 @@ class Attempt:
             while (chunk := await _next(chunks, WRITE_AFTER if batch else None)) is not None:
                 if chunk:
                     if download.piece.end is None:
-                        self._refuse_too_large(download, download.piece.written + size + len(chunk))
+                        self._refuse_too_large(download, download.count + size + len(chunk))
                     batch.append(chunk)
                     size += len(chunk)
                 if size >= WRITE_BATCH or not chunk:
@@ -320,7 +418,7 @@ class Attempt:
             await download.part.write(piece.written, batch)
         finally:
             piece.advance(max(0, download.part.written_to - piece.written))  # a write is finished before its cancel goes on
-            self._recorder.moved(download.index, piece.written)
+            self._moved(download)
         await self._checkpoint_when_due(download)
 
     async def _receive(self, download: _Download, body: Body, detached: Detached, idle: float) -> None:
@@ -330,17 +428,18 @@ class Attempt:
         try:
             while not move.done():
                 await asyncio.wait({move}, timeout=LOOK)
-                self._recorder.moved(download.index, piece.written)
+                self._moved(download)
                 await self._checkpoint_when_due(download)
             move.result()
         except BitsError as error:
             raise error.located(url=body.url) from None
         finally:
-            if not move.done():
-                move.cancel()
-                await asyncio.wait({move})
-            self._recorder.moved(download.index, piece.written)
+            await _ended(move)
+            self._moved(download)
             body.reattach(piece.written - start)
+
+    def _moved(self, download: _Download) -> None:
+        self._recorder.moved(download.index, download.count)
 
     async def _checkpoint_when_due(self, download: _Download) -> None:
         if self._recorder.job.high_performance:
@@ -352,6 +451,8 @@ class Attempt:
     async def _checkpoint(self, download: _Download) -> None:
         position = download.piece.written  # read before the sync: a thread may be writing on
         await download.part.sync()
+        for other in download.others:
+            other.checkpoint(other.written)
         download.piece.checkpoint(position)
         await self._keep(download)
         download.checkpoint_at = self._shop.clock.monotonic()
@@ -362,9 +463,10 @@ class Attempt:
             download.record,
             validator=download.validator,
             part=download.part.record,
-            slices=(replace(download.piece),),
+            slices=download.slices,
             boot_id=self._shop.boot_id,
             transferred=transferred,
+            validated=False,
         )
         await self._recorder.keep(download.record)
 
@@ -401,7 +503,8 @@ class Attempt:
     async def _anew(self, download: _Download, reason: str, *, changed: bool) -> None:
         log.info("job %s: %s is fetched anew: %s", download.record.job_id, show_url(download.record.url), reason)
         await download.part.truncate(0)  # before the journal hears of it: bytes of one version are never taken for another's
-        download.piece = Slice(0, None, 0, 0)
+        download.piece, download.others = Slice(0, None, 0, 0), ()
+        download.complete = bool(download.record.wanted)  # with this piece; the next one is chosen anew
         download.validator = None
         download.fresh = True
         download.checkpoint_from = 0
@@ -429,7 +532,6 @@ class Attempt:
         await download.part.sync()
         piece.durable = piece.written
         await self._keep(download, transferred=True)
-        self._recorder.transferred(download.index)
 
     async def _refuse(self, download: _Download, message: str) -> None:
         """Wrong bytes are thrown away."""
@@ -446,13 +548,13 @@ class Attempt:
 
     async def _close(self, download: _Download) -> None:
         """The last checkpoint of a stopped download; an attempt that wrote nothing leaves no part file."""
-        part, piece, record = download.part, download.piece, download.record
+        part, record = download.part, download.record
         try:
             if record.part is None:
                 await part.discard()  # the journal knows nothing of it
-            elif download.fresh and not piece.written and not record.transferred:
+            elif download.fresh and not download.count and not record.transferred:
                 await self._discard(download)
-            elif not record.transferred and piece.durable < piece.written and not self._recorder.job.high_performance:
+            elif not record.transferred and download.at_risk and not (self._recorder.job.high_performance and not record.wanted):
                 await self._checkpoint(download)
         except BitsError as error:
             log.warning("job %s: the last checkpoint failed, a resume repeats some bytes: %s", record.job_id, error)

@@ -244,6 +244,10 @@ class HeaderFields:
     def get(self, key: str, /) -> str | None:
         return next(iter(self.getall(key, [])), None)
 
+    def items(self) -> tuple[tuple[str, str], ...]:
+        """Every field, its name in lower case."""
+        return self._pairs
+
     def getall(self, key: str, default: list[str], /) -> list[str]:
         return [value for name, value in self._pairs if name == key.lower()] or default
 
@@ -289,8 +293,10 @@ class Asked:
         return fields
 
     def at(self, url: str) -> "Asked":
-        """The same question, asked elsewhere."""
-        return replace(self, url=url)
+        """The same question, asked elsewhere: an ETag means something for its own resource only, so there it pins nothing."""
+        if url == self.url:
+            return self
+        return replace(self, url=url, pinned=None if self.pinned is None else self.pinned.at_another_url())
 
 
 @dataclass(frozen=True, slots=True)

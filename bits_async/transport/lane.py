@@ -34,6 +34,7 @@ from ..errors import (
     ErrorContext,
     ManagerClosed,
     NetworkError,
+    TokenRequired,
     error_from_network,
     error_from_status,
     make_error,
@@ -309,6 +310,8 @@ class LaneBody:
         self._left -= moved
         self._lane.detached = None
         if self._detached is not None:
+            if self._left == 0 and _something_waits(self._detached):
+                self._lane.drop()  # more than was framed: aiohttp did not see this body, and would take it for the next answer (T26)
             self._detached.close()
             self._detached = None
         connection = self._response.connection
@@ -325,6 +328,14 @@ class LaneBody:
             self._response.close()
             self._lane.drop()
         self._ended = True
+
+
+def _something_waits(connection: socket.socket) -> bool:
+    """Whether bytes lie in a non-blocking socket that nobody asked for; its end is none."""
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:  # BlockingIOError: nothing; or the connection is gone
+        return False
 
 
 def rest_of(content: aiohttp.StreamReader) -> bytes:
@@ -473,7 +484,9 @@ class Lane:
         return await self._send(asked)
 
     def check(self, url: str) -> None:
-        """Raises NetworkError (transient) when the lane was withdrawn."""
+        """Raises TokenRequired when the token was closed, NetworkError (transient) when the lane was withdrawn."""
+        if self.key.token.closed:
+            raise TokenRequired(f"the token of {self.identity} was closed", identity=self.identity)
         if self.withdrawn:
             throw(error_from_network(ConnectionAbortedError(), url=url, doing="go on as this identity"))
 

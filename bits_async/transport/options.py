@@ -161,14 +161,16 @@ def not_implemented(why: str) -> BitsError:
 def checked_headers(given: Sequence[tuple[str, str]] | str | None) -> tuple[tuple[str, str], ...]:
     """Custom headers from pairs or from text with a CRLF between lines (one at the end is allowed); None: none.
 
+    A name that comes again is spelled as it was the first time.
+
     Raises:
         InvalidArgument: more than 16,384 characters (BG_E_STRING_TOO_LONG); a name that is no token, or that is the engine's own
             (T23); a value with other characters than printable ASCII.
     """
-    pairs = _pairs(given)
-    headers = tuple(_checked_header(name, value) for name, value in pairs)
-    _limit(headers_text(headers))
-    return headers
+    checked = [_checked_header(name, value) for name, value in _pairs(given)]
+    _limit(headers_text(checked))
+    spelling: dict[str, str] = {}  # aiohttp takes another spelling of a name for a replacement
+    return tuple((spelling.setdefault(name.lower(), name), value) for name, value in checked)
 
 
 def headers_text(headers: Iterable[tuple[str, str]]) -> str:

@@ -278,6 +278,18 @@ class FileRange:
         return self.initial_offset >= size and self.initial_offset > 0
 
 
+def checked_requests(ranges: Iterable[FileRange]) -> tuple[FileRange, ...]:
+    """Ranges that may be asked for on demand: each has a byte; they may overlap.
+
+    Raises:
+        InvalidArgument: none, or one of no byte (E_INVALIDARG); an offset that is none (BG_E_INVALID_RANGE).
+    """
+    checked = tuple(_checked_range(each) for each in ranges)
+    if not checked or any(each.length == 0 for each in checked):
+        raise InvalidArgument("ranges are asked for: at least one, of at least one byte")
+    return checked
+
+
 def checked_ranges(ranges: Iterable[FileRange]) -> tuple[FileRange, ...]:
     """Ranges that one file may be made of, in the order given.
 
@@ -310,6 +322,59 @@ def _checked_range(given: FileRange) -> FileRange:
 
 def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def located(ranges: Sequence[FileRange], local: Iterable[FileRange]) -> tuple[FileRange, ...]:
+    """Where bytes of a local file made of ranges are in the remote one, in the order of that."""
+    found: list[FileRange] = []
+    for each in local:
+        position, left = each.initial_offset, each.length or 0
+        for within in ranges:
+            here = left if within.length is None else max(0, min(left, within.length - position))
+            if here:
+                found.append(FileRange(within.initial_offset + position, here))
+            left -= here
+            position = max(0, position - (within.length or 0)) if not here else 0
+    return joined(found)
+
+
+def joined(ranges: Iterable[FileRange]) -> tuple[FileRange, ...]:
+    """The same bytes in the order of the file, each once: ranges that overlap or touch become one."""
+    result: list[FileRange] = []
+    for each in sorted(ranges, key=lambda each: each.initial_offset):
+        last = result[-1] if result else None
+        if last is None or (last.end is not None and last.end < each.initial_offset):
+            result.append(each)
+        elif last.end is not None and (each.end is None or each.end > last.end):
+            result[-1] = FileRange(last.initial_offset, None if each.end is None else each.end - last.initial_offset)
+    return tuple(result)
+
+
+def filled(slices: Iterable[Slice]) -> tuple[Slice, ...]:
+    """What is written of the slices, in the order of the file; neighbours that are durable are one."""
+    return merge(Slice(each.start, each.written, each.written, each.durable) for each in slices if each.written > each.start)
+
+
+def missing(wanted: Iterable[FileRange], slices: Iterable[Slice], size: int | None, position: int = 0) -> tuple[int, int | None] | None:
+    """The bytes to fetch next, as (start, end): wanted, not written, and at `position` or behind it if there are any.
+
+    End None: to the end of a file whose size is not known. None: nothing is missing.
+    """
+    gaps: list[tuple[int, int | None]] = []
+    written = filled(slices)
+    for each in joined(wanted):
+        start, end = each.initial_offset, size if each.end is None else each.end
+        for piece in written:
+            if piece.written > start and (end is None or piece.start < end):
+                if piece.start > start:
+                    gaps.append((start, piece.start))
+                start = piece.written
+        if end is None or start < end:
+            gaps.append((start, end))
+    for start, end in gaps:
+        if end is None or end > position:
+            return max(start, position), end
+    return gaps[0] if gaps else None
 
 
 def local_size(ranges: Sequence[FileRange], size: int | None) -> int | None:

@@ -12,6 +12,7 @@ import functools
 import os
 import re
 import ssl
+import stat
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -235,7 +236,9 @@ def read_revocation_lists(source: Path, identity: str) -> bytes:
 def _revocation_lists(files: list[Path]) -> Iterator[bytes]:
     left = MAX_REVOCATION_LISTS
     for each in files:
-        with each.open("rb") as file:
+        with open(each, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("it is not a file")
             content = file.read(left + 1)
         left -= len(content)
         if left < 0:
@@ -245,6 +248,11 @@ def _revocation_lists(files: list[Path]) -> Iterator[bytes]:
             yield body.replace(b" CERTIFICATE-----", b" X509 CRL-----").strip()
         else:
             yield from _CRL.findall(content)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe that nobody writes to would keep the thread for good."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _no_lists(why: str, source: Path, identity: str) -> BitsError:

@@ -1,4 +1,4 @@
-"""What the tests of this room share: tokens that need no machine, and threads that stand for a token's."""
+"""What the tests of auth share: tokens that need no machine, and threads that stand for a token's."""
 
 import asyncio
 import threading

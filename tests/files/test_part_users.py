@@ -173,6 +173,34 @@ async def test_t15_a_privileged_token_writes_in_its_own_and_in_sticky_directorie
     await part.discard()
 
 
+async def test_t15_a_privileged_token_does_not_follow_a_link_of_another_user(files: TokenExecutor, world_dir: Path) -> None:
+    only_roots = make_directory(world_dir / "etc", 0o700)
+    home = make_directory(world_dir / "home", 0o755, 20001, 20001)
+    os.symlink(only_roots, home / "out")
+    os.lchown(home / "out", 20001, 20001)
+    for there in (home / "out", home / "out" / ".." / "etc"):
+        with pytest.raises(LocalFileError) as caught:
+            await PartFile.create(files, there / "file", JOB)
+        assert caught.value.code == ErrorCode.ERROR_DIRECTORY
+        assert "uid 20001" in caught.value.message
+    assert os.listdir(only_roots) == open_below(world_dir) == []
+    part = await PartFile.create(files, home / "out" / "file", JOB, allow_shared_directory=True)
+    await part.close()
+    with pytest.raises(LocalFileError):
+        await PartFile.reopen(files, home / "out" / "file", part.record)
+
+
+async def test_t15_a_privileged_token_follows_links_that_nobody_else_made(files: TokenExecutor, world_dir: Path) -> None:
+    make_directory(world_dir / "etc", 0o700)
+    os.symlink("etc", world_dir / "relative")
+    os.symlink(world_dir / "relative", world_dir / "absolute")
+    part = await PartFile.create(files, world_dir / "absolute" / "file", JOB)
+    await part.discard()
+    os.symlink("round", world_dir / "round")
+    with pytest.raises(LocalFileError):
+        await PartFile.create(files, world_dir / "round" / "file", JOB)
+
+
 async def test_t15_a_list_that_lets_others_write_is_seen_behind_the_own_group(files: TokenExecutor, world_dir: Path) -> None:
     home = make_directory(world_dir / "home", 0o700)
     os.setxattr(home, ACL, shared_with_alice(7))

@@ -21,7 +21,7 @@ URL, OTHER = "https://files.example.test/a/big.bin", "https://mirror.example.tes
 BODY = os.urandom(400_000)
 NEW = os.urandom(400_000)
 MONDAY, TUESDAY = "Mon, 02 Nov 2026 10:00:00 GMT", "Tue, 03 Nov 2026 10:00:00 GMT"
-RANGES = [FileRange(200_000, 100_000), FileRange(50, 10), FileRange(100_000, 100_000), FileRange(399_000)]
+RANGES = [FileRange(300_000, 50_000), FileRange(50, 10), FileRange(100_000, 100_000), FileRange(399_000)]
 DEADLINE = 10.0
 
 
@@ -111,8 +111,8 @@ async def test_ranges_are_joined_in_the_order_in_which_they_are_given(network, j
     assert file.ranges == tuple(RANGES)
     assert file.progress.bytes_total is None, "one goes to the end of a file whose size is not known"
     assert await finished(job) == joined(BODY)
-    assert asked(network) == [(200_000, 300_000), (50, 60), (100_000, 200_000), (399_000, 400_000)]
-    assert file.progress == bits.FileProgress(201_010, 201_010, True)
+    assert asked(network) == [(300_000, 350_000), (50, 60), (100_000, 200_000), (399_000, 400_000)]
+    assert file.progress == bits.FileProgress(151_010, 151_010, True)
 
 
 async def test_the_size_of_a_file_of_ranges_is_their_sum_and_known_at_once(network, job, out):
@@ -145,7 +145,7 @@ async def test_an_empty_file_has_a_range_that_is_all_of_it(network, job, out):
 
 async def test_the_digest_of_a_file_of_ranges_is_that_of_the_local_file(network, job, out):
     await job.add_file_with_ranges(URL, out / "f", RANGES, sha256=hashlib.sha256(joined(BODY)).hexdigest())
-    await stopped_at(network, job, 70_000, 60_000)
+    await stopped_at(network, job, 70_000, 90_000)
     assert await finished(job) == joined(BODY)
 
 
@@ -223,10 +223,10 @@ async def test_one_range_needs_no_validator(network, job, out):
 
 
 async def test_a_connection_that_breaks_in_a_range_goes_on_there_with_the_same_version(network, job, out):
-    network.serve(URL, BODY, cut_after=70_000)
+    network.serve(URL, BODY, cut_after=40_000)
     await job.add_file_with_ranges(URL, out / "f", RANGES)
     assert await finished(job) == joined(BODY)
-    assert asked(network)[:3] == [(200_000, 300_000), (270_000, 300_000), (50, 60)]
+    assert asked(network)[:3] == [(300_000, 350_000), (340_000, 350_000), (50, 60)]
     assert [each.if_range is not None for each in network.requests] == [False, True, True, True, True]
 
 
@@ -235,10 +235,10 @@ async def test_a_job_of_ranges_goes_on_where_it_stopped(network, store, out, reo
     async with bits.BitsManager(store=store) as manager:
         job = await manager.create_job("ranges")
         await job.add_file_with_ranges(URL, out / "f", RANGES)
-        await stopped_at(network, job, 60_000, 160_010)
+        await stopped_at(network, job, 60_000, 90_000)
         (part,) = out.iterdir()
         size = part.stat().st_size
-        assert 160_010 <= size < 200_010
+        assert 90_000 <= size < 150_010
         if not reopened:
             assert await finished(job) == joined(BODY)
     if reopened:
@@ -246,13 +246,13 @@ async def test_a_job_of_ranges_goes_on_where_it_stopped(network, store, out, reo
             job = await manager.get_job(job.id)
             assert job.files[0].ranges == tuple(RANGES)
             assert await finished(job) == joined(BODY)
-    assert asked(network)[-2:] == [(100_000 + size - 100_010, 200_000), (399_000, 400_000)]
+    assert asked(network)[-2:] == [(100_000 + size - 50_010, 200_000), (399_000, 400_000)]
 
 
 async def test_a_file_that_changes_between_two_ranges_is_wholly_the_new_version(network, job, out):
     await job.add_file_with_ranges(URL, out / "f", RANGES)
     stream = job.events()
-    await stopped_at(network, job, 60_000, 160_010)
+    await stopped_at(network, job, 60_000, 90_000)
     network.serve(URL, NEW)
     assert await finished(job) == joined(NEW)
     assert "the file has changed" in next(event.reason for event in [e async for e in stream] if isinstance(event, bits.FileRestarted))
@@ -260,8 +260,8 @@ async def test_a_file_that_changes_between_two_ranges_is_wholly_the_new_version(
 
 async def test_a_file_that_becomes_too_short_for_a_later_range_stops_the_job(network, job, out):
     await job.add_file_with_ranges(URL, out / "f", RANGES)
-    await stopped_at(network, job, 60_000, 60_000)
-    network.serve(URL, NEW[:250_000])
+    await stopped_at(network, job, 60_000, 90_000)
+    network.serve(URL, NEW[:360_000])
     assert (await failed(job)).code == ErrorCode.BG_E_INVALID_RANGE
 
 
@@ -362,7 +362,9 @@ async def test_a_prefix_is_replaced_in_every_url_that_begins_with_it(network, jo
     assert await job.replace_remote_prefix("https://files.example.test/a/", "https://mirror.example.test/b/") is False
 
 
-@pytest.mark.parametrize(("old", "new"), [("", "http://x/"), ("https://", ""), ("https://", "https://h/" + "a" * 2200), ("https://", "ftp://")])
+@pytest.mark.parametrize(
+    ("old", "new"), [("", "http://x/"), ("https://", ""), ("https://", "https://h/" + "a" * 2200), ("https://", "ftp://")]
+)
 async def test_a_prefix_that_cannot_be_meant_is_refused_and_no_name_is_changed(job, out, old, new):
     file = await job.add_file(URL, out / "f")
     with pytest.raises(bits.InvalidArgument) as caught:
@@ -547,7 +549,7 @@ async def test_what_is_set_before_the_first_resume_stays_as_it_is_afterwards(net
     await getattr(job, f"set_{name}")(value)
     await job.add_file(URL, out / "f")
     await job.resume()
-    await job.suspend() if job.state is not JobState.TRANSFERRED else None
+    await job.wait()
     with pytest.raises(bits.InvalidState) as caught:
         await getattr(job, f"set_{name}")(value)
     assert caught.value.code == ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME
@@ -558,7 +560,7 @@ async def test_dynamic_content_begins_anew_after_every_interruption(network, job
     network.serve(URL, BODY, cut_after=100_000)
     await job.set_dynamic_content(True)
     await job.add_file(URL, out / "f")
-    await stopped_at(network, job, 150_000, 100_000)
+    await stopped_at(network, job, 150_000, 110_000)
     assert await finished(job) == BODY
     assert asked(network) == [(0, None)] * len(network.requests)
     assert [each.if_range for each in network.requests] == [None] * len(network.requests)
@@ -677,3 +679,243 @@ async def test_t17_part_files_that_cannot_be_deleted_are_named_and_not_deleted_a
     (left,) = out.iterdir()
     assert (done, done.code, done.left_behind) == ((), ErrorCode.BG_S_UNABLE_TO_DELETE_FILES, (left,))
     assert job.state is JobState.ACKNOWLEDGED
+
+
+# -- on demand ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def demanded(job: bits.Job, out: Path) -> bits.JobFile:
+    await job.set_on_demand_mode(True)
+    assert job.on_demand_mode
+    return await job.add_file(URL, out / "f")
+
+
+async def supplied(job: bits.Job) -> None:
+    await job.resume()
+    await job.wait()
+
+
+def holds(file: bits.JobFile, body: bytes = BODY) -> bool:
+    """Whether the part file has the bytes of the ranges that are said to be there."""
+    there = file.temporary_name.read_bytes() if file.temporary_name else b""
+    ranges = [(each.initial_offset, each.end) for each in file.filled_file_ranges]
+    return all(there[start:end] == body[start:end] and len(there[start:end]) == end - start for start, end in ranges)
+
+
+async def test_only_what_is_asked_for_is_fetched_and_then_the_job_is_suspended(network, job, demanded):
+    await demanded.request_file_ranges([FileRange(100_000, 50_000), FileRange(10, 90)])
+    await supplied(job)
+    assert job.state is JobState.SUSPENDED
+    assert asked(network) == [(10, 100), (100_000, 150_000)]
+    assert demanded.filled_file_ranges == (FileRange(10, 90), FileRange(100_000, 50_000))
+    assert demanded.progress == bits.FileProgress(400_000, 50_090, False)
+    assert holds(demanded)
+
+
+async def test_ranges_that_overlap_what_is_there_are_split_and_nothing_is_fetched_twice(network, job, demanded):
+    await demanded.request_file_ranges([FileRange(100_000, 50_000)])
+    await supplied(job)
+    await demanded.request_file_ranges([FileRange(90_000, 70_000), FileRange(155_000, 5_000)])
+    await supplied(job)
+    assert asked(network) == [(100_000, 150_000), (90_000, 100_000), (150_000, 160_000)]
+    assert demanded.filled_file_ranges == (FileRange(90_000, 70_000),)
+    assert holds(demanded)
+
+
+async def test_when_all_of_the_file_is_there_the_job_is_transferred(network, job, demanded, out):
+    await demanded.request_file_ranges([FileRange(200_000)])
+    await supplied(job)
+    assert job.state is JobState.SUSPENDED
+    await demanded.request_file_ranges([FileRange(0, 200_000)])
+    await supplied(job)
+    assert job.state is JobState.TRANSFERRED
+    assert await finished(job) == BODY
+    assert asked(network) == [(200_000, None), (0, 200_000)]
+
+
+async def test_a_file_that_is_asked_for_as_a_whole_is_fetched_as_a_whole(network, job, demanded):
+    await demanded.request_file_ranges([FileRange(0)])
+    assert await finished(job) == BODY
+    assert asked(network) == [(0, None)]
+
+
+async def test_an_empty_file_is_there_when_it_is_asked_for(network, job, demanded):
+    network.serve(URL, b"")
+    await demanded.request_file_ranges([FileRange(0)])
+    assert await finished(job) == b""
+
+
+async def test_the_digest_of_a_file_that_came_out_of_order_is_checked(network, job, out):
+    await job.set_on_demand_mode(True)
+    right = await job.add_file(URL, out / "f", sha256=hashlib.sha256(BODY).hexdigest())
+    for offset in (300_000, 100_000, 0):
+        await right.request_file_ranges([FileRange(offset)])
+        await supplied(job)
+    assert job.state is JobState.TRANSFERRED
+    wrong = await job.add_file(URL, out / "g", sha256=hashlib.sha256(NEW).hexdigest())
+    await wrong.request_file_ranges([FileRange(0)])
+    assert (await failed(job)).code == ErrorCode.BG_E_VALIDATION_FAILED
+
+
+async def test_the_download_position_says_what_comes_first(network, job, demanded):
+    await demanded.request_file_ranges([FileRange(0, 100_000), FileRange(200_000, 100_000)])
+    await demanded.update_download_position(250_000)
+    await supplied(job)
+    assert asked(network) == [(250_000, 300_000), (0, 100_000), (200_000, 250_000)]
+    assert holds(demanded)
+
+
+async def test_a_running_job_turns_to_what_is_asked_for_now(network, job, demanded):
+    await demanded.request_file_ranges([FileRange(0, 300_000)])
+    network.pause(after=100_000)
+    await job.resume()
+    await until(lambda: job.progress.bytes_transferred >= 90_000)
+    await demanded.request_file_ranges([FileRange(350_000, 1000)])
+    await demanded.update_download_position(350_000)
+    network.resume()
+    await job.wait()
+    there = asked(network)[-1][0]
+    assert asked(network)[-2:] == [(350_000, 351_000), (there, 300_000)]
+    assert there >= 90_000
+    assert demanded.filled_file_ranges == (FileRange(0, 300_000), FileRange(350_000, 1000))
+    assert holds(demanded)
+
+
+async def test_a_cut_in_the_middle_of_a_range_goes_on_there(network, job, demanded):
+    network.serve(URL, BODY, cut_after=40_000)
+    await demanded.request_file_ranges([FileRange(100_000, 100_000), FileRange(0, 10)])
+    await supplied(job)
+    assert asked(network) == [(0, 10), (100_000, 200_000), (140_000, 200_000)]
+    assert holds(demanded)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+async def test_what_is_there_and_what_was_asked_for_survive_a_restart(network, store, out, fast):
+    async with bits.BitsManager(store=store) as manager:
+        job = await manager.create_job("on demand")
+        await job.set_on_demand_mode(True)
+        await job.set_high_performance(fast)
+        file = await job.add_file(URL, out / "f")
+        await file.request_file_ranges([FileRange(300_000, 100), FileRange(100_000, 100_000), FileRange(0, 10)])
+        await stopped_at(network, job, 50_000, 40_000)
+    async with bits.BitsManager(store=store) as manager:
+        job = await manager.get_job(job.id)
+        (file,) = job.files
+        there = job.progress.bytes_transferred
+        assert there >= 40_000
+        assert holds(file)
+        await supplied(job)
+        assert file.filled_file_ranges == (FileRange(0, 10), FileRange(100_000, 100_000), FileRange(300_000, 100))
+        assert holds(file)
+    assert asked(network)[2:] == [(100_000 + there - 10, 200_000), (300_000, 300_100)]
+
+
+async def test_a_file_that_changes_between_two_requests_is_fetched_anew_as_far_as_it_was_asked_for(network, job, demanded):
+    await demanded.request_file_ranges([FileRange(300_000, 100), FileRange(100, 10)])
+    await supplied(job)
+    network.serve(URL, NEW)
+    await demanded.request_file_ranges([FileRange(200, 10)])
+    await supplied(job)
+    assert demanded.filled_file_ranges == (FileRange(100, 10), FileRange(200, 10), FileRange(300_000, 100))
+    assert holds(demanded, NEW)
+
+
+async def test_nothing_asked_for_is_nothing_fetched(network, job, demanded):
+    await supplied(job)
+    assert (job.state, network.requests) == (JobState.SUSPENDED, [])
+
+
+async def test_of_several_files_each_gets_what_was_asked_for(network, job, demanded, out):
+    network.serve(OTHER, NEW)
+    second = await job.add_file(OTHER, out / "g")
+    await job.add_file(URL, out / "h")
+    await second.request_file_ranges([FileRange(5, 5)])
+    await demanded.request_file_ranges([FileRange(0)])
+    await supplied(job)
+    assert job.state is JobState.SUSPENDED
+    assert [file.filled_file_ranges for file in job.files] == [(FileRange(0, 400_000),), (FileRange(5, 5),), ()]
+    done = await job.complete(partial=True)
+    assert (done, done.code) == ((out / "f",), ErrorCode.BG_S_PARTIAL_COMPLETE)
+    assert os.listdir(out) == ["f"]
+
+
+@pytest.mark.parametrize("served", [{"ranges": False}, {"etag": None}], ids=["no ranges", "no validator"])
+async def test_a_server_that_knows_no_random_access_stops_the_job(network, job, demanded, served):
+    network.serve(URL, BODY, **served)
+    await demanded.request_file_ranges([FileRange(5, 5), FileRange(100, 5)])
+    error = await failed(job)
+    assert (error.code, type(error)) == (ErrorCode.BG_E_RANDOM_ACCESS_NOT_SUPPORTED, bits.RemoteFileError)
+
+
+async def test_a_range_beyond_the_end_stops_the_job_or_is_refused_when_the_size_is_known(network, job, demanded):
+    await demanded.request_file_ranges([FileRange(10, 10)])
+    await supplied(job)
+    for refused in (demanded.request_file_ranges([FileRange(399_999, 2)]), demanded.update_download_position(400_000)):
+        with pytest.raises(bits.InvalidArgument) as caught:
+            await refused
+        assert caught.value.code == ErrorCode.BG_E_INVALID_RANGE
+    other = await job.add_file(URL + "2", demanded.local_name.with_name("g"))
+    network.serve(URL + "2", b"short")
+    await other.request_file_ranges([FileRange(3, 10)])
+    assert (await failed(job)).code == ErrorCode.BG_E_INVALID_RANGE
+
+
+async def test_only_a_job_in_on_demand_mode_takes_requests(job, out):
+    file = await job.add_file(URL, out / "f")
+    for refused in (file.request_file_ranges([FileRange(0, 1)]), file.update_download_position(0)):
+        with pytest.raises(bits.InvalidState):
+            await refused
+    assert file.filled_file_ranges == ()
+
+
+async def test_what_does_not_go_together_with_on_demand_is_refused(manager, job, demanded, out):
+    dynamic = await manager.create_job("dynamic")
+    await dynamic.set_dynamic_content(True)
+    ranged = await manager.create_job("ranged")
+    await ranged.add_file_with_ranges(URL, out / "r", RANGES)
+    for refused in (
+        job.set_dynamic_content(True),
+        job.add_file_with_ranges(URL, out / "g", RANGES),
+        dynamic.set_on_demand_mode(True),
+        ranged.set_on_demand_mode(True),
+    ):
+        with pytest.raises(bits.InvalidState) as caught:
+            await refused
+        assert caught.value.code == ErrorCode.BG_E_UNSUPPORTED_JOB_CONFIGURATION
+    posted = await manager.create_job("posted")
+    await posted.set_http_method("POST")
+    for refused in (posted.set_on_demand_mode(True), posted.set_dynamic_content(True), job.set_http_method("POST")):
+        with pytest.raises(bits.InvalidState) as caught:
+            await refused
+        assert caught.value.code == ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD
+
+
+async def test_a_job_that_leaves_on_demand_mode_forgets_what_was_asked_for(network, job, demanded):
+    await demanded.request_file_ranges([FileRange(5, 5)])
+    await job.set_on_demand_mode(False)
+    assert await finished(job) == BODY
+    assert asked(network) == [(0, None)]
+
+
+async def test_the_filled_ranges_of_any_file_are_those_of_the_remote_one(network, manager, job, out):
+    ranged = await job.add_file_with_ranges(URL, out / "f", RANGES)
+    plain = await job.add_file(URL, out / "g")
+    assert (ranged.filled_file_ranges, plain.filled_file_ranges) == ((), ())
+    await job.resume()
+    await job.wait()
+    assert ranged.filled_file_ranges == (
+        FileRange(50, 10),
+        FileRange(100_000, 100_000),
+        FileRange(300_000, 50_000),
+        FileRange(399_000, 1000),
+    )
+    assert plain.filled_file_ranges == (FileRange(0, 400_000),)
+
+
+async def test_a_lost_connection_while_on_demand_is_retried_later(network, job, demanded):
+    network.fail(times=1)
+    await demanded.request_file_ranges([FileRange(5, 5)])
+    await supplied(job)
+    assert demanded.filled_file_ranges == (FileRange(5, 5),)
+    assert job.error_count == 1

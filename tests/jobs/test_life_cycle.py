@@ -1,5 +1,5 @@
 """The life of a job, against BITS's words ("Life Cycle of a BITS Job") and against the table of `model`: every command in every
-state, every way from state to state that the engine can take, and random lives.
+state, and the ways from state to state that the engine takes. Random lives are in `test_random_lives`.
 
 Real manager, real journal, real files; the clock stands still and the servers say what they are told to.
 """
@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,7 +242,18 @@ ORDERS = {
         lambda job: job.set_maximum_download_size(10**6), BEFORE_RESUME, ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME
     ),
     "set_dynamic_content": Order(lambda job: job.set_dynamic_content(True), BEFORE_RESUME, ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME),
+    "set_on_demand_mode": Order(lambda job: job.set_on_demand_mode(True), BEFORE_RESUME, ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME),
     "set_high_performance": Order(lambda job: job.set_high_performance(True), {}, ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_ADDFILE),
+    "set_http_method": Order(lambda job: job.set_http_method("POST"), BEFORE_RESUME, ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME),
+    "set_custom_headers": Order(lambda job: job.set_custom_headers([("X-Tenant", "a")]), SAME),
+    "make_custom_headers_write_only": Order(lambda job: job.make_custom_headers_write_only(), SAME),
+    "set_security_flags": Order(lambda job: job.set_security_flags(bits.SecurityFlags(0)), SAME),
+    "set_crl_source": Order(lambda job: job.set_crl_source("/lists"), SAME),
+    "set_server_certificate_validation": Order(
+        lambda job: job.set_server_certificate_validation(lambda *_: True),
+        {state: state for state in (S.SUSPENDED, S.ERROR, S.TRANSFERRED)},
+        ErrorCode.BG_E_READ_ONLY_WHEN_JOB_ACTIVE,
+    ),
     "set_priority": Order(lambda job: job.set_priority(JobPriority.LOW), SAME),
     "set_description": Order(lambda job: job.set_description("x"), SAME),
     "set_minimum_retry_delay": Order(lambda job: job.set_minimum_retry_delay(7), SAME),
@@ -366,7 +377,8 @@ async def test_complete_of_a_transferred_job_does_not_drop_a_file_that_was_added
 # -- the ways that the engine takes --------------------------------------------------------------------------------------------------
 
 
-def events_of(states: list[JobState]) -> list[str]:
+def way(states: list[JobState]) -> list[str]:
+    """The states one after the other, each time it was entered."""
     return [state.name for state, _ in itertools.groupby(states)]
 
 
@@ -376,12 +388,15 @@ async def test_a_job_that_meets_no_trouble(scene: Scene) -> None:
         await job.resume()
         await job.wait()
         await job.complete()
-    assert events_of(states) == ["SUSPENDED", "QUEUED", "CONNECTING", "TRANSFERRING", "TRANSFERRED", "ACKNOWLEDGED"]
+    assert way(states) == ["SUSPENDED", "QUEUED", "CONNECTING", "TRANSFERRING", "TRANSFERRED", "ACKNOWLEDGED"]
 
 
 @pytest.mark.parametrize(
     ("where", "left"),
-    [(connecting, ["CONNECTING", "QUEUED", "CONNECTING"]), (transferring, ["TRANSFERRING", "QUEUED", "CONNECTING", "TRANSFERRING"])],
+    [
+        (connecting, ["CONNECTING", "QUEUED", "CONNECTING"]),
+        (transferring, ["TRANSFERRING", "QUEUED", "CONNECTING", "TRANSFERRING"]),
+    ],
 )
 async def test_a_running_job_goes_back_to_the_queue_when_its_time_slice_ends_and_another_one_waits(
     scene: Scene, where: Callable[[Scene], Awaitable[bits.Job]], left: list[str]
@@ -398,7 +413,7 @@ async def test_a_running_job_goes_back_to_the_queue_when_its_time_slice_ends_and
         await scene.reach(job, S.QUEUED)
         scene.network.clock.advance(30)
         await until(lambda: job.state.is_active and other.state is S.QUEUED)
-        await until(lambda: events_of(states) == left)
+        await until(lambda: way(states) == left)
 
 
 async def test_a_job_alone_in_its_class_keeps_its_place_when_its_time_slice_ends(scene: Scene) -> None:
@@ -408,7 +423,7 @@ async def test_a_job_alone_in_its_class_keeps_its_place_when_its_time_slice_ends
         await low.resume()
         scene.network.clock.advance(3600)
         await let_things_happen()
-    assert events_of(states) == ["TRANSFERRING"]
+    assert way(states) == ["TRANSFERRING"]
     assert low.state is S.QUEUED
 
 
@@ -421,9 +436,9 @@ async def test_a_running_job_goes_back_to_the_queue_when_a_more_important_one_co
         assert job.state is S.QUEUED
         scene.network.resume()
         await job.wait()
-    assert events_of(states) == ["TRANSFERRING", "QUEUED", "CONNECTING", "TRANSFERRING", "TRANSFERRED"]
+    assert way(states) == ["TRANSFERRING", "QUEUED", "CONNECTING", "TRANSFERRING", "TRANSFERRED"]
     starts = [request.start for request in scene.network.requests if request.url == BIG]
-    assert starts == [0, len(BODIES[SMALL])]  # what the small file is long had been said of the big one
+    assert starts == [0, len(BODIES[SMALL])]  # so many bytes of the big one had come
 
 
 async def test_a_foreground_job_disturbs_nobody(scene: Scene) -> None:
@@ -432,7 +447,7 @@ async def test_a_foreground_job_disturbs_nobody(scene: Scene) -> None:
     async with followed(job) as states:
         await foreground.resume()
         await scene.reach(foreground, S.TRANSFERRING)
-    assert events_of(states) == ["TRANSFERRING"]
+    assert way(states) == ["TRANSFERRING"]
 
 
 @pytest.mark.parametrize("name", ["set_priority", "set_description", "add_file"])
@@ -443,7 +458,7 @@ async def test_a_command_on_a_running_job_gives_its_place_to_nobody(scene: Scene
     async with followed(waiter) as states:
         for _ in range(20):
             await ORDERS[name].give(job)
-    assert events_of(states) == ["QUEUED"]
+    assert way(states) == ["QUEUED"]
 
 
 @pytest.mark.parametrize(("status", "state"), [(503, S.TRANSIENT_ERROR), (404, S.ERROR)])
@@ -463,7 +478,7 @@ async def test_an_error_stops_a_job_from_connecting_and_from_transferring(scene:
         await job.wait()
     stopped = ["QUEUED", "CONNECTING", state.name]
     again = ["QUEUED", "CONNECTING", "TRANSFERRING", state.name]
-    assert events_of(states) == ["SUSPENDED", *stopped, *again, "QUEUED", "CONNECTING", "TRANSFERRING", "TRANSFERRED"]
+    assert way(states) == ["SUSPENDED", *stopped, *again, "QUEUED", "CONNECTING", "TRANSFERRING", "TRANSFERRED"]
     assert [request.url for request in scene.network.requests].count(SMALL) == 2
 
 
@@ -477,7 +492,7 @@ async def test_a_lost_network_is_a_transient_error(scene: Scene, where: Callable
             scene.network.clock.advance(1)
         assert job.error is not None
         assert job.error.code == ErrorCode.BG_E_NETWORK_DISCONNECTED
-    assert events_of(states)[-1] == "TRANSIENT_ERROR"
+    assert way(states)[-1] == "TRANSIENT_ERROR"
 
 
 async def test_a_transient_error_ends_with_the_retry_delay_or_with_resume(scene: Scene) -> None:
@@ -495,7 +510,7 @@ async def test_a_transient_error_ends_with_the_retry_delay_or_with_resume(scene:
         await job.resume()
         await until(lambda: len(scene.network.requests) == 3)
         await scene.reach(job, S.TRANSIENT_ERROR)
-    assert events_of(states) == ["TRANSIENT_ERROR", *["QUEUED", "CONNECTING", "TRANSIENT_ERROR"] * 2]
+    assert way(states) == ["TRANSIENT_ERROR", *["QUEUED", "CONNECTING", "TRANSIENT_ERROR"] * 2]
 
 
 async def test_without_progress_a_transient_error_becomes_an_error(scene: Scene) -> None:
@@ -509,7 +524,7 @@ async def test_without_progress_a_transient_error_becomes_an_error(scene: Scene)
         await scene.reach(job, S.ERROR)
     assert job.error is not None
     assert job.error.code == ErrorCode.BG_E_NO_PROGRESS
-    assert events_of(states) == ["TRANSIENT_ERROR", "QUEUED", "CONNECTING", "ERROR"]
+    assert way(states) == ["TRANSIENT_ERROR", "QUEUED", "CONNECTING", "ERROR"]
 
 
 async def test_a_file_added_to_a_transferred_job_is_fetched_after_resume_and_the_others_are_not(scene: Scene) -> None:
@@ -522,7 +537,7 @@ async def test_a_file_added_to_a_transferred_job_is_fetched_after_resume_and_the
         assert job.state is S.TRANSFERRED
         await job.resume()
         await job.wait()
-    assert events_of(states) == ["TRANSFERRED", "QUEUED", "CONNECTING", "TRANSFERRING", "TRANSFERRED"]
+    assert way(states) == ["TRANSFERRED", "QUEUED", "CONNECTING", "TRANSFERRING", "TRANSFERRED"]
     assert [request.url for request in scene.network.requests] == [SMALL, BIG, MORE]
 
 
@@ -532,7 +547,7 @@ async def test_a_file_added_while_the_last_one_arrives_is_fetched_too(scene: Sce
     async with followed(job) as states:
         scene.network.resume()
         await job.wait()
-    assert events_of(states) == ["TRANSFERRING", "TRANSFERRED"]
+    assert way(states) == ["TRANSFERRING", "TRANSFERRED"]
     assert job.progress.files_transferred == 3
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import spnego
 
 import bits_async as bits
 from bits_async.testing import FakeNetwork, fake_token
@@ -595,6 +596,50 @@ async def test_t07_a_real_manager_refuses_fake_tokens(store):
                 await manager.create_job("x")
 
 
+async def test_t07_a_real_manager_shows_a_fake_token_nothing(store):
+    async with bits.BitsManager(store=store) as manager:
+        await manager.create_job("x")
+        with bits.impersonate(fake_token("admin", elevated=True)):
+            with pytest.raises(bits.ImpersonationFailed):
+                [job async for job in manager.enum_jobs(all_users=True)]
+            with pytest.raises(bits.ImpersonationFailed):
+                manager.events()
+
+
+async def test_t07_a_principal_that_nobody_proved_has_none_of_the_powers_of_the_process(store, monkeypatch):
+    process = bits.Token.for_process()
+    monkeypatch.setattr(type(process.local), "elevated", property(lambda self: True), raising=False)
+    mine, guess = (bits.Token.for_network(spnego.Password("alice@REALM", secret)) for secret in ("right", "guess"))
+    assert guess.elevated
+    async with bits.BitsManager(store=store, run=False) as manager:
+        hers, his = await manager.create_job("alice's", owner=mine), await manager.create_job("the process's")
+        with bits.impersonate(guess):
+            for job in (hers, his):
+                with pytest.raises(bits.AccessDenied):
+                    await manager.get_job(job.id)
+                with pytest.raises(bits.AccessDenied):
+                    await job.token_options()
+                with pytest.raises(bits.AccessDenied):
+                    await job.take_ownership()
+            with pytest.raises(bits.AccessDenied):
+                [job async for job in manager.enum_jobs(all_users=True)]
+            assert [job async for job in manager.enum_jobs()] == []
+        with bits.impersonate(mine):
+            assert await manager.get_job(hers.id) == hers
+            assert [job async for job in manager.enum_jobs()] == [hers]
+
+
+async def test_a_listener_whose_token_was_closed_does_no_harm_to_the_queue(store):
+    token = bits.Token.for_network(spnego.Password("carol@REALM", "secret"))
+    async with bits.BitsManager(store=store, run=False) as manager:
+        with bits.impersonate(token):
+            stream, job = manager.events(), await manager.create_job("hers")
+        token.close()
+        await manager.create_job("somebody else's")
+        await job.set_description("still told")
+        assert [(await anext(stream)).job_id] == [job.id]
+
+
 # -- download() ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -832,7 +877,7 @@ async def test_taking_a_job_over_drops_what_the_old_owner_entrusted_to_it(networ
         with bits.impersonate(alice), pytest.raises(bits.AccessDenied):
             await job.take_ownership()
         with bits.impersonate(alice):
-            options = await job.token_options()
+            options, hers = await job.token_options(), await manager.get_job(job.id)
         with bits.impersonate(fake_token("helper")):
             await options.set_helper_token()
         await job.resume()
@@ -841,6 +886,13 @@ async def test_taking_a_job_over_drops_what_the_old_owner_entrusted_to_it(networ
             await job.take_ownership()
         assert (job.owner, job.owner_name) == (admin.sid, "admin")
         assert options.helper_token_sid is None
+        for call in (hers.add_file(URL, out / "b.bin"), hers.resume(), hers.cancel(), hers.files[0].set_remote_name(URL + "?evil")):
+            with pytest.raises(bits.InvalidState):  # the handle is the old owner's: it would be the new one who writes
+                await call
+        with bits.impersonate(alice), pytest.raises(bits.InvalidState):
+            await options.set_helper_token()
+        assert [event.state async for event in hers.events()] == [bits.JobState.CANCELLED]
+        assert (await manager.get_job(job.id)).state is job.state is bits.JobState.SUSPENDED
         assert not await job.remove_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC)
         assert parts(out) == []
         with bits.impersonate(alice), pytest.raises(bits.AccessDenied):

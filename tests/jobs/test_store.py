@@ -26,6 +26,7 @@ from bits_async.jobs import store as store_module
 from bits_async.jobs.model import FileRecord, GrantRemoved, JobPriority, JobRecord, JobRemoved, JobState, StoredJob
 from bits_async.jobs.secrets import make_private
 from bits_async.jobs.store import APPLICATION_ID, SCHEMA, SqliteStore, Store
+from bits_async.transport.options import HttpOptions
 from bits_async.transport.proxies import ProxySettings
 from bits_async.transport.ranges import Slice, Validator
 from tests.contracts import ALICE, BOB, Journal, StoreContract, a_file, a_grant, a_job, look
@@ -232,11 +233,12 @@ async def test_making_a_store_touches_no_file(tmp_path: Path) -> None:
 # -- secrets
 
 
-SECRETS = ("hunter2-geheim", "query-s3cret", "redirect-t0ken", "userinfo-pw", "fragment-x7", "proxy-pass-99")
+SECRETS = ("hunter2-geheim", "query-s3cret", "redirect-t0ken", "userinfo-pw", "fragment-x7", "proxy-pass-99", "header-v4lue")
 
 
 def a_secretive_job() -> tuple[Any, ...]:
-    job = a_job(error=make_error(ErrorCode.BG_E_CONNECTION_CLOSED, ErrorContext.GENERAL_TRANSPORT, url="http://h/p?sig=query-s3cret"))
+    error = make_error(ErrorCode.BG_E_CONNECTION_CLOSED, ErrorContext.GENERAL_TRANSPORT, url="http://h/p?sig=query-s3cret")
+    job = a_job(error=error, http=HttpOptions(headers=(("X-Tenant", "header-v4lue"),)))
     file = a_file(
         job,
         original_url="http://files.example/a?sig=query-s3cret#fragment-x7",
@@ -347,6 +349,34 @@ async def test_a_job_is_no_longer_lost_when_its_secrets_were_given_anew(path: Pa
         assert store.lost_secrets == frozenset()
     async with opened(path) as store:
         assert look((await store.load())[0]) == look(StoredJob(job, (a_file(job),), (a_grant(job, password="new"),)))
+
+
+async def test_custom_headers_whose_key_is_lost_are_unknown_until_it_is_brought_back_or_they_are_set_anew(path: Path) -> None:
+    job, other, plain = (a_job(http=HttpOptions(headers=headers)) for headers in ((("X", "1"),), (("X", "2"),), ()))
+    async with opened(path) as store:
+        await store.save(job, other, plain)
+    side(path, ".key").rename(path.parent / "backup")
+    async with opened(path) as store:
+        stored = [each.job for each in await store.load()]
+        assert [each.http.headers for each in stored] == [None, None, ()]
+        assert store.lost_secrets == {job.id, other.id}
+        await store.save(replace(stored[0], error_count=1))  # what is sealed stays
+        await store.save(replace(stored[1], http=HttpOptions()))
+        assert store.lost_secrets == {job.id}
+    (path.parent / "backup").rename(side(path, ".key"))
+    async with opened(path) as store:
+        assert [each.job.http.headers for each in await store.load()] == [(("X", "1"),), (), ()]
+
+
+async def test_t13_custom_headers_that_were_moved_to_another_job_do_not_open(path: Path) -> None:
+    victim, thief = a_job(http=HttpOptions(headers=(("X", "1"),))), a_job()
+    async with opened(path) as store:
+        await store.save(victim, thief)
+    with raw(path) as db:
+        db.execute("UPDATE jobs SET custom_headers_secret = (SELECT custom_headers_secret FROM jobs WHERE number = 1)")
+    async with opened(path) as store:
+        assert [each.job.http.headers for each in await store.load()] == [(("X", "1"),), None]
+        assert store.lost_secrets == {thief.id}
 
 
 async def test_a_save_that_failed_loses_no_secret(path: Path) -> None:

@@ -14,7 +14,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ import pytest
 import spnego
 
 import bits_async as bits
-from bits_async import AuthCredentials, AuthScheme, AuthTarget, JobState
+from bits_async import AuthCredentials, AuthScheme, AuthTarget, JobState, files
 from bits_async.identity import native, threads
 from bits_async.jobs import store as journal
 from bits_async.jobs import transfer
+from bits_async.transport import lane
 from tests.peers import USERS, Authority, Door, Fault, Hold, Misbehaviour, Origin, Proxy
 from tests.realms import SILENT_REALM, write_krb5_conf
 
@@ -57,7 +58,7 @@ class Scene:
     url: str = ""
     proxy: str | None = None
     credentials: tuple[AuthCredentials, ...] = ()
-    tls: ssl.SSLContext | None = None
+    tls: ssl.SSLContext = field(default_factory=lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))  # reads no file, unlike the usual one
 
     @property
     def path(self) -> Path:
@@ -270,6 +271,23 @@ async def body(scene: Scene) -> AsyncIterator[Stuck]:
 
 
 @asynccontextmanager
+async def body_moved_by_a_thread(scene: Scene) -> AsyncIterator[Stuck]:
+    """As large plain bodies are: a thread of the token reads the socket."""
+    scene.patch.setattr(lane, "DETACH_FROM", 1)
+    async with body(scene) as stuck:
+        yield Stuck(lambda: until(lambda: [each.stat().st_size for each in scene.out.iterdir()] == [HALF]), stuck.release)
+
+
+@asynccontextmanager
+async def in_a_splice(scene: Scene) -> AsyncIterator[Stuck]:
+    """That thread is inside the kernel."""
+    scene.patch.setattr(lane, "DETACH_FROM", 1)
+    scene.origin.fault("/file", Fault(rate=2_000_000))  # so that there is something left to splice
+    async with _blocked(scene, native.Splicer, "move") as stuck:
+        yield stuck
+
+
+@asynccontextmanager
 async def auth_leg(scene: Scene) -> AsyncIterator[Stuck]:
     hold = Hold()
     async with Origin(door=Door("NTLM", misbehave=Misbehaviour(hold=hold))) as origin:
@@ -314,25 +332,26 @@ async def before_a_retry(scene: Scene) -> AsyncIterator[Stuck]:
     yield Stuck(reached, lambda: None)
 
 
+@asynccontextmanager
+async def _blocked(scene: Scene, owner: object, name: str) -> AsyncIterator[Stuck]:
+    """A function that a thread calls does not return."""
+    reached, go, honest = threading.Event(), threading.Event(), getattr(owner, name)
+
+    def slow(*args: Any) -> Any:
+        reached.set()
+        go.wait(30)
+        return honest(*args)
+
+    scene.patch.setattr(owner, name, slow)
+    try:
+        yield Stuck(lambda: until(reached.is_set), go.set, outlasts=True)
+    finally:
+        go.set()
+
+
 def _thread(name: str) -> Phase:
     """The file call of that name does not return."""
-
-    @asynccontextmanager
-    async def phase(scene: Scene) -> AsyncIterator[Stuck]:
-        reached, go, honest = threading.Event(), threading.Event(), getattr(native, name)
-
-        def slow(*args: Any) -> Any:
-            reached.set()
-            go.wait(30)
-            return honest(*args)
-
-        scene.patch.setattr(native, name, slow)
-        try:
-            yield Stuck(lambda: until(reached.is_set), go.set, outlasts=True)
-        finally:
-            go.set()
-
-    return phase
+    return lambda scene: _blocked(scene, native, name)
 
 
 def _journal(which: Callable[[Any], bool]) -> Phase:
@@ -373,6 +392,8 @@ CONNECTING: dict[str, Phase] = {
 }
 MOVING: dict[str, Phase] = {
     "in the body": body,
+    "in a body that a thread moves": body_moved_by_a_thread,
+    "in a splice": in_a_splice,
     "between two connections": between_two_connections,
     "making the part file": _thread("create_exclusive"),
     "in a write": _thread("pwrite_all"),
@@ -568,7 +589,7 @@ async def test_a_command_cancelled_in_the_journal_has_happened_for_the_job_as_fo
             await cancelled(task, stuck)
         before = facts(job)
         remembered = [each.id async for each in manager.enum_jobs()]
-    async with bits.BitsManager(store=scene.store, run=False) as manager:
+    async with bits.BitsManager(store=scene.store, ssl=scene.tls, run=False) as manager:
         stored = [each async for each in manager.enum_jobs()]
         assert [each.id for each in stored] == remembered
         if stored:
@@ -642,17 +663,16 @@ async def test_a_file_added_while_another_is_fetched_is_fetched_too(no_leaks, sc
 @every(MOVING)
 async def test_a_close_that_is_cancelled_still_closes(no_leaks, scene, phase):
     async with phase(scene) as stuck:
-        with contextlib.suppress(asyncio.CancelledError):
-            async with scene.manager() as manager:
-                await scene.job(manager)
-                await stuck.reached()
-                closing = asyncio.ensure_future(manager.aclose())
-                await asyncio.sleep(0)
-                await cancelled(closing, stuck)
-        stuck.release()
         async with scene.manager() as manager:
-            (job,) = [each async for each in manager.enum_jobs()]
-            await finish(scene, complete(job))
+            await scene.job(manager)
+            await stuck.reached()
+            closing = asyncio.ensure_future(manager.aclose())
+            await asyncio.sleep(0)
+            await cancelled(closing, stuck)
+            stuck.release()
+            async with scene.manager() as following:  # the journal is free when the cancel has ended
+                (job,) = [each async for each in following.enum_jobs()]
+                await finish(scene, complete(job))
 
 
 async def test_a_manager_that_is_left_while_it_is_being_closed_is_closed_when_it_is_left(no_leaks, scene):
@@ -688,12 +708,13 @@ async def test_a_job_made_while_the_manager_closes_is_made_or_refused(no_leaks, 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "CANCEL_PATIENCE", 0.2)
     monkeypatch.setattr(threads, "CLOSE_PATIENCE", 0.2)
+    monkeypatch.setattr(files, "_PATIENCE", 0.2)
 
 
-@pytest.mark.parametrize("call", ["pwrite_all", "datasync", "create_exclusive"])
-async def test_a_file_call_that_hangs_costs_its_thread_and_not_the_job(no_leaks, scene, impatient, call):
+@every({name: MOVING[name] for name in ("making the part file", "in a write", "in fsync", "in a splice")})
+async def test_a_file_call_that_hangs_costs_its_thread_and_not_the_job(no_leaks, scene, impatient, phase):
     """The volume hangs; the job is suspended all the same. While the thread may still write, its part file is left alone."""
-    async with _thread(call)(scene) as stuck:
+    async with phase(scene) as stuck:
         async with scene.manager() as manager:
             job = await scene.job(manager)
             await stuck.reached()
@@ -780,11 +801,11 @@ async def test_a_silent_kdc_keeps_nobody_waiting(no_leaks, scene, end):
 async def test_a_download_may_be_cancelled_at_any_step_of_the_event_loop(no_leaks, scene, tls):
     """Not only where we thought of: after so many rounds of the loop, whatever it is doing then."""
     async with Origin(tls=scene.authority.server if tls else None) as origin:
-        url, ssl_context = origin.serve("/file", BODY), scene.authority.client() if tls else None
+        url, context = origin.serve("/file", BODY), scene.authority.client() if tls else scene.tls
         rounds, whole = 0, False
         while not whole:
             rounds += 7 if rounds < 100 else 23
-            task = asyncio.ensure_future(bits.download(url, scene.path, ssl=ssl_context, retry_for=0))
+            task = asyncio.ensure_future(bits.download(url, scene.path, ssl=context, retry_for=0))
             for _ in range(rounds):
                 await asyncio.sleep(0)
             task.cancel()
@@ -794,7 +815,7 @@ async def test_a_download_may_be_cancelled_at_any_step_of_the_event_loop(no_leak
             except asyncio.CancelledError:
                 pass
             if rounds > 3000:
-                await bits.download(url, scene.path, ssl=ssl_context)
+                await bits.download(url, scene.path, ssl=context)
                 whole = True
     assert scene.path.read_bytes() == BODY
     assert scene.left == ["file"]

@@ -922,3 +922,38 @@ async def test_t21_a_name_that_resolves_to_another_canonical_name_never_gets_the
             assert name in output
             assert shown(origin) == []
             assert len(origin.requests) == 1
+
+
+# -- what a redirect or a later proxy may not change
+
+
+async def test_two_mirrors_with_one_etag_are_never_mixed(tmp_path: Path) -> None:
+    """An ETag means something for its own resource; a redirect that leads elsewhere the second time leads to another file."""
+    first, second = b"A" * 1_000_000, b"B" * 1_000_000
+    async with Origin() as origin, Origin() as one, Origin() as other:
+        origin.fault("/file", redirect(one.serve("/file", first, etag='"same"')), redirect(other.serve("/file", second, etag='"same"')))
+        origin.always("/file", redirect(other.url("/file")))
+        one.fault("/file", Fault(cut_after=500_000))
+        path = await bits.download(origin.url("/file"), tmp_path / "file", proxy=bits.ProxySettings.no_proxy())
+        assert path.read_bytes() in (first, second)
+
+
+async def test_t19_a_proxy_set_after_the_first_resume_sees_no_login_to_a_plain_server(tmp_path: Path) -> None:
+    async with Origin(door=Door("Digest")) as origin, Proxy() as proxy:
+        url = origin.serve("/file", b"x" * 1000)
+        async with bits.BitsManager(store=tmp_path / "q.db") as manager:
+            job = await manager.create_job("later proxy")
+            await job.set_proxy_settings(bits.ProxySettings.no_proxy())
+            await job.add_file(url, tmp_path / "one")
+            await job.set_credentials(AuthTarget.SERVER, AuthScheme.DIGEST, *next(iter(USERS.items())))
+            await job.resume()
+            await job.wait()
+            await job.add_file(url, tmp_path / "two")
+            await job.set_proxy_settings(bits.ProxySettings.override(proxy.url))
+            await job.resume()
+            with pytest.raises(bits.AuthFailed):
+                await job.wait()
+            assert [seen.header("Authorization") for seen in proxy.requests] == [None]
+            await job.set_credentials(AuthTarget.SERVER, AuthScheme.DIGEST, *next(iter(USERS.items())))
+            await job.resume()
+            await job.wait()

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 import bits_async as bits
 from bits_async import AuthScheme, AuthTarget, ErrorCode, ErrorContext, JobPriority, JobState
 from bits_async import SecurityFlags as F
+from bits_async.testing import FakeNetwork
 from tests.certificates import DAY, Authority, ServerTls
 from tests.peers import USERS, Door, Fault, Hold, Origin, Proxy, answer, redirect
 
@@ -101,7 +102,7 @@ async def test_custom_headers_go_with_every_request_in_their_order_and_replace_t
     async with place.manager() as manager:
         job = await place.job(manager, url)
         await job.set_custom_headers(f"X-Tenant: {SECRET}\r\nX-Many: 1\r\nx-many: 2\r\nUser-Agent: mine/1.0\r\nAccept: a/b\r\n")
-        assert job.custom_headers == (("X-Tenant", SECRET), ("X-Many", "1"), ("x-many", "2"), ("User-Agent", "mine/1.0"), ("Accept", "a/b"))
+        assert job.custom_headers == (("X-Tenant", SECRET), ("X-Many", "1"), ("X-Many", "2"), ("User-Agent", "mine/1.0"), ("Accept", "a/b"))
         await whole(job)
     assert len(origin.requests) == 2
     for seen in origin.requests:
@@ -153,7 +154,8 @@ async def test_write_only_headers_are_sent_and_never_given_out_again(place, orig
 
 
 @pytest.mark.parametrize(
-    "headers", [[("Host", "x")], "Range: bytes=0-1", [("If-Match", "*")], [("Proxy-Authorization", "x")], [("X", "a\r\nY: b")], "X: a\nY: b"]
+    "headers",
+    [[("Host", "x")], "Range: bytes=0-1", [("If-Match", "*")], [("Proxy-Authorization", "x")], [("X", "a\r\nY: b")], "X: a\nY: b"],
 )
 async def test_t23_a_job_takes_no_header_that_smuggles(place, headers):
     async with place.manager() as manager:
@@ -273,7 +275,10 @@ async def test_taking_a_job_over_drops_its_custom_headers(place, origin):
             await job.take_ownership()
         except bits.AccessDenied:
             return  # not elevated: nothing to see
+        job = await manager.get_job(job.id)
         assert job.custom_headers == ()
+        await whole(job)
+    assert origin.requests[0].header("X-Tenant") is None
 
 
 async def test_a_running_transfer_goes_on_with_the_headers_that_replaced_its_own(place, origin):
@@ -373,6 +378,16 @@ async def test_a_kept_connection_that_died_never_repeats_another_method(place, o
         await job.set_http_method("POST")
         await whole(job)
     assert [seen.connection for seen in origin.requests] == [1, 2]
+
+
+async def test_a_part_of_a_file_in_answer_to_another_method_is_an_error_and_the_rest_is_not_asked_for(place, origin):
+    part = (("Content-Range", f"bytes 0-{HALF - 1}/{len(BODY)}"), ("ETag", '"v1"'))
+    origin.always("/file", Fault(status=206, body=BODY[:HALF], headers=part))
+    async with place.manager() as manager:
+        job = await place.job(manager, origin.url("/file"))
+        await job.set_http_method("POST")
+        await failed(job, ErrorCode.BG_E_INVALID_SERVER_RESPONSE)
+    assert len(origin.requests) == 1
 
 
 @pytest.mark.parametrize("scheme", [AuthScheme.DIGEST, AuthScheme.NTLM])
@@ -509,6 +524,26 @@ async def test_flags_that_cannot_be_followed_are_refused(place):
             await refusal(job.set_security_flags(flags), ErrorCode.E_NOTIMPL)
         await refusal(job.set_security_flags(0x0200), ErrorCode.E_INVALIDARG)
         assert job.security_flags == F.HTTP_REDIRECT_POLICY_ALLOW_SILENT
+
+
+async def test_an_attempt_that_is_running_goes_on_under_the_new_flags(place, authority):
+    """A server that was let in by mistake sends nothing more."""
+    place.tls = authority.client()
+    hold = Hold(after=HALF)
+    async with Origin(tls=authority.issue("elsewhere.test")) as origin, place.manager() as manager:
+        url = origin.serve("/file", BODY)
+        origin.fault("/file", Fault(hold=hold))
+        job = await place.job(manager, url)
+        await job.set_security_flags(F.SSL_IGNORE_CERT_CN_INVALID)
+        await job.resume()
+        await hold.reached.wait()
+        await until(lambda: job.progress.bytes_transferred > 0)
+        await job.set_security_flags(F(0))
+        error = await refusal(job.wait(transient=True), ErrorCode.ERROR_WINHTTP_SECURE_FAILURE)
+        assert not error.transient
+        await job.set_security_flags(F.SSL_IGNORE_CERT_CN_INVALID)
+        await whole(job)
+        assert origin.requests[-1].range is not None, "what was fetched is kept"
 
 
 # -- certificates
@@ -960,6 +995,21 @@ async def test_the_headers_of_the_last_response_can_be_read(place, origin):
     async with place.manager() as manager:
         job = await manager.get_job(job.id)
         assert job.files[0].http_response_headers == (), "they are kept in memory only"
+
+
+async def test_the_tests_of_an_application_see_method_and_custom_headers_and_give_response_headers(place):
+    with FakeNetwork() as network:
+        network.serve("https://h.test/file", BODY)
+        async with place.manager() as manager:
+            job = await place.job(manager, "https://h.test/file")
+            await job.set_custom_headers([("X-Tenant", SECRET)])
+            await job.set_http_method("POST")
+            await job.resume()
+            await job.wait()
+            assert dict(job.files[0].http_response_headers)["content-length"] == str(len(BODY))
+        (request,) = network.requests
+    assert (request.method, request.headers) == ("POST", (("X-Tenant", SECRET),))
+    assert SECRET not in repr(request)
 
 
 # -- proxy settings, when they are used

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,12 +14,22 @@ import trustme
 from bits_async.auth.policy import AuthRules, AuthScheme, AuthTarget, Grant, Refusals
 from bits_async.auth.policy import Origin as Place
 from bits_async.auth.schemes import channel_binding
-from bits_async.errors import AuthFailed, BitsError, ErrorCode, ErrorContext, InvalidArgument, ManagerClosed, NetworkError, RemoteFileError
+from bits_async.errors import (
+    AuthFailed,
+    BitsError,
+    ErrorCode,
+    ErrorContext,
+    InvalidArgument,
+    ManagerClosed,
+    NetworkError,
+    RemoteFileError,
+    TokenRequired,
+)
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
 from bits_async.transport.answers import AlreadyComplete, Asked, FileChanged
-from bits_async.transport.lane import Lanes, Network, Party
-from bits_async.transport.ranges import Validator
+from bits_async.transport.lane import DETACH_FROM, Lanes, Network, Party
+from bits_async.transport.ranges import Detached, Validator
 from bits_async.transport.timeouts import Timeouts
 from bits_async.transport.tls import TlsSettings
 from tests.transport.wire import (
@@ -715,6 +726,37 @@ async def test_permissions_for_others_do_not_tell_lanes_apart(lanes: Lanes, part
         for who in (party(), party(elsewhere)):
             await fetch(lanes, who, f"{origin.base}/file")
         assert len(origin.connections) == 1
+
+
+async def test_t26_bytes_behind_a_detached_body_cost_the_connection(lanes: Lanes, party: MakeParty) -> None:
+    body = bytes(DETACH_FROM)
+    async with scripted(whole(body), whole(body) + b"HTTP/1.1 200 OK") as origin:
+        for _ in range(3):
+            async with lanes.get(party(), Asked(f"{origin.base}/file")) as got:
+                detached = got.detach()
+                assert detached is not None
+                await drained(detached, len(body))
+                await asyncio.sleep(0.05)  # what is sent behind it has come too
+                got.reattach(len(body))
+        assert [request.connection for request in origin.log] == [1, 1, 2]
+
+
+async def drained(detached: Detached, length: int) -> None:
+    connection, left = detached.socket, length - len(detached.already)
+    assert isinstance(connection, socket.socket)
+    connection.setblocking(False)
+    while left:
+        left -= len(await asyncio.get_running_loop().sock_recv(connection, min(left, 1 << 20)))
+
+
+async def test_t25_nothing_leaves_as_a_token_that_was_closed(lanes: Lanes, party: MakeParty) -> None:
+    token = Token.for_network(spnego.Password(*ALICE))
+    async with Origin() as origin:
+        who = party(grant(origin, AuthScheme.DIGEST, ALICE), token=token)
+        assert await fetch(lanes, who, f"{origin.base}/file") == CONTENT
+        token.close()
+        assert isinstance(await failure(fetch(lanes, who, f"{origin.base}/file")), TokenRequired)
+        assert len(origin.log) == 1
 
 
 async def test_t25_forget_closes_the_lanes_of_a_token_at_once_and_no_others(lanes: Lanes, party: MakeParty) -> None:

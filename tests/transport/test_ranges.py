@@ -17,11 +17,16 @@ from bits_async.transport.ranges import (
     Unsatisfied,
     Validator,
     checked_ranges,
+    checked_requests,
     complete,
+    filled,
     http_date,
+    joined,
     local_size,
     locate,
+    located,
     merge,
+    missing,
     next_request,
     parse_content_range,
     plan,
@@ -460,8 +465,12 @@ def test_the_local_file_has_the_sum_of_its_ranges() -> None:
     assert local_size((), None) is None
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=6), st.randoms(), st.integers(0, 200), st.booleans())
-def test_every_position_is_fetched_from_where_its_range_says(gaps: list[tuple[int, int]], order: object, start: int, open_end: bool) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=6), st.randoms(), st.integers(0, 200), st.booleans()
+)
+def test_every_position_is_fetched_from_where_its_range_says(
+    gaps: list[tuple[int, int]], order: object, start: int, open_end: bool
+) -> None:
     ranges, offset = [], 0
     for gap, length in gaps:
         ranges.append(FileRange(offset + gap, length))
@@ -523,3 +532,82 @@ def test_a_range_is_in_the_file_or_it_is_not(each: FileRange, size: int, beyond:
 def test_an_etag_says_nothing_at_another_url() -> None:
     assert Validator('"a"', MONDAY, 5).at_another_url() == Validator(None, MONDAY, 5)
     assert not Validator('"a"', None, 5).at_another_url().resumable
+
+
+# -- on demand
+
+
+def test_ranges_that_overlap_or_touch_are_one() -> None:
+    assert joined([FileRange(10, 5), FileRange(0, 3), FileRange(12, 8), FileRange(3, 2)]) == (FileRange(0, 5), FileRange(10, 10))
+    assert joined([FileRange(10), FileRange(0, 3), FileRange(12, 8)]) == (FileRange(0, 3), FileRange(10))
+    assert joined([FileRange(0, 30), FileRange(10), FileRange(5, 5)]) == (FileRange(0),)
+    assert joined([]) == ()
+
+
+def test_what_is_written_is_told_without_what_is_still_to_come() -> None:
+    slices = [Slice(50, 90, 70, 60), Slice(0, 20, 20, 20), Slice(20, None, 30, 25), Slice(40, 45, 40, 40)]
+    assert filled(slices) == (Slice(0, 30, 30, 25), Slice(50, 70, 70, 60))
+
+
+@pytest.mark.parametrize(
+    ("position", "gap"),
+    [(0, (0, 10)), (5, (5, 10)), (10, (20, 30)), (29, (29, 30)), (30, (50, 60)), (60, (0, 10)), (10**9, (0, 10))],
+)
+def test_what_is_missing_is_fetched_from_the_position_on_and_then_from_the_beginning(position: int, gap: tuple[int, int]) -> None:
+    wanted = [FileRange(0, 30), FileRange(50)]
+    assert missing(wanted, [Slice.fresh(70, 80), Slice(10, 20, 20, 20)], 60, position) == gap
+
+
+def test_nothing_is_missing_when_all_that_was_asked_for_is_written() -> None:
+    assert missing([FileRange(5, 10), FileRange(50)], [Slice(0, 20, 20, 0), Slice(50, None, 60, 60)], 60) is None
+    assert missing([], [], None) is None
+    assert missing([FileRange(5)], [], None) == (5, None)
+    assert missing([FileRange(5)], [], None, 100) == (100, None)
+
+
+@given(
+    st.lists(st.builds(FileRange, st.integers(0, 40), st.integers(1, 20) | st.none()), max_size=4),
+    st.lists(st.tuples(st.integers(0, 10), st.integers(1, 10), st.integers(0, 10)), max_size=4),
+    st.integers(0, 60),
+)
+def test_fetching_what_is_missing_again_and_again_fills_exactly_what_is_wanted(
+    wanted: list[FileRange], lengths: list[tuple[int, int, int]], position: int
+) -> None:
+    slices, offset = [], 0
+    for gap, length, written in lengths:
+        start = offset + gap
+        slices.append(Slice(start, start + length, start + min(written, length), start))
+        offset = start + length
+    size = 60 + offset
+    before = {byte for each in slices for byte in range(each.start, each.written)}
+    fetched_bytes: set[int] = set()
+    while (gap_found := missing(wanted, slices, size, position)) is not None:
+        start, end = gap_found
+        assert end is not None
+        assert start < end
+        assert not fetched_bytes & set(range(start, end))
+        fetched_bytes |= set(range(start, end))
+        slices = [*filled(slices), Slice(start, end, end, start)]
+    assert fetched_bytes == {byte for each in wanted for byte in range(each.initial_offset, each.end or size)} - before
+
+
+def test_bytes_of_a_local_file_are_where_its_ranges_say() -> None:
+    assert located(THREE, [FileRange(0, 225)]) == (FileRange(100, 125), FileRange(1000, 100))
+    assert located(THREE, [FileRange(50, 100), FileRange(290, 10)]) == (FileRange(150, 50), FileRange(290, 10), FileRange(1000, 50))
+    assert located((FileRange(7),), [FileRange(3, 5)]) == (FileRange(10, 5),)
+    assert located(THREE, []) == ()
+
+
+@pytest.mark.parametrize(
+    ("ranges", "code"),
+    [
+        ([], ErrorCode.E_INVALIDARG),
+        ([FileRange(0, 0)], ErrorCode.E_INVALIDARG),
+        ([FileRange(-1, 1)], ErrorCode.BG_E_INVALID_RANGE),
+    ],
+)
+def test_requests_that_cannot_be_meant_are_refused(ranges: list[FileRange], code: int) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        checked_requests(ranges)
+    assert caught.value.code == code
+    assert checked_requests([FileRange(0, 2), FileRange(1, 2)]) == (FileRange(0, 2), FileRange(1, 2))
