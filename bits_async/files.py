@@ -845,7 +845,7 @@ class _Intake:
             self._halt.wait(min(left, _GLANCE))
 
     def _when_there(self, selector: selectors.BaseSelector, take: Callable[[], int], idle: float) -> int:
-        """What `take` gets, as soon as there is something to get; 0: stopped. Looks before it waits: on a fast line there is always more."""
+        """What `take` gets, as soon as there is something; 0: stopped. Looks before it waits: on a fast line there is always more."""
         until = time.monotonic() + idle
         while not self._stopped:
             try:
