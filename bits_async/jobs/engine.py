@@ -857,7 +857,7 @@ class Engine:
             error = _no_progress(error, job.no_progress_timeout)
         entry.retry_due = entry.failing_since = None
         fields = {"retry_at": None, "stalled": 0.0, "active": active}
-        log.warning("%s", error.located(job_id=job.id))
+        log.info("%s", error.located(job_id=job.id))
         await self.change(entry, state=advance(job.state, Outcome.FAILED), error=error, error_count=count, **fields)
 
     # -- tokens -----------------------------------------------------------------------------------------------------------------------

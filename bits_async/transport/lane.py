@@ -296,7 +296,7 @@ class LaneBody:
             return None
         protocol = connection.protocol
         raw = transport.get_extra_info("socket")
-        if protocol is None or raw is None or response.content.exception() is not None:
+        if protocol is None or raw is None or response.content.exception() is not None or response.content.is_eof():
             return None
         already = rest_of(response.content)  # no await until reading is paused: nothing can come in between
         protocol.pause_reading()
