@@ -268,7 +268,8 @@ class Engine:
             entry.job = replace(job, state=advance(job.state, Outcome.REOPENED))
         elif job.state is JobState.TRANSIENT_ERROR:
             left = 0.0 if job.retry_at is None else (job.retry_at - self.clock.now()).total_seconds()
-            entry.retry_due = self.clock.monotonic() + min(max(left, 0.0), job.minimum_retry_delay)
+            longest = job.minimum_retry_delay if job.error is None else retry_delay(job.minimum_retry_delay, job.error)
+            entry.retry_due = self.clock.monotonic() + min(max(left, 0.0), longest)  # the wall clock may have been changed
             entry.failing_since = self.clock.monotonic() - job.stalled
 
     async def _refuse_restored(self, entry: Entry, error: BitsError) -> None:

@@ -328,10 +328,10 @@ class Attempt:
             return
         asked = self._asked(download)
         async with self._shop.network.get(party, asked) as body:
-            await self._pin(download, asked, body)
-            self._recorder.answered()
             if SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_REPORT in party.options.flags:
                 await self._rename(download, body.url)
+            await self._pin(download, asked, body)
+            self._recorder.answered()
             detached = body.detach()
             if detached is None:
                 await self._pump(download, body)
@@ -370,7 +370,8 @@ class Attempt:
             raise make_error(ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorContext.REMOTE_FILE, "the answer starts elsewhere", url=body.url)
         if download.validator is None or download.validator.size is None:
             self._refuse_outside(download.record, body.total)
-            served = body.validator if body.url == asked.url else body.validator.at_another_url()  # a redirect may lead elsewhere next time
+            named = body.url == download.record.url  # a redirect may lead elsewhere next time, and an ETag is of its own resource only
+            served = body.validator if named else body.validator.at_another_url()
             download.validator = replace(served, size=body.total)
             if download.piece.end is None or not download.record.wanted:
                 download.piece.end = local_size(download.record.ranges, body.total)
@@ -489,6 +490,8 @@ class Attempt:
         """The redirect policy reports where the file is. What is too long to be the name of a file in a job is not kept."""
         if url != download.record.url and len(url) <= MAX_URL:
             download.record = replace(download.record, url=url)
+            if download.validator is not None:
+                download.validator = download.validator.at_another_url()
             await self._keep(download)
 
     async def _restart(self, download: _Download, reason: str) -> None:

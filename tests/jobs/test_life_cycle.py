@@ -17,6 +17,7 @@ import pytest
 
 import bits_async as bits
 from bits_async import ErrorCode, InvalidState, JobPriority, JobState
+from bits_async.jobs.engine import Engine
 from bits_async.jobs.model import NEXT, Command
 from bits_async.testing import FakeNetwork
 from tests.diagram import README, with_diagram
@@ -513,6 +514,60 @@ async def test_a_transient_error_ends_with_the_retry_delay_or_with_resume(scene:
     assert way(states) == ["TRANSIENT_ERROR", *["QUEUED", "CONNECTING", "TRANSIENT_ERROR"] * 2]
 
 
+@pytest.mark.parametrize("readings", range(1, 6))
+async def test_a_retry_that_comes_due_while_the_engine_looks_around_is_not_forgotten(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, readings: int
+) -> None:
+    scene.network.serve(BIG, b"", status=503)
+    job = await scene.job(BIG)
+    await job.resume()
+    await scene.reach(job, S.TRANSIENT_ERROR)
+    await let_things_happen()
+    clock = scene.network.clock
+    clock.advance(600 - readings + 0.5)
+    honest = clock.monotonic
+
+    def moves_on() -> float:
+        clock.advance(1)
+        return honest() - 1
+
+    monkeypatch.setattr(clock, "monotonic", moves_on)
+    await job.set_description("wakes the engine")
+    await let_things_happen()
+    monkeypatch.undo()
+    clock.advance(10)
+    await until(lambda: len(scene.network.requests) == 2)
+
+
+async def test_a_job_that_goes_back_to_the_queue_and_out_of_it_at_once_can_be_suspended(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Engine._settle
+
+    async def lingering(*args: Any) -> None:
+        await honest(*args)
+        await let_things_happen()  # the next attempt could begin before the last one is done with
+
+    monkeypatch.setattr(Engine, "_settle", lingering)
+    job = await transferring(scene)
+    given_up = asyncio.ensure_future(job.suspend())  # the attempt is stopped, and nobody keeps the job from the next one
+    await asyncio.sleep(0)
+    given_up.cancel()
+    await asyncio.wait([given_up])
+    asked = len(scene.network.requests)
+    await until(lambda: len(scene.network.requests) > asked)
+    await asyncio.sleep(0.05)
+    await job.suspend()
+    scene.network.disconnect()  # an attempt that goes on would notice, and knock again
+    await let_things_happen()
+    scene.network.clock.advance(1)
+    await let_things_happen()
+    assert (job.state, len(scene.network.requests)) == (S.SUSPENDED, asked + 1)
+    scene.network.reconnect()
+    await job.resume()
+    await until(lambda: len(scene.network.requests) == asked + 2)
+
+
 async def test_without_progress_a_transient_error_becomes_an_error(scene: Scene) -> None:
     scene.network.serve(BIG, b"", status=503)
     job = await scene.job(BIG)
@@ -562,6 +617,21 @@ async def test_a_job_is_where_it_was_when_its_manager_is_opened_again(scene: Sce
         assert (again.error and again.error.fields()) == error
         assert again.progress == job.progress
         assert [each.progress for each in again.files] == [each.progress for each in job.files]
+
+
+async def test_a_server_that_wants_to_be_left_alone_for_an_hour_is_so_after_a_restart_too(scene: Scene) -> None:
+    scene.network.fail(BIG, error=bits.NetworkError("too busy", transient=True, retry_after=3600))
+    job = await scene.job(BIG)
+    await job.resume()
+    await scene.reach(job, S.TRANSIENT_ERROR)
+    await scene.manager.aclose()
+    async with bits.BitsManager(store=scene.store) as manager:
+        job = await manager.get_job(job.id)
+        scene.network.clock.advance(3599)
+        await let_things_happen()
+        assert job.state is S.TRANSIENT_ERROR
+        scene.network.clock.advance(2)
+        await job.wait()
 
 
 @pytest.mark.parametrize("state", UNFINISHED, ids=lambda state: state.name)

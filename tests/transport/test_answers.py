@@ -348,7 +348,9 @@ def test_every_range_request_of_a_pinned_version_carries_if_range(question: Aske
 
 
 def test_the_same_question_can_be_asked_elsewhere() -> None:
-    assert asked(5, 6, PINNED).at("http://other/") == Asked("http://other/", 5, 6, PINNED)
+    question = asked(5, 6, PINNED)
+    assert question.at(question.url) is question
+    assert question.at("http://other/") == Asked("http://other/", 5, 6, PINNED.at_another_url())  # an ETag is of its own resource only
 
 
 # -- the decision table: accept
