@@ -406,12 +406,14 @@ async def test_a_running_job_goes_back_to_the_queue_when_its_time_slice_ends_and
     other = await scene.job(MORE)
     async with followed(job) as states:
         await other.resume()
+        await let_things_happen()  # the engine waits for the end of the time slice now; here and below
         scene.network.clock.advance(29)
         await let_things_happen()
         assert (len(states), other.state) == (1, S.QUEUED)
         scene.network.clock.advance(1)
         await until(lambda: other.state.is_active)
         await scene.reach(job, S.QUEUED)
+        await let_things_happen()
         scene.network.clock.advance(30)
         await until(lambda: job.state.is_active and other.state is S.QUEUED)
         await until(lambda: way(states) == left)
