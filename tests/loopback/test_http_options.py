@@ -438,7 +438,7 @@ async def test_a_reported_redirect_rewrites_the_remote_name_and_the_next_attempt
         await job.set_security_flags(F.HTTP_REDIRECT_POLICY_ALLOW_REPORT)
         await job.resume()
         await hold.reached.wait()
-        await until(lambda: job.files[0].remote_name == target)
+        await until(lambda: job.files[0].remote_name == target and job.progress.bytes_transferred)
     async with place.manager() as manager:
         job = await manager.get_job(job.id)
         assert job.security_flags == F.HTTP_REDIRECT_POLICY_ALLOW_REPORT
