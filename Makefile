@@ -84,7 +84,7 @@ packages:
 		exit 1
 	fi
 	if [ -d /run/systemd/system ]; then
-		for unit in apache2 squid krb5-kdc krb5-admin-server; do
+		for unit in apache2 nginx squid krb5-kdc krb5-admin-server; do
 			case " $${missing[*]} " in *" $$unit "*) systemctl disable --quiet "$$unit" || true ;; esac
 		done
 	fi

@@ -20,7 +20,7 @@ from blockbuster import BlockBuster, blockbuster_ctx
 from tests import acceptor
 from tests.left_out import LeftOut
 from tests.peers import Authority, SilentKdc
-from tests.realms import SILENT_REALM, Apache, MitKdc, Squid, make_world_directory, write_krb5_conf
+from tests.realms import SILENT_REALM, Apache, MitKdc, Nginx, Squid, make_world_directory, write_krb5_conf
 
 if TYPE_CHECKING:
     from tests.local_users import LocalUser  # imports pwd and fcntl
@@ -165,6 +165,19 @@ def apache(apache_server: Apache) -> Apache:
     """The session's Apache; `hits` counts from the beginning of this test."""
     apache_server.log.clear()
     return apache_server
+
+
+@pytest.fixture(scope="session")
+def nginx_server(authority: Authority) -> Iterator[Nginx]:
+    with Nginx(authority) as server:
+        yield server
+
+
+@pytest.fixture
+def nginx(nginx_server: Nginx) -> Nginx:
+    """The session's nginx; `hits` counts from the beginning of this test."""
+    nginx_server.log.clear()
+    return nginx_server
 
 
 @pytest.fixture(scope="session")

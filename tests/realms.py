@@ -1,4 +1,4 @@
-r"""A Kerberos realm, Apache and Squid on loopback: Debian's own servers, each a child process in a directory of its own.
+r"""A Kerberos realm, Apache, nginx and Squid on loopback: Debian's own servers, each a child process in a directory of its own.
 
 Every server runs in the foreground and is ended by its process id. As root they run as their usual users, otherwise as
 yours. A port that another process took in the moment between choosing and binding it is replaced by another. The
@@ -620,3 +620,94 @@ http_access allow auth
     def command(self) -> list[str]:
         # -n names its shared memory, which no other Squid of this machine may use.
         return [find_program("squid") or "squid", "-N", "-f", str(self.directory / "squid.conf"), "-n", f"bits{self.port}"]
+
+
+# -- another origin
+
+
+class Nginx(Server):
+    """Nginx with the files below `root`, over http and https, each in every way that its path begins with.
+
+    `/pub/` as they are; `/dated/` without an ETag; `/unpinned/` with no validator at all; `/whole/` 200 to every range; `/chunked/`
+    without a length; `/packed/` the gzip file beside it, whatever was asked for; `/slow/` paced; `/getonly/` refuses HEAD.
+
+    Args:
+        authority: signs the certificate; None: no https.
+        root: the content; None: a directory of the server's own.
+        slow_kib_per_second: the pace of `/slow/`.
+    """
+
+    ways: Mapping[str, str] = {
+        "pub": "",
+        "dated": "etag off;",
+        "unpinned": 'etag off; add_header Last-Modified "";',
+        "whole": "max_ranges 0;",
+        "chunked": "sub_filter_types *; sub_filter_once off; sub_filter no-file-has-this no-file-has-this;",
+        "packed": "gzip_static always; default_type application/octet-stream;",
+        "getonly": "if ($request_method = HEAD) { return 405; }",
+    }
+
+    def __init__(self, authority: Authority | None = None, *, root: Path | None = None, slow_kib_per_second: int = 1024) -> None:
+        super().__init__("nginx")
+        self._authority, self._slow = authority, slow_kib_per_second
+        self.root = self.directory / "www" if root is None else root
+        self.ca_file = None if authority is None else authority.ca_file
+        self.port = self.tls_port = 0
+        self.log = Log(self.directory / "access.log", parse_hit)
+
+    @property
+    def ports(self) -> Iterable[int]:
+        return (self.port,) if self._authority is None else (self.port, self.tls_port)
+
+    def url(self, path: str, *, tls: bool = False) -> str:
+        return f"https://localhost:{self.tls_port}{path}" if tls else f"http://localhost:{self.port}{path}"
+
+    def hits(self, expect: int = 0, *, deadline: float = 10, **match: object) -> list[Hit]:
+        """Log lines with these fields (status, method, target ...), once there are at least `expect` of them."""
+        return self.log.read(expect, deadline=deadline, **match)
+
+    def prepare(self) -> None:
+        self.root.mkdir(exist_ok=True)
+        if self._authority is not None:
+            self._chain, self._key = self._authority.write_server_files(self.directory)
+        self.log.path.touch()
+
+    def configure(self) -> None:
+        self.port, self.tls_port = free_port(), free_port()
+        at = self.directory
+        user = "user www-data;" if os.geteuid() == 0 else ""
+        tls = ""
+        if self._authority is not None:
+            tls = f"listen 127.0.0.1:{self.tls_port} ssl; ssl_certificate {self._chain}; ssl_certificate_key {self._key};"
+        ways = {**self.ways, "slow": f"limit_rate {self._slow}k;"}
+        locations = "\n".join(f"  location /{name}/ {{ alias {self.root}/; {how} }}" for name, how in ways.items())
+        scratch = "\n".join(f" {kind}_temp_path {at}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        (at / "nginx.conf").write_text(f"""{user}
+daemon off;
+worker_processes 1;
+pid {at}/nginx.pid;
+error_log {at}/error.log warn;
+events {{ worker_connections 512; }}
+http {{
+ default_type application/octet-stream;
+ sendfile on;
+ tcp_nopush on;
+ keepalive_requests 1000000;
+ large_client_header_buffers 4 64k;
+ log_format fields '$remote_port\\t$server_port\\t-\\t$request_method\\t$uri$is_args$args\\t'
+  '$status\\t$body_bytes_sent\\t$told\\t$connection_requests';
+ map $http_range $told {{ '' '-'; default $http_range; }}
+ access_log {self.log.path} fields;
+{scratch}
+ server {{
+  listen 127.0.0.1:{self.port};
+  {tls}
+  server_name localhost;
+{locations}
+ }}
+}}
+""")
+        give_to("www-data", at)
+
+    def command(self) -> list[str]:
+        return [find_program("nginx") or "nginx", "-c", str(self.directory / "nginx.conf"), "-e", str(self.directory / "error.log")]

@@ -14,7 +14,7 @@ import pytest
 import spnego
 
 from tests.peers import Authority
-from tests.realms import PASSWORDS, SILENT_REALM, Apache, MitKdc, Squid
+from tests.realms import PASSWORDS, SILENT_REALM, Apache, MitKdc, Nginx, Squid
 
 pytestmark = pytest.mark.realm
 
@@ -186,3 +186,28 @@ def test_a_server_whose_port_was_taken_starts_on_another(kdc: MitKdc, monkeypatc
 
 def test_the_silent_kdc_has_a_realm(kdc: MitKdc) -> None:
     assert SILENT_REALM in kdc.krb5_conf.read_text()
+
+
+def test_nginx_serves_a_file_in_every_way_that_its_path_begins_with(nginx: Nginx, authority: Authority) -> None:
+    (nginx.root / "some").write_bytes(b"s" * 1000)
+    (nginx.root / "some.gz").write_bytes(b"z" * 100)
+
+    def ask(way: str, method: str = "GET") -> tuple[int, int, set[str]]:
+        with connection(nginx.url("")) as opened:
+            opened.request(method, f"/{way}/some", headers={"Range": "bytes=10-19", "Accept-Encoding": "identity"})
+            found = opened.getresponse()
+            body = found.read()
+            return found.status, len(body), {"ETag", "Last-Modified", "Content-Length", "Content-Encoding"} & set(found.headers)
+
+    both = {"ETag", "Last-Modified"}
+    assert ask("pub") == ask("slow") == ask("getonly") == (206, 10, both | {"Content-Length"})
+    assert ask("dated") == (206, 10, {"Last-Modified", "Content-Length"})
+    assert ask("unpinned") == (206, 10, {"Content-Length"})
+    assert ask("whole") == (200, 1000, both | {"Content-Length"})
+    assert ask("chunked") == (200, 1000, set())
+    assert ask("packed")[2] == both | {"Content-Length", "Content-Encoding"}
+    assert ask("getonly", "HEAD")[0] == 405
+    with connection(nginx.url("", tls=True), authority) as opened:
+        assert get(opened, "/pub/some")[0] == 206
+    (hit,) = nginx.hits(expect=1, server_port=nginx.tls_port)
+    assert (hit.status, hit.sent, hit.range) == (206, 10, "bytes=10-19")
