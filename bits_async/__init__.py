@@ -45,7 +45,13 @@ The map of the package; imports point from a lower line to a higher one only:
       transfer.py       one attempt at one job: the only place where a lane meets a file
       notify.py         what happened: events and the streams that carry them
       engine.py         the jobs in memory, commands on them, the loop that starts and ends attempts
-      manager.py        BitsManager, Job handles, download(): the API; the access check at the door
+      arguments.py      what callers hand in, checked
+      door.py           who may: the access check
+      parties.py        a job's network side: credentials, TLS, the origins they are bound to
+      handles.py        Job, JobFile, TokenOptions
+      places.py         where a user's transfers keep their state
+      orders.py         one file from create to complete
+      manager.py        BitsManager, download(): the API
     testing.py          what applications need to test against us without a network
     cli/                app, download, progress: the command line, over the same API
 
@@ -86,11 +92,11 @@ if TYPE_CHECKING:
     from .identity.tokens import current_token as current_token
     from .identity.tokens import impersonate as impersonate
     from .identity.tokens import revert_to_self as revert_to_self
+    from .jobs.arguments import FileInfo as FileInfo
+    from .jobs.handles import Job as Job
+    from .jobs.handles import JobFile as JobFile
+    from .jobs.handles import TokenOptions as TokenOptions
     from .jobs.manager import BitsManager as BitsManager
-    from .jobs.manager import FileInfo as FileInfo
-    from .jobs.manager import Job as Job
-    from .jobs.manager import JobFile as JobFile
-    from .jobs.manager import TokenOptions as TokenOptions
     from .jobs.manager import download as download
     from .jobs.model import Completion as Completion
     from .jobs.model import FileProgress as FileProgress
@@ -138,7 +144,9 @@ _HOMES: Final = {
     ),
     "identity.threads": ("run_as",),
     "identity.tokens": ("HelperTokenFlags", "ImpersonationLevel", "Token", "current_token", "impersonate", "revert_to_self"),
-    "jobs.manager": ("BitsManager", "FileInfo", "Job", "JobFile", "TokenOptions", "download"),
+    "jobs.arguments": ("FileInfo",),
+    "jobs.handles": ("Job", "JobFile", "TokenOptions"),
+    "jobs.manager": ("BitsManager", "download"),
     "jobs.model": ("Completion", "FileProgress", "JobPriority", "JobProgress", "JobState", "JobTimes", "Waiting", "WaitingReason"),
     "jobs.notify": (
         "Event",

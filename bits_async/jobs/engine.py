@@ -190,7 +190,7 @@ class Engine:
     """All jobs of one journal.
 
     Args:
-        store: the journal; opened by `start`, closed by its owner after `stop`.
+        store: the open journal; closed by its owner after `stop`.
         shop: what attempts work with.
         limits: how much may run at once.
         run: False: jobs can be edited, nothing is transferred.
@@ -237,14 +237,13 @@ class Engine:
     # -- life -----------------------------------------------------------------------------------------------------------------------
 
     async def start(self, adopt: Callable[[StoredJob], Awaitable[Token | None]], *, hold: bool = False) -> None:
-        """Open the journal and put its jobs back in the queue, or with `hold` let them wait for a resume.
+        """Put the jobs of the journal back in the queue, or with `hold` let them wait for a resume.
 
         `adopt` says for whom the process may stand in.
 
         Raises:
-            StoreError: the journal cannot be used.
+            StoreError: the journal cannot be read.
         """
-        await self._store.open()
         for stored in await self._store.load():
             await self._restore(stored, await adopt(stored), hold=hold)
         if self._run:

@@ -599,7 +599,7 @@ async def test_dynamic_content_and_ranges_do_not_go_together(manager, job, out):
 async def test_high_performance_journals_nothing_on_the_way_and_still_goes_on_in_the_same_boot(network, job, out, monkeypatch):
     monkeypatch.setattr(transfer, "CHECKPOINT_BYTES", 1)
     saved: list[Sequence[Slice]] = []
-    engine = job._manager._engine
+    engine = job._desk.engine
     honest = engine.save
 
     async def save(*changes, **more):

@@ -240,7 +240,15 @@ async def test_t14_custom_headers_are_in_no_repr_event_log_error_or_file(place, 
                 texts.append(repr(event))
                 if isinstance(event, bits.JobChanged) and event.state is JobState.TRANSIENT_ERROR:
                     break
-        texts += [repr(error), str(error), str(error.fields()), repr(job), repr(manager), repr(manager._engine.entries), repr(job.files)]
+        texts += [
+            repr(error),
+            str(error),
+            str(error.fields()),
+            repr(job),
+            repr(manager),
+            repr(manager._desk.engine.entries),
+            repr(job.files),
+        ]
         texts += [repr(record.__dict__) for record in caplog.records]
         assert origin.requests[0].header("X-Tenant") == SECRET
         assert not [text for text in texts if SECRET in text]

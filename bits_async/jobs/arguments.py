@@ -1,0 +1,109 @@
+"""What a caller hands in, checked: files to add, flags, durations.
+
+Nothing here looks at the disk or at a job.
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from uuid import UUID
+
+from ..errors import InvalidArgument
+from ..identity.tokens import HelperTokenFlags
+from ..transport.answers import MAX_URL, check_url
+from ..transport.ranges import FileRange
+from .model import FileRecord
+
+if TYPE_CHECKING:
+    from yarl import URL
+
+StrPath = str | os.PathLike[str]
+
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A file to add: from where, to where, and optionally the SHA-256 (hexadecimal) that it must have."""
+
+    url: "str | URL"
+    path: StrPath
+    sha256: str | None = None
+
+    def __init__(self, url: "str | URL", path: StrPath, *, sha256: str | None = None) -> None:
+        object.__setattr__(self, "url", url)
+        object.__setattr__(self, "path", path)
+        object.__setattr__(self, "sha256", sha256)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedFile:
+    """A checked `FileInfo`: the URL as it is sent, an absolute path, a digest in lower case."""
+
+    url: str
+    path: Path
+    sha256: str | None
+    ranges: tuple[FileRange, ...] = ()
+
+
+def checked_file(file: FileInfo) -> CheckedFile:
+    """An absolute path, a URL that can be fetched, a digest that can be one.
+
+    Raises:
+        InvalidArgument: which of them is not.
+    """
+    path = os.fspath(file.path)
+    if not isinstance(path, str):
+        raise InvalidArgument("a path is text, not bytes")
+    if "\0" in path or not os.path.isabs(path):
+        raise InvalidArgument("a job's destination is an absolute path", path=path.replace("\0", "?"))
+    if Path(path).name in ("", ".", ".."):
+        raise InvalidArgument("a destination names a file", path=path)
+    digest = file.sha256
+    if digest is not None:
+        digest = digest.lower() if isinstance(digest, str) else ""
+        if not _SHA256.fullmatch(digest):
+            raise InvalidArgument("sha256= takes 64 hexadecimal digits")
+    return CheckedFile(check_url(str(file.url)), Path(path), digest)
+
+
+def file_record(job_id: UUID, index: int, file: CheckedFile) -> FileRecord:
+    """The file as the journal begins to keep it."""
+    named = FileRecord(job_id=job_id, index=index, original_url=file.url, url=file.url, path=file.path, sha256=file.sha256)
+    return replace(named, ranges=file.ranges)
+
+
+def replaced_prefix(url: str, old: str, new: str) -> str:
+    """The URL with another beginning.
+
+    Raises:
+        InvalidArgument: what comes out cannot be fetched.
+    """
+    replaced = new + url[len(old) :]
+    if len(replaced) > MAX_URL:
+        raise InvalidArgument(f"the prefix makes a URL of more than {MAX_URL} characters")
+    return check_url(replaced)
+
+
+def checked_bool(name: str, value: bool) -> bool:
+    """True or False, nothing that is merely like it."""
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name} takes True or False, not {value!r}")
+    return value
+
+
+def checked_helper_flags(flags: HelperTokenFlags) -> HelperTokenFlags:
+    """HelperTokenFlags, not a number that is merely like them."""
+    if not isinstance(flags, HelperTokenFlags):
+        raise InvalidArgument(f"helper flags are HelperTokenFlags, not {flags!r}")
+    return flags
+
+
+def checked_seconds(name: str, value: float) -> float:
+    """Seconds, finite, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise InvalidArgument(f"{name} takes seconds, 0 or more, not {value!r}")
+    return float(value)

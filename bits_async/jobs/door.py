@@ -1,0 +1,105 @@
+"""Who may: the access check, which happens once, when a handle is obtained, as BITS does since Windows 7.
+
+The door knows tokens and owner keys, and nothing of what a job does.
+"""
+
+from typing import final
+
+from ..auth.policy import credential_fingerprint
+from ..errors import AccessDenied, ImpersonationFailed, InvalidArgument
+from ..identity.tokens import ImpersonationLevel, Token
+from .model import JobRecord, OwnerKey
+
+Identity = tuple[str, str | None, str | None]  # local user, principal, the proof of that
+
+
+def identity_of(key: OwnerKey) -> Identity:
+    """Of an owner, as `Door.identity` is of a token."""
+    return key.local, key.principal, key.proof
+
+
+@final
+class Door:
+    """The access check of one open journal.
+
+    Args:
+        fingerprint_key: the journal's, for what proves a principal (threat model, T7).
+        fakes: tokens of `bits_async.testing` may be used.
+    """
+
+    def __init__(self, fingerprint_key: bytes, *, fakes: bool) -> None:
+        self._fingerprint_key = fingerprint_key
+        self._fakes = fakes
+
+    def refuse_fake(self, token: Token) -> None:
+        """A token of `bits_async.testing` is nobody's on a real network.
+
+        Raises:
+            ImpersonationFailed: it is one.
+        """
+        if token.fake and not self._fakes:
+            raise ImpersonationFailed("a fake_token works with bits_async.testing.FakeNetwork only", identity=token.name)
+
+    def usable(self, token: Token) -> Token:
+        """A token that jobs may carry.
+
+        Raises:
+            InvalidArgument: no token. ImpersonationFailed: one that cannot act.
+        """
+        if not isinstance(token, Token):
+            raise InvalidArgument(f"a token is a Token, not {type(token).__name__}")
+        self.refuse_fake(token)
+        if token.level.value < ImpersonationLevel.IMPERSONATE.value:
+            raise ImpersonationFailed(f"a token of level {token.level.name} cannot act", identity=token.name)
+        return token
+
+    def check_helper(self, token: Token, caller: Token) -> None:
+        """Whether that caller may make this token a helper.
+
+        Raises:
+            AccessDenied: it is elevated, and the caller is not. Otherwise as `usable`.
+        """
+        self.usable(token)
+        if token.elevated and not caller.elevated:
+            raise AccessDenied("an elevated helper token may be set by an elevated caller only", identity=token.name)
+
+    def owner_key(self, token: Token) -> OwnerKey:
+        """What the journal keeps of an owner."""
+        return OwnerKey(
+            sid=token.sid,
+            name=token.name,
+            local=token.local.key,
+            principal=token.principal,
+            proof=self._proof(token),
+            process=token.local.is_process and not token.has_credentials and not token.fake,
+            elevated=token.elevated,
+        )
+
+    def _proof(self, token: Token) -> str | None:
+        """The keyed fingerprint of the secret behind a token's principal: nobody else checked that name (T7)."""
+        if not token.has_credentials or token.network is None:
+            return None
+        return credential_fingerprint(token.network, self._fingerprint_key)
+
+    def identity(self, token: Token) -> Identity | None:
+        """What must be the same in an owner key; None: nobody's (ANONYMOUS opens nothing)."""
+        return None if token.level is ImpersonationLevel.ANONYMOUS else (token.local.key, token.principal, self._proof(token))
+
+    def is_owner(self, token: Token, key: OwnerKey) -> bool:
+        """Exactly the identity that made the job: the same local user, the same principal, proved by the same secret."""
+        return self.identity(token) == identity_of(key)
+
+    def is_elevated(self, token: Token) -> bool:
+        """Whether it opens every door. Not with a principal that nobody proved: the powers beside it are those of the process, which
+        whoever merely names a principal has not shown to be his (T7)."""
+        return token.elevated and token.principal is None and token.level is not ImpersonationLevel.ANONYMOUS
+
+    def admit(self, caller: Token, job: JobRecord) -> None:
+        """The access check.
+
+        Raises:
+            AccessDenied: the caller is neither the owner nor elevated.
+        """
+        self.refuse_fake(caller)
+        if not (self.is_owner(caller, job.owner) or self.is_elevated(caller)):
+            raise AccessDenied(f"the job belongs to {job.owner.name}", job_id=job.id, identity=caller.name)

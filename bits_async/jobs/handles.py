@@ -1,0 +1,935 @@
+"""The handles: `Job`, `JobFile` and `TokenOptions`.
+
+A handle is a capability: the access check was made when it was obtained (`door`), and afterwards the ambient identity no longer matters.
+The ambient identity is read at the call itself, by the functions that say so and by no others.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+from uuid import UUID, uuid4
+
+from ..auth.policy import AuthCredentials, AuthScheme, AuthTarget
+from ..errors import (
+    AccessDenied,
+    BitsError,
+    ErrorCode,
+    ErrorContext,
+    ImpersonationFailed,
+    InvalidArgument,
+    InvalidState,
+    JobCancelled,
+    make_error,
+)
+from ..identity.tokens import HelperTokenFlags, Token, current_token, impersonation
+from ..transport.answers import check_url
+from ..transport.options import SecurityFlags, checked_flags, checked_headers, checked_method
+from ..transport.proxies import ProxySettings, resolve
+from ..transport.ranges import FileRange, checked_ranges, checked_requests, joined, located
+from .arguments import (
+    CheckedFile,
+    FileInfo,
+    StrPath,
+    checked_bool,
+    checked_file,
+    checked_helper_flags,
+    checked_seconds,
+    file_record,
+    replaced_prefix,
+)
+from .certificates import CertificateJudge
+from .door import Door
+from .engine import Engine, Entry
+from .model import (
+    RETRY_DELAY_FLOOR,
+    Completion,
+    FileProgress,
+    FileRecord,
+    GrantRemoved,
+    JobPriority,
+    JobProgress,
+    JobRecord,
+    JobState,
+    JobTimes,
+    Waiting,
+)
+from .notify import EventStream
+from .parties import Parties, kept_from_proxies, named_origins, not_plain
+from .scheduler import Limits
+
+if TYPE_CHECKING:
+    from yarl import URL
+
+DISPLAY_NAME_LENGTH: Final = 256
+DESCRIPTION_LENGTH: Final = 1024
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the handles of one open manager work with."""
+
+    engine: Engine
+    loop: asyncio.AbstractEventLoop
+    door: Door
+    parties: Parties
+    limits: Limits
+
+    def ready(self) -> Engine:
+        """The engine, for a call of its loop while the manager is open.
+
+        Raises:
+            RuntimeError: another event loop. ManagerClosed, StoreError: it works no more.
+        """
+        if asyncio.get_running_loop() is not self.loop:
+            raise RuntimeError("a BitsManager and its jobs belong to the event loop in which it was entered")
+        self.engine.check()
+        return self.engine
+
+    def new_record(self, display_name: str, priority: JobPriority, owner: Token) -> JobRecord:
+        """A job as it begins, if the limits leave room for it."""
+        if not isinstance(display_name, str) or not 1 <= len(display_name) <= DISPLAY_NAME_LENGTH:
+            raise InvalidArgument(f"a display name has 1 to {DISPLAY_NAME_LENGTH} characters")
+        if not isinstance(priority, JobPriority):
+            raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
+        engine = self.ready()
+        key = self.door.owner_key(self.door.usable(owner))
+        most = self.limits.jobs_per_user
+        if most is not None and not owner.elevated and sum(e.job.owner.sid == key.sid for e in engine.jobs()) >= most:
+            message = f"{key.name} has {most} unfinished jobs"
+            raise make_error(ErrorCode.BG_E_TOO_MANY_JOBS_PER_USER, ErrorContext.GENERAL_QUEUE_MANAGER, message, identity=key.name)
+        most = self.limits.jobs_per_machine
+        if most is not None and not owner.elevated and len(engine.entries) >= most:
+            code = ErrorCode.BG_E_TOO_MANY_JOBS_PER_MACHINE
+            raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"the queue has {most} unfinished jobs", identity=key.name)
+        now, proxy = engine.clock.now(), resolve(ProxySettings.preconfig(), os.environ)
+        return JobRecord(id=uuid4(), display_name=display_name, owner=key, created=now, modified=now, priority=priority, proxy=proxy)
+
+    def check_limits(self, entry: Entry, files: Sequence[CheckedFile]) -> None:
+        """Whether the job may have these files too."""
+        limits, job = self.limits, entry.job
+        if not job.owner.elevated:
+            most = limits.files_per_job
+            if most is not None and len(entry.files) + len(files) > most:
+                code = ErrorCode.BG_E_TOO_MANY_FILES_IN_JOB
+                raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"a job may have {most} files", job_id=job.id)
+            most = limits.ranges_per_file
+            if most is not None and any(len(file.ranges) > most for file in files):
+                code = ErrorCode.BG_E_TOO_MANY_RANGES_IN_FILE
+                raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"a file may have {most} ranges", job_id=job.id)
+        for file in files:
+            self.check_lengths(job, file.url, file.path)
+
+    def check_lengths(self, job: JobRecord, url: str, path: Path | None = None) -> None:
+        """Whether names are as short as `Limits.name_length` wants them."""
+        most = self.limits.name_length
+        if most is None or job.owner.elevated:
+            return
+        segments = url.partition("?")[0].split("/")[3:]
+        if len(str(path or "")) > most or any(len(each) > most for each in segments):
+            message = f"a local name, and a segment of a URL, may have {most} characters"
+            raise InvalidArgument(message, code=ErrorCode.BG_E_STRING_TOO_LONG, job_id=job.id, path=path)
+
+
+@final
+class JobFile:
+    """One file of a job; the values are as new as your last await."""
+
+    def __init__(self, desk: Desk, entry: Entry, index: int) -> None:
+        self._desk = desk
+        self._entry = entry
+        self._index = index
+
+    @property
+    def _record(self) -> FileRecord:
+        return self._entry.files[self._index]
+
+    @property
+    def remote_name(self) -> str:
+        """The URL, with its query."""
+        return self._record.url
+
+    @property
+    def local_name(self) -> Path:
+        """The destination."""
+        return self._record.path
+
+    @property
+    def progress(self) -> FileProgress:
+        """How far it is; `completed`: it stands at its destination."""
+        record = self._record
+        return FileProgress(record.size, self._entry.positions.get(self._index, 0), record.committed)
+
+    @property
+    def http_response_headers(self) -> Sequence[tuple[str, str]]:
+        """Of the last response for this file, an error or a redirect too, as they came; empty before the first. Not kept by the journal.
+
+        Servers write them: cookies may be among them, and nothing in them is to be believed.
+        """
+        return self._entry.answers.get(self._index, ())
+
+    @property
+    def ranges(self) -> Sequence[FileRange]:
+        """What of the remote file the local one is made of, in this order; empty: all of it."""
+        return self._record.ranges
+
+    @property
+    def filled_file_ranges(self) -> Sequence[FileRange]:
+        """What of the remote file is in the part file for good, in the order of the file."""
+        record = self._record
+        here = [FileRange(each.start, each.durable - each.start) for each in record.slices if each.durable > each.start]
+        return located(record.ranges, here) if record.ranges else joined(here)
+
+    async def request_file_ranges(self, ranges: Sequence[FileRange]) -> None:
+        """Ask for bytes of a file whose job is in on-demand mode; durable when it returns. They add to what was asked for before.
+
+        Resume the job to have them fetched. When all is there the job is TRANSFERRED if its files are whole, else SUSPENDED again.
+
+        Raises:
+            InvalidArgument: no range, or one without a byte; one that is not in the file, as far as its size is known
+                (BG_E_INVALID_RANGE; otherwise the job stops with it).
+            InvalidState: the job is not in on-demand mode.
+        """
+        engine, checked = self._desk.ready(), checked_requests(ranges)
+        async with engine.command(self._entry):
+            self._check_on_demand(checked)
+            await engine.ask_for(self._entry, self._index, wanted=joined((*self._record.wanted, *checked)))
+
+    async def update_download_position(self, offset: int) -> None:
+        """Fetch what was asked for at this offset and behind it first, then what lies before it.
+
+        Raises:
+            InvalidArgument: not an offset in the file (BG_E_INVALID_RANGE). InvalidState: the job is not in on-demand mode.
+        """
+        engine = self._desk.ready()
+        (checked,) = checked_requests([FileRange(offset)])
+        async with engine.command(self._entry):
+            self._check_on_demand([checked])
+            await engine.ask_for(self._entry, self._index, position=checked.initial_offset)
+
+    def _check_on_demand(self, ranges: Iterable[FileRange]) -> None:
+        record, job = self._record, self._entry.job
+        if not job.on_demand_mode:
+            raise InvalidState("the job is not in on-demand mode", job_id=job.id)
+        if record.size is not None and any(each.reaches_beyond(record.size) for each in ranges):
+            message = f"a range is not in the file, which has {record.size} bytes"
+            raise InvalidArgument(message, code=ErrorCode.BG_E_INVALID_RANGE, job_id=job.id)
+
+    @property
+    def temporary_name(self) -> Path | None:
+        """The part file beside the destination, from the moment it is made until the job is completed or cancelled. Leave it alone."""
+        record = self._record
+        return None if record.part is None or record.committed else record.part.path
+
+    @property
+    def validation_state(self) -> bool:
+        """Whether the application said that the content is right; completing the job says so too."""
+        return self._record.transferred and self._record.validated
+
+    @property
+    def is_downloaded_from_peer(self) -> bool:
+        """False: there are no peers, every byte comes from the origin."""
+        return False
+
+    async def set_remote_name(self, url: "str | URL") -> None:
+        """Fetch the file from another URL, from now on; durable when it returns.
+
+        The position is kept where the file there proves to be the same version, by its size and time (for URLs that differ in their
+        query only, by its ETag too); a finished file is not fetched again. An origin that the job did not name before gets no
+        credentials until `Job.set_credentials` is called again (T19).
+
+        Raises:
+            InvalidArgument: not a URL that can be fetched, as in `Job.add_file`.
+        """
+        engine, name = self._desk.ready(), check_url(str(url))
+        async with engine.command(self._entry):
+            self._desk.check_lengths(self._entry.job, name)
+            await engine.rename(self._entry, {self._index: name})
+
+    async def set_validation_state(self, valid: bool) -> None:
+        """Say whether the content of the finished file, in `temporary_name`, is right.
+
+        False drops what was fetched, and the job goes to ERROR (BG_E_VALIDATION_FAILED); resume fetches the file anew.
+
+        Raises:
+            InvalidState: the file is not transferred yet (E_PENDING), or it is at its destination already.
+        """
+        engine, checked = self._desk.ready(), checked_bool("validation_state", valid)
+        async with engine.command(self._entry):
+            where: dict[str, Any] = {"job_id": self._entry.job.id, "path": self.local_name}
+            if not self._record.transferred:
+                raise make_error(ErrorCode.E_PENDING, ErrorContext.NONE, "the file is not transferred yet", **where)
+            if checked:
+                await engine.change(self._entry, files=[replace(self._record, validated=True)])
+            elif self._record.committed:
+                raise InvalidState("the file is at its destination already", **where)
+            else:
+                await engine.refuse_content(self._entry, self._index)
+
+    def __repr__(self) -> str:
+        return f"<JobFile {self.local_name}>"
+
+
+@final
+class Job:
+    """A handle on a job, and the right to use it: who holds it may do everything, under any ambient identity.
+
+    No property does I/O. Every method raises ManagerClosed when the manager is closed, StoreError when the journal fails, InvalidState when
+    the job has left the queue, and RuntimeError from another event loop.
+    """
+
+    def __init__(self, desk: Desk, entry: Entry) -> None:
+        self._desk = desk
+        self._entry = entry
+        self.id: Final[UUID] = entry.job.id
+        self.display_name: Final[str] = entry.job.display_name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Job) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.display_name!r} {self.state.name}>"
+
+    @property
+    def owner(self) -> str:
+        """The owner's sid."""
+        return self._entry.job.owner.sid
+
+    @property
+    def owner_name(self) -> str:
+        """The owner's name, for people."""
+        return self._entry.job.owner.name
+
+    # -- how it stands ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> JobState:
+        """Where it is in its life cycle."""
+        return self._entry.job.state
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """Why nothing moves; None when something does, or nothing will."""
+        return self._desk.engine.waiting(self._entry)
+
+    @property
+    def error(self) -> BitsError | None:
+        """In ERROR and TRANSIENT_ERROR what went wrong, else None."""
+        job = self._entry.job
+        return job.error if job.state in (JobState.ERROR, JobState.TRANSIENT_ERROR) else None
+
+    @property
+    def progress(self) -> JobProgress:
+        """Over all files."""
+        return self._entry.progress
+
+    @property
+    def files(self) -> Sequence[JobFile]:
+        """In the order in which they were added."""
+        return tuple(JobFile(self._desk, self._entry, file.index) for file in self._entry.files)
+
+    @property
+    def priority(self) -> JobPriority:
+        """Which jobs go first."""
+        return self._entry.job.priority
+
+    @property
+    def minimum_retry_delay(self) -> float:
+        """Seconds between a transient error and the next attempt."""
+        return self._entry.job.minimum_retry_delay
+
+    @property
+    def no_progress_timeout(self) -> float:
+        """Seconds without a byte after which a transient error is fatal; 0: every error is."""
+        return self._entry.job.no_progress_timeout
+
+    @property
+    def description(self) -> str:
+        """For people."""
+        return self._entry.job.description
+
+    @property
+    def times(self) -> JobTimes:
+        """When it was created, changed and transferred."""
+        job = self._entry.job
+        return JobTimes(job.created, job.modified, job.completed)
+
+    @property
+    def error_count(self) -> int:
+        """How often it was interrupted, by transient and fatal errors."""
+        return self._entry.job.error_count
+
+    @property
+    def maximum_download_time(self) -> float:
+        """Seconds that the job may spend CONNECTING and TRANSFERRING, counted from its last resume."""
+        return self._entry.job.maximum_download_time
+
+    @property
+    def maximum_download_size(self) -> int | None:
+        """Bytes that the files of the job may have together; None: any number."""
+        return self._entry.job.maximum_download_size
+
+    @property
+    def dynamic_content(self) -> bool:
+        """The files are made when they are asked for."""
+        return self._entry.job.dynamic_content
+
+    @property
+    def on_demand_mode(self) -> bool:
+        """Only what `JobFile.request_file_ranges` asks for is fetched."""
+        return self._entry.job.on_demand_mode
+
+    @property
+    def high_performance(self) -> bool:
+        """Nothing is journalled while a file is fetched."""
+        return self._entry.job.high_performance
+
+    @property
+    def proxy_settings(self) -> ProxySettings:
+        """How the job reaches its servers."""
+        return self._entry.job.proxy
+
+    @property
+    def custom_headers(self) -> Sequence[tuple[str, str]] | None:
+        """Sent with every request; None: they are write-only, or the journal's key was lost."""
+        http = self._entry.job.http
+        return None if http.headers_write_only else http.headers
+
+    @property
+    def http_method(self) -> str:
+        """Of every request."""
+        return self._entry.job.http.method
+
+    @property
+    def security_flags(self) -> SecurityFlags:
+        """What the job allows a server."""
+        return self._entry.job.http.flags
+
+    @property
+    def crl_source(self) -> Path | None:
+        """File or directory of the certificate revocation lists for SSL_ENABLE_CRL_CHECK."""
+        return self._entry.job.http.crl_source
+
+    # -- files and properties -------------------------------------------------------------------------------------------------------------
+
+    async def add_file(self, url: "str | URL", path: StrPath, *, sha256: str | None = None) -> JobFile:
+        """Add one file; durable when it returns.
+
+        Raises:
+            InvalidArgument: not an http(s) URL, user information in it, a relative path, not a SHA-256.
+        """
+        (file,) = await self.add_file_set([FileInfo(url, path, sha256=sha256)])
+        return file
+
+    async def add_file_set(self, files: Iterable[FileInfo]) -> Sequence[JobFile]:
+        """Add files, all or none, in one transaction.
+
+        Raises:
+            InvalidArgument: as `add_file`; AccessDenied (BG_E_TOO_MANY_FILES_IN_JOB): more than `Limits.files_per_job`.
+        """
+        self._desk.ready()
+        return await self._add([checked_file(file) for file in files])
+
+    async def add_file_with_ranges(
+        self, url: "str | URL", path: StrPath, ranges: Sequence[FileRange], *, sha256: str | None = None
+    ) -> JobFile:
+        """Add one file that is made of ranges of a remote one, joined in the order given; durable when it returns.
+
+        The server must support ranges, and give a validator (a strong ETag or Last-Modified) where there is more than one. A range that
+        is not in the remote file stops the job with BG_E_INVALID_RANGE.
+
+        Raises:
+            InvalidArgument: as `add_file`; no range, or one without a byte; an offset that is none (BG_E_INVALID_RANGE); ranges that
+                overlap (BG_E_OVERLAPPING_RANGES).
+            AccessDenied: more than `Limits.ranges_per_file` (BG_E_TOO_MANY_RANGES_IN_FILE), or as `add_file_set`.
+            InvalidState: the job has dynamic content, or is in on-demand mode (BG_E_UNSUPPORTED_JOB_CONFIGURATION).
+        """
+        self._desk.ready()
+        (file,) = await self._add([replace(checked_file(FileInfo(url, path, sha256=sha256)), ranges=checked_ranges(ranges))])
+        return file
+
+    async def _add(self, files: Sequence[CheckedFile]) -> Sequence[JobFile]:
+        engine, entry = self._desk.ready(), self._entry
+        async with engine.command(entry):
+            self._desk.check_limits(entry, files)
+            if (entry.job.dynamic_content or entry.job.on_demand_mode) and any(file.ranges for file in files):
+                raise self._unfit("dynamic content, and a file that is fetched on demand, is not made of ranges")
+            first = len(entry.files)
+            records = [file_record(self.id, first + n, file) for n, file in enumerate(files)]
+            await engine.add_files(entry, records)
+        return tuple(JobFile(self._desk, entry, record.index) for record in records)
+
+    def _unfit(self, message: str, code: ErrorCode = ErrorCode.BG_E_UNSUPPORTED_JOB_CONFIGURATION) -> BitsError:
+        return make_error(code, ErrorContext.NONE, message, job_id=self.id)
+
+    async def replace_remote_prefix(self, old_prefix: str, new_prefix: str) -> bool:
+        """Put another beginning on the URLs of all files that begin with `old_prefix`, letter by letter; all or none of them.
+
+        See `JobFile.set_remote_name` for what becomes of positions and credentials. False: no URL begins so.
+
+        Raises:
+            InvalidArgument: an empty prefix, or a URL that cannot be fetched comes out.
+        """
+        engine, entry = self._desk.ready(), self._entry
+        if not isinstance(old_prefix, str) or not isinstance(new_prefix, str) or not old_prefix or not new_prefix:
+            raise InvalidArgument("a prefix is text, at least one character")
+        async with engine.command(entry):
+            old = [(file.index, file.url) for file in entry.files if file.url.startswith(old_prefix)]
+            urls = {index: replaced_prefix(url, old_prefix, new_prefix) for index, url in old}
+            for url in urls.values():
+                self._desk.check_lengths(entry.job, url)
+            if urls:
+                await engine.rename(entry, urls)
+            return bool(urls)
+
+    async def set_proxy_settings(self, settings: ProxySettings) -> None:
+        """How the job reaches its servers, from the next attempt on.
+
+        A later proxy needs its credentials set again; so do servers over plain http once the job was resumed, because another proxy would
+        see what is shown to them, and custom headers (T19).
+        """
+        engine, entry, proxy = self._desk.ready(), self._entry, resolve(settings, os.environ)
+        async with engine.command(entry):
+            exposed = entry.job.resumed and proxy != entry.job.proxy
+            grants = [kept_from_proxies(grant) if exposed else grant for grant in entry.grants]
+            http = entry.job.http
+            if exposed and http.header_origins:
+                http = replace(http, header_origins=not_plain(http.header_origins))
+            if grants != entry.grants:
+                await engine.save(*grants)
+                entry.grants[:] = grants
+            await engine.change(entry, proxy=proxy, http=http)
+
+    async def set_priority(self, priority: JobPriority) -> None:
+        """Which jobs go first.
+
+        Raises:
+            InvalidState: a job with another method than GET stays FOREGROUND (BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD).
+        """
+        if not isinstance(priority, JobPriority):
+            raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
+        engine, entry = self._desk.ready(), self._entry
+        async with engine.command(entry):
+            if priority is not JobPriority.FOREGROUND and not entry.job.http.plain:
+                message = f"a job with the method {self.http_method} stays FOREGROUND"
+                raise self._unfit(message, ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD)
+            if not replace(entry.job, priority=priority).may_run:
+                await engine.halt(entry)
+            await engine.change(entry, priority=priority)
+
+    async def set_description(self, description: str) -> None:
+        """For people, at most 1024 characters.
+
+        Raises:
+            InvalidArgument: no text, or too long (BG_E_STRING_TOO_LONG).
+        """
+        if not isinstance(description, str):
+            raise InvalidArgument("a description is text")
+        if len(description) > DESCRIPTION_LENGTH:
+            message = f"a description has at most {DESCRIPTION_LENGTH} characters"
+            raise InvalidArgument(message, code=ErrorCode.BG_E_STRING_TOO_LONG)
+        await self._set(description=description)
+
+    async def set_maximum_download_size(self, size: int | None) -> None:
+        """Bytes that the files of the job may have together, before the first resume. A job that would get more fails.
+
+        Raises:
+            InvalidArgument: not a whole number from 1 (BG_E_MAX_DOWNLOAD_SIZE_INVALID_VALUE).
+            InvalidState: the job was resumed before (BG_E_READ_ONLY_PROPERTY_AFTER_RESUME).
+        """
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**64):
+            message = f"maximum_download_size takes a whole number of bytes, not {size!r}"
+            raise InvalidArgument(message, code=ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_INVALID_VALUE)
+        await self._set_early("maximum_download_size", size)
+
+    async def set_dynamic_content(self, dynamic: bool) -> None:
+        """The files are made when they are asked for: neither a size nor ranges are needed, and after any interruption a file begins
+        anew. The job is transferred at FOREGROUND priority only, where nothing else interrupts it.
+
+        Raises:
+            InvalidState: the job was resumed before (BG_E_READ_ONLY_PROPERTY_AFTER_RESUME); it has a file with ranges, or is in on-demand
+                mode (BG_E_UNSUPPORTED_JOB_CONFIGURATION); or another method than GET (BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD).
+        """
+        await self._set_early("dynamic_content", checked_bool("dynamic_content", dynamic))
+
+    async def set_on_demand_mode(self, on_demand: bool) -> None:
+        """Fetch only what `JobFile.request_file_ranges` asks for, in any order; the rest of the part file stays a hole.
+
+        The server must support ranges and give a validator, else the job stops with BG_E_RANDOM_ACCESS_NOT_SUPPORTED.
+
+        Raises:
+            InvalidState: the job was resumed before (BG_E_READ_ONLY_PROPERTY_AFTER_RESUME); it has dynamic content, or a file with
+                ranges (BG_E_UNSUPPORTED_JOB_CONFIGURATION); or another method than GET (BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD).
+        """
+        await self._set_early("on_demand_mode", checked_bool("on_demand_mode", on_demand))
+
+    async def set_high_performance(self, fast: bool) -> None:
+        """Journal nothing while a file is fetched, and sync it once, at its end: after a loss of power it is fetched anew.
+
+        BITS also writes to the destination itself and leaves there what an error or a cancel has cut short. That much of it we do not
+        do: a rename costs nothing, and the destination never holds half a file, or parts of two versions.
+
+        Raises:
+            InvalidState: the job has a file (BG_E_READ_ONLY_PROPERTY_AFTER_ADDFILE).
+        """
+        engine, checked = self._desk.ready(), checked_bool("high_performance", fast)
+        async with engine.command(self._entry):
+            if self._entry.files:
+                code = ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_ADDFILE
+                raise self._unfit("high_performance is set before the first file is added", code)
+            await engine.change(self._entry, high_performance=checked)
+
+    async def _set_early(self, name: str, value: object) -> None:
+        """Set what the first resume makes final."""
+        engine, entry = self._desk.ready(), self._entry
+        async with engine.command(entry):
+            if entry.job.resumed:
+                raise self._unfit(f"{name} is set before the first resume", ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME)
+            if name == "dynamic_content" and value and not entry.job.http.plain:
+                raise self._unfit("dynamic content is fetched with GET only", ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD)
+            fields: dict[str, Any] = {name: value}
+            self._check_fit(replace(entry.job, **fields))
+            kept = [file for file in entry.files if name == "on_demand_mode" and file.wanted]
+            await engine.change(entry, files=[replace(file, wanted=(), position=0) for file in kept], **fields)
+
+    def _check_fit(self, job: JobRecord) -> None:
+        """Whether the ways in which the job is to be fetched go together."""
+        if not (job.dynamic_content or job.on_demand_mode):
+            return
+        if not job.http.plain:
+            code = ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD
+            raise self._unfit("dynamic content, and a file on demand, is fetched with GET only", code)
+        if job.dynamic_content and job.on_demand_mode:
+            raise self._unfit("dynamic content cannot be fetched on demand")
+        if any(file.ranges for file in self._entry.files):
+            raise self._unfit("dynamic content, and a file that is fetched on demand, is not made of ranges")
+
+    async def set_maximum_download_time(self, seconds: float) -> None:
+        """Seconds that the job may spend CONNECTING and TRANSFERRING; then it fails with BG_E_MAXDOWNLOAD_TIMEOUT. Resume counts anew."""
+        await self._set(maximum_download_time=checked_seconds("maximum_download_time", seconds))
+
+    async def set_minimum_retry_delay(self, seconds: float) -> None:
+        """Seconds between a transient error and the next attempt, 5 at least (smaller values are raised to it, as BITS does)."""
+        await self._set(minimum_retry_delay=max(checked_seconds("minimum_retry_delay", seconds), RETRY_DELAY_FLOOR))
+
+    async def set_no_progress_timeout(self, seconds: float) -> None:
+        """Seconds without a byte, from the first transient error on, after which the job fails; 0: every error is fatal."""
+        await self._set(no_progress_timeout=checked_seconds("no_progress_timeout", seconds))
+
+    async def _set(self, **fields: Any) -> None:
+        engine = self._desk.ready()
+        async with engine.command(self._entry):
+            await engine.change(self._entry, **fields)
+
+    async def set_custom_headers(self, headers: Sequence[tuple[str, str]] | str | None) -> None:
+        """Headers to send with every request of the job, in place of those set before; None: none. Kept encrypted.
+
+        They go to the origins that the job names when it is first resumed, or names now if it was (T19), and to no other: not where a
+        redirect leads, and not to a proxy with CONNECT (a proxy that forwards plain http reads them, like the rest of the request).
+
+        Args:
+            headers: pairs, or text with a CRLF between lines.
+
+        Raises:
+            InvalidArgument: more than 16,384 characters (BG_E_STRING_TOO_LONG), a malformed header, or one that belongs to the engine or
+                the connection (Host, Range, Cookie, Authorization, Proxy-* and the like).
+        """
+        checked, entry = checked_headers(headers), self._entry
+        async with self._desk.ready().command(entry):
+            origins = named_origins(entry, AuthTarget.SERVER) if checked and entry.job.resumed else None
+            await self._change_http(stop=entry.job.http.headers != (), headers=checked, header_origins=origins)
+
+    async def make_custom_headers_write_only(self) -> None:
+        """From now on `custom_headers` gives none out, those set later neither; irreversible."""
+        async with self._desk.ready().command(self._entry):
+            await self._change_http(headers_write_only=True)
+
+    async def set_http_method(self, method: str) -> None:
+        """The method of every request, sent without a body; before the first resume only. Anything but GET makes the job FOREGROUND.
+
+        Such a request is made once: what would be tried again with GET is an error, and resume begins with the first byte. (A job that
+        was at work when its manager closed is begun anew when the journal is opened, like any other.)
+
+        Args:
+            method: a token in capital letters; not CONNECT, HEAD, OPTIONS or TRACE, whose answers bring no file.
+
+        Raises:
+            InvalidArgument: another method. InvalidState: the job was resumed (BG_E_READ_ONLY_PROPERTY_AFTER_RESUME), or has dynamic
+                content (BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD).
+        """
+        checked, entry = checked_method(method), self._entry
+        async with self._desk.ready().command(entry):
+            if checked == entry.job.http.method:
+                return
+            if entry.job.resumed:
+                raise self._unfit("http_method is set before the first resume", ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME)
+            if checked == "GET":
+                await self._change_http(method=checked)
+                return
+            http = replace(entry.job.http, method=checked)
+            self._check_fit(replace(entry.job, http=http))
+            await self._desk.ready().change(entry, http=http, priority=JobPriority.FOREGROUND)
+
+    async def set_security_flags(self, flags: SecurityFlags) -> None:
+        """What the job allows a server, in place of what was allowed before. An attempt that is running begins again under them; with
+        SSL_ENABLE_CRL_CHECK newly set, files that are not whole are fetched anew.
+
+        Raises:
+            InvalidArgument: no SecurityFlags. BitsError (E_NOTIMPL): flags that contradict each other, that `ssl` cannot follow, or that
+                cannot be applied to the manager's `ssl=` context.
+        """
+        checked, entry, desk = checked_flags(flags), self._entry, self._desk
+        engine = desk.ready()
+        await desk.parties.check_derivable(checked)
+        async with engine.command(entry):
+            before = entry.job.http.flags
+            if checked == before:
+                return
+            await engine.halt(entry)
+            newly_checked = SecurityFlags.SSL_ENABLE_CRL_CHECK in checked & ~before
+            untrusted = [file for file in entry.files if newly_checked and not file.transferred and not file.committed]
+            files = [replace(file, validator=None, slices=()) for file in untrusted]
+            await engine.change(entry, files=files, http=replace(entry.job.http, flags=checked))
+
+    async def set_crl_source(self, source: StrPath | None) -> None:
+        """Where the certificate revocation lists for SSL_ENABLE_CRL_CHECK are: a file, or a directory of files (PEM or DER).
+
+        They are read again at each attempt, as the job's owner; nothing is fetched.
+
+        Raises:
+            InvalidArgument: not an absolute path.
+        """
+        path = None if source is None else os.fspath(source)
+        if path is not None and (not isinstance(path, str) or "\0" in path or not os.path.isabs(path)):
+            raise InvalidArgument("revocation lists are named by an absolute path")
+        checked, entry = None if path is None else Path(path), self._entry
+        async with self._desk.ready().command(entry):
+            if checked != entry.job.http.crl_source:
+                await self._change_http(stop=SecurityFlags.SSL_ENABLE_CRL_CHECK in entry.job.http.flags, crl_source=checked)
+
+    async def set_server_certificate_validation(self, callback: "Callable[[Job, JobFile, bytes], bool | Awaitable[bool]] | None") -> None:
+        """Let the application look at each server's certificate, after TLS verified it (under the security flags) and before anything is
+        requested; None: no longer.
+
+        Only True accepts. A server that was not accepted leaves the job in TRANSIENT_ERROR with the context SERVER_CERTIFICATE_CALLBACK,
+        and the code of a BitsError that the callback raised. What was accepted (host, port, certificate) is not asked again until the next
+        set. The callback runs in the context of this call, on the event loop; it does not survive a restart, but that there must be one
+        does: until it is set again the job fails with BG_E_SERVER_CERT_VALIDATION_INTERFACE_REQUIRED.
+
+        Args:
+            callback: a function or coroutine function of (job, file, certificate as DER).
+
+        Raises:
+            InvalidState: the job is active (BG_E_READ_ONLY_WHEN_JOB_ACTIVE); suspend it first.
+        """
+        if callback is not None and not callable(callback):
+            raise InvalidArgument("a server certificate validation is a function of (job, file, certificate)")
+        judge, entry = None if callback is None else CertificateJudge(callback), self._entry
+        async with self._desk.ready().command(entry):
+            if not (entry.job.state.is_settled or entry.job.state is JobState.SUSPENDED):
+                raise self._unfit(f"the job is {entry.job.state.name}", ErrorCode.BG_E_READ_ONLY_WHEN_JOB_ACTIVE)
+            await self._change_http(validates_certificates=judge is not None)
+            entry.judge = judge
+
+    async def _change_http(self, *, stop: bool = False, **fields: Any) -> None:
+        """For a command; with `stop` a running attempt begins again with the new values."""
+        engine, entry = self._desk.ready(), self._entry
+        if stop:
+            await engine.halt(entry)
+        await engine.change(entry, http=replace(entry.job.http, **fields))
+
+    async def set_credentials(self, target: AuthTarget, scheme: AuthScheme, user_name: str | None, password: str | None) -> None:
+        """What the job may answer a challenge with; None, None: the acting token's own credentials (NTLM and NEGOTIATE only).
+
+        Kept encrypted until the job leaves the queue. Bound to the origins that the job names when it is first resumed, or names now if it
+        was (T19). Replaces what was set for the same target and scheme.
+
+        Raises:
+            InvalidArgument: exactly one of user name and password is None; BASIC or DIGEST without them; too long.
+        """
+        engine = self._desk.ready()
+        checked = AuthCredentials(target, scheme, user_name, password)
+        async with engine.command(self._entry):
+            await self._desk.parties.save_grants(engine, self._entry, [checked])
+
+    async def remove_credentials(self, target: AuthTarget, scheme: AuthScheme) -> bool:
+        """Forget what was set; its connections are closed at once. False: nothing was set."""
+        engine, entry = self._desk.ready(), self._entry
+        async with engine.command(entry):
+            rest = [grant for grant in entry.grants if (grant.target, grant.scheme) != (target, scheme)]
+            if len(rest) == len(entry.grants):
+                return False
+            await self._desk.parties.forget_network(engine, entry)  # first: cancelled in between, at worst a connection is made again
+            await engine.save(GrantRemoved(self.id, target, scheme), then=partial(entry.grants.__setitem__, slice(None), rest))
+            return True
+
+    def take_ownership(self) -> Coroutine[Any, Any, None]:
+        """Make the ambient identity at this call the owner. What the old owner entrusted to the job is dropped: its credentials and its
+        helper token; what was fetched is fetched anew, because the part files are the old owner's. Other handles on the job lead nowhere
+        from now on (for them it is CANCELLED): get a new one by `get_job`.
+
+        Raises:
+            AccessDenied: the caller is not elevated.
+        """
+        return self._take_ownership(current_token())
+
+    async def _take_ownership(self, caller: Token) -> None:
+        desk, entry = self._desk, self._entry
+        engine = desk.ready()
+        if not desk.door.is_elevated(desk.door.usable(caller)):
+            raise AccessDenied("only an elevated identity may take a job over", job_id=self.id, identity=caller.name)
+        async with engine.command(entry):
+            self._entry = await engine.take_over(entry, desk.door.owner_key(caller), caller)
+
+    def token_options(self) -> "Coroutine[Any, Any, TokenOptions]":
+        """The helper token of the job. The access check happens here, once, for the identity that calls (COM: QueryInterface).
+
+        Raises:
+            AccessDenied: the ambient identity may not open the job.
+        """
+        return self._token_options(current_token())
+
+    async def _token_options(self, caller: Token) -> "TokenOptions":
+        self._desk.ready()
+        self._desk.door.admit(caller, self._entry.job)
+        return TokenOptions(self._desk, self._entry, caller)
+
+    # -- commands -------------------------------------------------------------------------------------------------------------------------
+
+    async def resume(self) -> None:
+        """Put the job into the queue; it has left SUSPENDED, ERROR and TRANSIENT_ERROR when it returns.
+
+        Raises:
+            InvalidState: the job has no file (BG_E_EMPTY).
+        """
+        await self._desk.ready().resume(self._entry, self._desk.parties.bind)
+
+    async def suspend(self) -> None:
+        """No byte is written after it returns.
+
+        Raises:
+            InvalidState: the job is TRANSFERRED.
+        """
+        await self._desk.ready().suspend(self._entry)
+
+    async def cancel(self) -> None:
+        """The job leaves the queue; its part files are gone when it returns (finished ones too, unless completed before)."""
+        await self._desk.ready().cancel(self._entry)
+
+    async def complete(self, *, partial: bool = False) -> Completion:
+        """Put the files in their places, in one rename each; the job leaves the queue. Returns the paths.
+
+        `partial` is BITS's Complete: in any state, keeps the finished files and drops the rest. `Completion.code` says whether it did.
+
+        Raises:
+            InvalidState: not TRANSFERRED, and not `partial`.
+            LocalFileError: a file could not be put in place; the job stays, files that were are available; call it again or cancel.
+            TokenRequired: the identity that must do it has no token.
+        """
+        return await self._desk.ready().complete(self._entry, partial=partial)
+
+    async def wait(self, *, transient: bool = False) -> None:
+        """Return when the job is TRANSFERRED or ACKNOWLEDGED; in on-demand mode also when all is there that was asked for, and the job is
+        SUSPENDED. Cancelling stops the waiting, never the job.
+
+        Raises:
+            BitsError: the job is in ERROR (with `transient` also in TRANSIENT_ERROR): a new instance of its error.
+            JobCancelled: it was cancelled. InvalidState: it was never resumed. ManagerClosed: the manager closed.
+        """
+        engine = self._desk.ready()
+        job = self._entry.job
+        if job.state is JobState.SUSPENDED and not job.resumed:
+            raise InvalidState("the job was never resumed", job_id=self.id)
+
+        def settled() -> bool:
+            state = self.state
+            satisfied = state is JobState.SUSPENDED and self._entry.satisfied
+            return state.is_settled or satisfied or (transient and state is JobState.TRANSIENT_ERROR)
+
+        await engine.until(settled)
+        if self.state is JobState.CANCELLED:
+            raise JobCancelled(job_id=self.id)
+        if self.error is not None:
+            raise self.error.located(job_id=self.id)
+
+    def events(self, *, follow: bool = False) -> EventStream:
+        """What happens from now on; the first item is a `JobChanged` with the job as it is.
+
+        The stream ends after TRANSFERRED, ERROR or a final state, with `follow` after a final state only.
+        """
+        engine = self._desk.ready()
+
+        def ends(state: JobState) -> bool:
+            return state.is_final if follow else state.is_settled
+
+        stream = engine.stream(lambda job_id: job_id == self.id, ends)
+        stream.publish(engine.snapshot(self._entry))
+        return stream
+
+
+@final
+class TokenOptions:
+    """The helper token of a job (IBitsTokenOptions). Works under any ambient identity: the access check was made when it was obtained."""
+
+    def __init__(self, desk: Desk, entry: Entry, caller: Token) -> None:
+        self._desk = desk
+        self._entry = entry
+        self._caller = caller
+
+    @property
+    def helper_token_flags(self) -> HelperTokenFlags:
+        """Where the helper acts."""
+        return self._entry.job.helper_flags
+
+    @property
+    def helper_token_sid(self) -> str | None:
+        """Whose token it is; None: no helper."""
+        return None if self._entry.helper is None else self._entry.helper.sid
+
+    def set_helper_token(self) -> Coroutine[Any, Any, None]:
+        """Take the token of the enclosing `impersonate()` as the job's helper, in place of any other, from the next attempt on.
+
+        Raises:
+            ImpersonationFailed: there is no enclosing `impersonate()`, or its token's level is below IMPERSONATE.
+            AccessDenied: the token is elevated and the caller of `token_options()` was not.
+        """
+        return self._set_helper(impersonation())
+
+    async def _set_helper(self, token: Token | None) -> None:
+        engine = self._desk.ready()
+        if token is None:
+            message = "set_helper_token() takes the token of an enclosing impersonate(); there is none"
+            raise ImpersonationFailed(message, job_id=self._entry.job.id)
+        self._desk.door.check_helper(token, self._caller)
+        async with engine.command(self._entry):
+            before, self._entry.helper = self._entry.helper, token
+            if before is not token:
+                await engine.drop_lanes(self._entry, before)
+
+    async def set_helper_token_flags(self, flags: HelperTokenFlags) -> None:
+        """Where the helper acts, from the next attempt on. Kept on the job, with or without a token; NONE: the owner does everything.
+
+        Raises:
+            InvalidArgument: not a HelperTokenFlags. AccessDenied: the helper is elevated and the caller of `token_options()` was not.
+        """
+        engine = self._desk.ready()
+        checked = checked_helper_flags(flags)
+        if self._entry.helper is not None:
+            self._desk.door.check_helper(self._entry.helper, self._caller)
+        async with engine.command(self._entry):
+            await engine.change(self._entry, helper_flags=checked)
+
+    async def clear_helper_token(self) -> None:
+        """Drop the helper token; the flags stay."""
+        engine = self._desk.ready()
+        async with engine.command(self._entry):
+            before, self._entry.helper = self._entry.helper, None
+            if before is not None:
+                await engine.drop_lanes(self._entry, before)

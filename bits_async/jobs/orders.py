@@ -1,0 +1,209 @@
+"""One file from create to complete: what `download()` does on an open manager."""
+
+import asyncio
+import contextlib
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ..auth.policy import AuthCredentials, AuthScheme, AuthTarget
+from ..clock import Clock
+from ..errors import BitsError, InvalidArgument, InvalidState, ManagerClosed, ValidationFailed
+from ..identity.tokens import HelperTokenFlags, Token, current_token
+from ..transport.proxies import ProxySettings, resolve
+from .arguments import CheckedFile, FileInfo, StrPath, checked_file, checked_helper_flags, checked_seconds, file_record
+from .engine import Engine, Entry
+from .handles import DISPLAY_NAME_LENGTH, Desk, Job
+from .model import RETRY_DELAY_FLOOR, GrantRemoved, JobPriority, JobState
+from .notify import JobChanged, Progress
+
+if TYPE_CHECKING:
+    from yarl import URL
+
+PROGRESS_INTERVAL: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The checked arguments of one `download()`."""
+
+    file: CheckedFile
+    proxy: ProxySettings
+    credentials: tuple[AuthCredentials, ...] | None
+    caller: Token
+    owner: Token
+    owner_named: bool
+    helper: Token | None
+    helper_flags: HelperTokenFlags
+    progress: Callable[[Progress], None] | None
+    priority: JobPriority
+    retry_for: float
+
+    @classmethod
+    def checked(
+        cls,
+        url: "str | URL",
+        path: StrPath,
+        proxy: ProxySettings | str | None,
+        credentials: Iterable[AuthCredentials] | None,
+        owner: Token | None,
+        helper: Token | None,
+        helper_flags: HelperTokenFlags,
+        sha256: str | None,
+        progress: Callable[[Progress], None] | None,
+        priority: JobPriority,
+        retry_for: float,
+    ) -> "Order":
+        """Read the ambient identity and the environment, and refuse what cannot be meant."""
+        flags = checked_helper_flags(helper_flags)
+        if (helper is None) != (flags is HelperTokenFlags.NONE):
+            raise InvalidArgument("helper= and helper_flags= go together")
+        if progress is not None and (not callable(progress) or inspect.iscoroutinefunction(progress)):
+            raise TypeError("progress= takes a plain function")
+        if not isinstance(priority, JobPriority):
+            raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
+        for token in (owner, helper):
+            if token is not None and not isinstance(token, Token):
+                raise InvalidArgument(f"a token is a Token, not {type(token).__name__}")
+        given = None if credentials is None else tuple(credentials)
+        if given is not None and not all(isinstance(item, AuthCredentials) for item in given):
+            raise InvalidArgument("credentials= takes AuthCredentials")
+        return cls(
+            file=checked_file(FileInfo(url, os.path.abspath(os.fspath(path)), sha256=sha256)),
+            proxy=resolve(ProxySettings.of(proxy), os.environ),
+            credentials=given,
+            caller=current_token(),
+            owner=current_token() if owner is None else owner,
+            owner_named=owner is not None,
+            helper=helper,
+            helper_flags=flags,
+            progress=progress,
+            priority=priority,
+            retry_for=checked_seconds("retry_for", retry_for),
+        )
+
+    @property
+    def display_name(self) -> str:
+        """What tells these jobs from the user's own."""
+        return f"download {self.file.path.name}"[:DISPLAY_NAME_LENGTH]
+
+    def granted(self) -> Sequence[AuthCredentials]:
+        """The given credentials, or what naming a token with network credentials permits: NEGOTIATE, for the server and the proxy."""
+        if self.credentials is not None:
+            return self.credentials
+        named_owner = self.owner if self.owner_named else None
+        token = self.helper if HelperTokenFlags.NETWORK in self.helper_flags else named_owner
+        if token is None or not token.has_credentials:
+            return ()
+        return [AuthCredentials(target, AuthScheme.NEGOTIATE, None, None) for target in AuthTarget]
+
+
+async def carry_out(desk: Desk, order: Order) -> Path:
+    """Fetch the file of an order, going on with an earlier job for the same owner, path and URL."""
+    return await _see_through(desk, await _prepare(desk, order), order)
+
+
+async def _prepare(desk: Desk, order: Order) -> Entry:
+    """The job of an earlier call for the same owner, path and URL, or a new one; with owner, helper and settings of this call."""
+    engine = desk.ready()
+    desk.door.usable(order.owner)
+    entry = await _found(desk, order)
+    if entry is None:
+        record = desk.new_record(order.display_name, order.priority, order.owner)
+        entry = await engine.add(record, order.owner, [file_record(record.id, 0, order.file)])
+    elif not entry.job.state.is_settled and entry.job.state is not JobState.SUSPENDED:
+        await engine.suspend(entry)
+    if order.helper is not None:
+        desk.door.check_helper(order.helper, order.caller)
+    async with engine.command(entry):
+        stale = [token for token in (entry.owner, entry.helper) if token not in (order.owner, order.helper)]
+        entry.owner, entry.helper = order.owner, order.helper
+        file = entry.files[0]
+        if order.file.sha256 not in (None, file.sha256):
+            file = replace(file, sha256=order.file.sha256, transferred=False)  # its digest has not been looked at
+        await engine.change(
+            entry,
+            files=[file],
+            priority=order.priority,
+            proxy=order.proxy,
+            helper_flags=order.helper_flags,
+            minimum_retry_delay=RETRY_DELAY_FLOOR,
+            no_progress_timeout=order.retry_for,
+        )
+        if entry.grants:
+            removed = [GrantRemoved(entry.job.id, old.target, old.scheme) for old in entry.grants]
+            await engine.save(*removed, then=entry.grants.clear)
+            stale += [order.owner, order.helper]
+        await engine.drop_lanes(entry, *stale)
+        await desk.parties.save_grants(engine, entry, order.granted())
+    return entry
+
+
+async def _found(desk: Desk, order: Order) -> Entry | None:
+    engine = desk.ready()
+    for entry in engine.jobs():
+        mine = entry.job.display_name == order.display_name and desk.door.is_owner(order.owner, entry.job.owner)
+        if mine and len(entry.files) == 1 and entry.files[0].path == order.file.path:
+            if entry.files[0].original_url == order.file.url:
+                return entry
+            await engine.cancel(entry)  # another file for that path: the old part goes
+    return None
+
+
+async def _see_through(desk: Desk, entry: Entry, order: Order) -> Path:
+    engine, job = desk.ready(), Job(desk, entry)
+    try:
+        await job.resume()
+        if order.progress is not None:
+            await _show(job, order.progress, engine.clock)
+        await job.wait()
+        (path,) = await job.complete()
+    except BitsError as error:
+        if not entry.job.state.is_final and engine.failure is None and not engine.closed and _nothing_to_keep(entry, error):
+            await engine.cancel(entry)
+        raise
+    except BaseException:
+        # a cancel, or what the progress function raised: the job is suspended, and a later call goes on
+        await asyncio.shield(engine.task(_leave_suspended(engine, entry), "bits-suspend"))
+        raise
+    return path
+
+
+async def _leave_suspended(engine: Engine, entry: Entry) -> None:
+    with contextlib.suppress(InvalidState, ManagerClosed):  # finished, or closed, in the meantime
+        await engine.suspend(entry)
+
+
+def _nothing_to_keep(entry: Entry, error: BitsError) -> bool:
+    """After an error the part is kept when durable bytes are in it, and thrown away when they are wrong."""
+    durable = any(piece.durable > piece.start for file in entry.files for piece in file.slices)
+    return isinstance(error, ValidationFailed) or not durable
+
+
+async def _show(job: Job, progress: Callable[[Progress], None], clock: Clock) -> None:
+    """Call `progress` in the caller's own task: first, last, at each change of state, and every half second between."""
+    shown, last = -math.inf, None
+    async with job.events() as stream:
+        async for event in stream:
+            if isinstance(event, JobChanged):
+                p = event.progress
+                last = Progress(
+                    time=event.time,
+                    job_id=event.job_id,
+                    state=event.state,
+                    waiting=event.waiting,
+                    bytes_total=p.bytes_total,
+                    bytes_transferred=p.bytes_transferred,
+                    files_total=p.files_total,
+                    files_transferred=p.files_transferred,
+                )
+            elif isinstance(event, Progress) and clock.monotonic() - shown >= PROGRESS_INTERVAL:
+                last = event
+            else:
+                continue
+            shown = clock.monotonic()
+            progress(last)

@@ -1,0 +1,173 @@
+"""A job's network side: what its requests may show to whom, over which TLS, and which origins its credentials are bound to (T19)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, final
+
+from ..auth.policy import (
+    AuthCredentials,
+    AuthRules,
+    AuthTarget,
+    Origin,
+    Refusals,
+    Seat,
+    account_fingerprint,
+    choose_offers,
+)
+from ..errors import ErrorCode, ErrorContext, TokenRequired, make_error
+from ..identity.threads import TokenExecutor, TokenExecutors
+from ..identity.tokens import HelperTokenFlags, Token
+from ..transport.lane import Judge, Party
+from ..transport.options import TLS_FLAGS, SecurityFlags
+from ..transport.proxies import route
+from ..transport.timeouts import Timeouts
+from ..transport.tls import TlsSettings, read_revocation_lists
+from .certificates import callback_required
+from .engine import Engine, Entry
+from .model import GrantRecord
+
+
+def named_origins(entry: Entry, target: AuthTarget) -> frozenset[Origin]:
+    """The origins that a job names now: of its files as the application named them, or of the proxies on the way to them."""
+    urls = [file.original_url for file in entry.files]
+    if target is AuthTarget.SERVER:
+        return frozenset(Origin.of(url) for url in urls)
+    proxies = [route(entry.job.proxy, url) for url in urls]
+    return frozenset(Origin.of(proxy) for proxy in proxies if proxy is not None)
+
+
+def not_plain(origins: frozenset[Origin]) -> frozenset[Origin]:
+    """Those that nobody on the way can read."""
+    return frozenset(origin for origin in origins if origin.scheme != "http")
+
+
+def kept_from_proxies(grant: GrantRecord) -> GrantRecord:
+    """Without the origins that a forwarding proxy stands before: it reads what they are shown."""
+    if grant.target is AuthTarget.PROXY or grant.origins is None:
+        return grant
+    return replace(grant, origins=not_plain(grant.origins))
+
+
+@final
+class Parties:
+    """The network sides of all jobs of one manager.
+
+    Args:
+        tls: the manager's; a job's security flags are applied to it.
+        timeouts: of the connections.
+        executors: the threads that read certificates, as the tokens.
+        refusals: what was refused is not offered again.
+        handles: the handles on a job and one of its files, for the application's certificate callback.
+    """
+
+    def __init__(
+        self,
+        tls: TlsSettings,
+        timeouts: Timeouts,
+        executors: TokenExecutors,
+        refusals: Refusals,
+        handles: Callable[[Entry, int], tuple[Any, Any]],
+    ) -> None:
+        self._tls = tls
+        self._timeouts = timeouts
+        self._executors = executors
+        self._refusals = refusals
+        self._handles = handles
+
+    async def party(self, entry: Entry, token: Token, security: TokenExecutor, file: int) -> Party:
+        """The network side of one file, for the token that acts there and its security threads."""
+        http = entry.job.http
+        if http.headers is None:
+            message = "the journal's key file was lost or replaced, and the custom headers cannot be read: set them again"
+            code = ErrorCode.BG_E_INVALID_CREDENTIALS
+            raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=entry.job.id)
+        return Party(
+            options=http,
+            judge=Judge(entry.judge or entry, partial(self._judge, entry, file)) if http.validates_certificates else None,
+            heard=partial(self._heard, entry, file),
+            token=token,
+            grants=tuple(grant.grant() for grant in entry.grants),
+            proxy=entry.job.proxy,
+            tls=await self._tls_of(entry),
+            rules=AuthRules(),
+            timeouts=self._timeouts,
+            security=security,
+        )
+
+    async def _tls_of(self, entry: Entry) -> TlsSettings:
+        """The manager's TLS as the job's security flags want it; read and made off the loop."""
+        http, revoked = entry.job.http, None
+        if not http.flags & TLS_FLAGS:
+            return self._tls
+        if SecurityFlags.SSL_ENABLE_CRL_CHECK in http.flags:
+            if http.crl_source is None:
+                code = ErrorCode.ERROR_WINHTTP_SECURE_CERT_REV_FAILED
+                raise make_error(code, ErrorContext.GENERAL_TRANSPORT, "the job has no revocation lists", job_id=entry.job.id)
+            if entry.owner is None:
+                raise TokenRequired("the revocation lists are read as the job's owner", job_id=entry.job.id)
+            with self._executors.lease(entry.owner, "files") as files:
+                revoked = await files.run(read_revocation_lists, http.crl_source, entry.owner.name)
+        with self._executors.lease(Token.for_process(), "files") as files:
+            return await files.run(self._tls.under, http.flags, revoked)
+
+    async def check_derivable(self, flags: SecurityFlags) -> None:
+        """Raises E_NOTIMPL when the flags cannot be applied to the manager's context."""
+        with self._executors.lease(Token.for_process(), "files") as files:
+            await files.run(self._tls.under, flags & ~SecurityFlags.SSL_ENABLE_CRL_CHECK)
+            if SecurityFlags.SSL_ENABLE_CRL_CHECK in flags:
+                await files.run(self._tls.check_revocable)
+
+    async def _judge(self, entry: Entry, file: int, host: str, port: int, certificate: bytes) -> None:
+        if entry.judge is None:
+            raise callback_required()
+        await entry.judge.ask(*self._handles(entry, file), host, port, certificate)
+
+    def _heard(self, entry: Entry, file: int, headers: Iterable[tuple[str, str]]) -> None:
+        entry.answers[file] = tuple(headers)
+
+    def bind(self, entry: Entry) -> Sequence[GrantRecord]:
+        """Grants without origins get those that the job names now (T19)."""
+        return [
+            grant if grant.origins is not None else replace(grant, origins=named_origins(entry, grant.target)) for grant in entry.grants
+        ]
+
+    async def save_grants(self, engine: Engine, entry: Entry, credentials: Iterable[AuthCredentials]) -> None:
+        """Journal credentials of a job, in place of those for the same target and scheme."""
+        records = [
+            GrantRecord(
+                job_id=entry.job.id,
+                target=given.target,
+                scheme=given.scheme,
+                user_name=given.user_name,
+                password=given.password,
+                origins=named_origins(entry, given.target) if entry.job.resumed else None,
+            )
+            for given in credentials
+        ]
+        fresh = {(record.target, record.scheme) for record in records}
+        replaced = fresh & {(grant.target, grant.scheme) for grant in entry.grants}
+        if replaced:  # a credential that is only added has no connections yet; other jobs of the token keep theirs
+            await self.forget_network(engine, entry)
+            self._forgive(entry, [record for record in records if (record.target, record.scheme) in replaced])
+        grants = [grant for grant in entry.grants if (grant.target, grant.scheme) not in fresh] + records
+        await engine.save(*records, then=partial(entry.grants.__setitem__, slice(None), grants))
+
+    def _forgive(self, entry: Entry, records: Iterable[GrantRecord]) -> None:
+        """A job's credentials that were replaced may be offered again where they were refused, even the same ones: somebody asked for
+        it. Another job that merely brings a refused password may not (T26)."""
+        token = entry.helper if HelperTokenFlags.NETWORK in entry.job.helper_flags else entry.owner
+        if token is None:
+            return
+        for record in records:
+            if record.user_name is not None and record.password is not None:
+                self._refusals.forget(account_fingerprint(record.user_name, record.password))
+            seat = Seat.PROXY if record.target is AuthTarget.PROXY else Seat.ORIGIN
+            origins = record.origins or named_origins(entry, record.target)
+            for origin in origins:
+                for offer in choose_offers(seat, origin, [replace(record, origins=origins).grant()], token):
+                    self._refusals.forget(offer.fingerprint)
+
+    async def forget_network(self, engine: Engine, entry: Entry) -> None:
+        """A credential was replaced or removed: connections that used the old one are closed at once (T25)."""
+        await engine.drop_lanes(entry, entry.owner, entry.helper)

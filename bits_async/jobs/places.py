@@ -1,0 +1,100 @@
+"""Where a user's transfers keep their state, and the lock on the destination of a `download()`."""
+
+import hashlib
+from pathlib import Path
+from typing import Final, final
+
+from ..errors import ErrorCode, ErrorContext, LocalFileError, StoreError, make_error, scrub
+from ..identity.threads import TokenExecutor, TokenExecutors
+from ..identity.tokens import Token
+from .secrets import os_fault, release_lock, take_lock
+
+STATE_ADVICE: Final = "set HOME or XDG_STATE_HOME to a directory where this user may write"
+
+
+@final
+class OneShot:
+    """What tells the manager of one `download()` from a queue: a lock on the destination, and perhaps a journal of its own."""
+
+    def __init__(self, destination: Path, *, private: bool) -> None:
+        self.private = private
+        self._destination = destination
+        self._path = state_directory() / "downloads" / f"{_digest(str(destination))}.lock"
+        self._lock: int | None = None
+
+    async def claim(self, files: TokenExecutor) -> None:
+        """Lock the destination against other transfers of this user, in this process or another.
+
+        Raises:
+            LocalFileError: another transfer holds it (BG_E_DESTINATION_LOCKED).
+        """
+        try:
+            await files.run(self._take)
+        except StoreError as error:
+            if error.code == ErrorCode.ERROR_SHARING_VIOLATION:
+                raise locked(self._destination) from None
+            raise
+
+    def _take(self) -> None:
+        self._lock = take_lock(self._path, self._path)  # kept by the thread: a cancelled claim is given back too
+
+    async def release(self, executors: TokenExecutors) -> None:
+        """Give the destination back."""
+        if self._lock is not None:
+            lock, self._lock = self._lock, None
+            with executors.lease(Token.for_process(), "files") as files:
+                await files.run(release_lock, lock, self._path, remove=True)
+
+
+def locked(path: Path) -> LocalFileError:
+    """Another transfer to that path is running."""
+    error = make_error(
+        ErrorCode.BG_E_DESTINATION_LOCKED, ErrorContext.LOCAL_FILE, "another transfer to this destination is running", path=path
+    )
+    assert isinstance(error, LocalFileError)
+    return error
+
+
+def default_store() -> Path:
+    """The journal of the user's own queue."""
+    return state_directory() / "queue.db"
+
+
+def private_store(owner: Token, path: Path) -> Path:
+    """The journal of `download()` for one owner and one destination."""
+    return state_directory() / "downloads" / f"{_digest(owner.sid, str(path))}.db"
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def state_directory() -> Path:
+    """Of this user.
+
+    Raises:
+        StoreError: the user has none.
+    """
+    import platformdirs
+
+    try:
+        return platformdirs.user_state_path("bits_async", appauthor=False)
+    except RuntimeError:  # no HOME, and a user whom the user database does not know
+        code = ErrorCode.ERROR_PATH_NOT_FOUND
+        raise StoreError("this user has no home directory for the state of transfers", code=code, advice=STATE_ADVICE) from None
+
+
+def make_state_directories(path: Path) -> None:
+    """Make a directory and those above it that are missing, each for its owner only, whatever the umask is.
+
+    Raises:
+        StoreError: one cannot be made.
+    """
+    for each in [*reversed(path.parents), path]:
+        try:
+            each.mkdir(0o700)
+        except FileExistsError:
+            pass
+        except OSError as exc:
+            fault = os_fault(exc, each, "make the directory for")
+            raise StoreError(fault.message, code=fault.code, transient=False, path=each, advice=STATE_ADVICE) from scrub(exc)
