@@ -26,6 +26,8 @@ from bits_async.jobs.model import (
     JobRecord,
     JobRemoved,
     JobState,
+    NotifyCmdLine,
+    NotifyFlags,
     OwnerKey,
     StoredJob,
 )
@@ -134,6 +136,11 @@ class StoreContract:
             retry_at=when + timedelta(seconds=600),
             stalled=12.25,
             active=3600.5,
+            notify_flags=NotifyFlags.JOB_ERROR | NotifyFlags.FILE_RANGES_TRANSFERRED,
+            notify_cmd_line=NotifyCmdLine("/srv/\udcff x", ("/srv/\udcff x", "", 'a "b" \\', "ü€")),
+            notify_setter=BOB,
+            minimum_notification_interval=0.25,
+            owed=NotifyFlags.JOB_TRANSFERRED,
         )
         first = a_file(
             job,
@@ -149,6 +156,7 @@ class StoreContract:
             restarts=2,
             transferred=True,
             committed=True,
+            owed=True,
         )
         second = a_file(job, 1, url="http://files.example/plain", validator=Validator(), slices=(Slice(0, None, 0, 0),))
         grants = (

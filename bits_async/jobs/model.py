@@ -28,6 +28,7 @@ RETRY_DELAY: Final = 600.0  # seconds between a transient error and the next att
 RETRY_DELAY_FLOOR: Final = 5.0
 NO_PROGRESS_TIMEOUT: Final = 14 * 86400.0
 MAX_DOWNLOAD_TIME: Final = 90 * 86400.0
+NOTIFICATION_INTERVAL: Final = 0.5  # seconds between two modifications that a callback is told of
 
 
 class JobState(enum.Enum):
@@ -93,6 +94,20 @@ class Outcome(enum.Enum):
     REOPENED = "journal opened"
 
 
+class NotifyFlags(enum.Flag):
+    """BG_NOTIFY: what a job tells its callback of; a command is told of JOB_TRANSFERRED and JOB_ERROR only."""
+
+    JOB_TRANSFERRED = 1
+    JOB_ERROR = 2
+    DISABLE = 4  # nothing; stands alone
+    JOB_MODIFICATION = 8
+    FILE_TRANSFERRED = 0x10
+    FILE_RANGES_TRANSFERRED = 0x20
+
+
+NOTHING: Final = NotifyFlags(0)
+
+
 class WaitingReason(enum.Enum):
     """Why nothing moves."""
 
@@ -102,6 +117,7 @@ class WaitingReason(enum.Enum):
     NO_OWNER_TOKEN = "waiting for the owner's token"  # noqa: S105 - a sentence, not a secret
     RETRY = "retry"
     MANAGER_CLOSED = "the manager runs no transfers"
+    NOTIFICATION = "a notification is owed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +295,17 @@ class OwnerKey:
     elevated: bool
 
 
+@dataclass(frozen=True, slots=True)
+class NotifyCmdLine:
+    """A job's notification command: a program by its full path, and its whole argv, of which the first word is the program.
+
+    Every user of the machine can read a running program's argv; still it is not shown where nobody asked for it.
+    """
+
+    program: str
+    parameters: tuple[str, ...] = field(repr=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
     """One job as the journal keeps it. Times are aware UTC; durations are seconds."""
@@ -310,6 +337,11 @@ class JobRecord:
     retry_at: datetime | None = None  # wall clock, for people and for a restart; the running engine waits by the monotonic clock
     stalled: float = 0.0  # seconds since the first transient error without progress
     active: float = 0.0  # seconds spent CONNECTING and TRANSFERRING
+    notify_flags: NotifyFlags = NotifyFlags.JOB_TRANSFERRED | NotifyFlags.JOB_ERROR
+    notify_cmd_line: NotifyCmdLine | None = None
+    notify_setter: OwnerKey | None = None  # who set the command, and whom it runs as
+    minimum_notification_interval: float = NOTIFICATION_INTERVAL
+    owed: NotifyFlags = NOTHING  # JOB_TRANSFERRED or JOB_ERROR: has happened, and nobody has been told yet
 
     @property
     def may_run(self) -> bool:
@@ -342,6 +374,7 @@ class FileRecord:
     transferred: bool = False  # every byte is in the part file, durable and checked
     committed: bool = False  # renamed to `path`
     validated: bool = False  # the application said that the content is right
+    owed: bool = False  # it was transferred, and no callback has been told yet
 
     @property
     def size(self) -> int | None:

@@ -25,7 +25,7 @@ import sqlite3
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from functools import partial
@@ -62,6 +62,8 @@ from .model import (
     JobRecord,
     JobRemoved,
     JobState,
+    NotifyCmdLine,
+    NotifyFlags,
     OwnerKey,
     StoredJob,
 )
@@ -207,6 +209,15 @@ SCHEMA: Final = (
     ALTER TABLE files ADD COLUMN wanted TEXT NOT NULL DEFAULT '[]';  -- JSON array of [start, length or null]
     ALTER TABLE files ADD COLUMN position INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE files ADD COLUMN validated INTEGER NOT NULL DEFAULT 0 CHECK (validated IN (0, 1));
+    """,
+    """
+    ALTER TABLE jobs ADD COLUMN notify_flags INTEGER NOT NULL DEFAULT 3;
+    ALTER TABLE jobs ADD COLUMN notify_program TEXT;                -- NULL: no command
+    ALTER TABLE jobs ADD COLUMN notify_parameters TEXT;             -- JSON array of strings: the whole argv
+    ALTER TABLE jobs ADD COLUMN notify_setter TEXT;                 -- JSON object, as the owner_ columns
+    ALTER TABLE jobs ADD COLUMN minimum_notification_interval REAL NOT NULL DEFAULT 0.5;
+    ALTER TABLE jobs ADD COLUMN owed INTEGER NOT NULL DEFAULT 0;    -- what happened and nobody was told of
+    ALTER TABLE files ADD COLUMN owed INTEGER NOT NULL DEFAULT 0 CHECK (owed IN (0, 1));
     """,
 )
 """`SCHEMA[n]` takes a journal from version n to n + 1. Entries that were released are never edited."""
@@ -898,6 +909,7 @@ class _Writer:
             validated=file.validated,
             wanted=json.dumps([[each.initial_offset, each.length] for each in file.wanted]),
             position=file.position,
+            owed=file.owed,
         )
 
     def _url(self, file: FileRecord, owner: str, column: str, url: str) -> tuple[str, bytes | None]:
@@ -970,6 +982,12 @@ def _job_row(job: JobRecord) -> Values:
         retry_at=job.retry_at,
         stalled=float(job.stalled),
         active=float(job.active),
+        notify_flags=job.notify_flags,
+        notify_program=job.notify_cmd_line and job.notify_cmd_line.program,
+        notify_parameters=job.notify_cmd_line and json.dumps(job.notify_cmd_line.parameters),
+        notify_setter=job.notify_setter and json.dumps(asdict(job.notify_setter)),
+        minimum_notification_interval=float(job.minimum_notification_interval),
+        owed=job.owed,
     )
 
 
@@ -1056,6 +1074,7 @@ class _Reader:
             validated=bool(row["validated"]),
             wanted=tuple(FileRange(start, length) for start, length in json.loads(row["wanted"])),
             position=int(row["position"]),
+            owed=bool(row["owed"]),
         )
 
     def _url(self, row: Row, job: JobRecord, column: str) -> str:
@@ -1143,7 +1162,18 @@ def _job(row: Row) -> JobRecord:
         retry_at=_maybe_time(row["retry_at"]),
         stalled=row["stalled"],
         active=row["active"],
+        notify_flags=NotifyFlags(row["notify_flags"]),
+        notify_cmd_line=_command(row),
+        notify_setter=None if row["notify_setter"] is None else OwnerKey(**json.loads(row["notify_setter"])),
+        minimum_notification_interval=row["minimum_notification_interval"],
+        owed=NotifyFlags(row["owed"]),
     )
+
+
+def _command(row: Row) -> NotifyCmdLine | None:
+    if row["notify_program"] is None:
+        return None
+    return NotifyCmdLine(_text_out(row["notify_program"]), tuple(json.loads(row["notify_parameters"])))
 
 
 def _flags(value: int) -> HelperTokenFlags:

@@ -32,6 +32,7 @@ from bits_async.transport.ranges import Slice, Validator
 from tests.contracts import ALICE, BOB, Journal, StoreContract, a_file, a_grant, a_job, look
 
 RELEASED = Path(__file__).parent / "journals"
+RELEASED_SCHEMAS = 2  # each has its journal; the last entry of SCHEMA is not released yet
 RELEASED_KEY = bytes(range(32))
 SOMEBODY = 54321
 SIDES = ("", "-wal", "-shm", ".lock", ".key")
@@ -441,7 +442,7 @@ def restore(path: Path, version: int) -> None:
     side(path, ".key").write_bytes(RELEASED_KEY)
 
 
-@pytest.mark.parametrize("version", range(1, len(SCHEMA) + 1))
+@pytest.mark.parametrize("version", range(1, RELEASED_SCHEMAS + 1))
 async def test_a_journal_of_every_released_schema_is_read(path: Path, version: int) -> None:
     restore(path, version)
     async with opened(path) as store:
