@@ -84,9 +84,10 @@ packages:
 		exit 1
 	fi
 	if [ -d /run/systemd/system ]; then
-		for unit in apache2 nginx squid krb5-kdc krb5-admin-server; do
+		for unit in apache2 nginx squid krb5-kdc krb5-admin-server samba-ad-dc; do
 			case " $${missing[*]} " in *" $$unit "*) systemctl disable --quiet "$$unit" || true ;; esac
 		done
+		case " $${missing[*]} " in *" samba "*) systemctl disable --quiet smbd nmbd || true ;; esac
 	fi
 
 install-test: packages $(VENV)/pyvenv.cfg

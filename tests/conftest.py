@@ -18,6 +18,7 @@ import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
 from tests import acceptor
+from tests.active_directory import ActiveDirectory
 from tests.left_out import LeftOut
 from tests.peers import Authority, SilentKdc
 from tests.realms import SILENT_REALM, Apache, MitKdc, Nginx, Squid, make_world_directory, write_krb5_conf
@@ -31,6 +32,12 @@ LEAK_PATIENCE = 5.0
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LeftOut(), "left-out")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "directory_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(240))  # the first of them may have to provision the directory
 
 
 # -- the event loop
@@ -227,3 +234,33 @@ def squid_digest(squid_servers: Squids) -> Squid:
 def squid_ntlmfake(squid_servers: Squids) -> Squid:
     """The shape of the handshake only: any password is right, and the user in the log is mangled."""
     return squid_servers.of("ntlmfake")
+
+
+# -- Active Directory
+
+
+@pytest.fixture(scope="session")
+def directory_server(own_environment: None) -> Iterator[ActiveDirectory]:
+    """The domain controller of AD.BITS.TEST; `active_directory` is what a test asks for."""
+    with ActiveDirectory() as server:
+        yield server
+
+
+@pytest.fixture
+def active_directory(directory_server: ActiveDirectory, monkeypatch: pytest.MonkeyPatch) -> ActiveDirectory:
+    """The session's domain controller; during this test KRB5_CONFIG names its realm, and no other."""
+    monkeypatch.setenv("KRB5_CONFIG", str(directory_server.krb5_conf))
+    return directory_server
+
+
+@pytest.fixture(scope="session")
+def directory_apache_server(directory_server: ActiveDirectory, authority: Authority) -> Iterator[Apache]:
+    with Apache(directory_server, authority, size=256 * 1024) as server:
+        yield server
+
+
+@pytest.fixture
+def directory_apache(active_directory: ActiveDirectory, directory_apache_server: Apache) -> Apache:
+    """An Apache in the domain, as HTTP/localhost; `hits` counts from the beginning of this test."""
+    directory_apache_server.log.clear()
+    return directory_apache_server

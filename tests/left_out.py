@@ -41,9 +41,9 @@ def missing_root() -> str | None:
 
 
 def missing_servers() -> str | None:
-    programs = ("krb5kdc", "kdb5_util", "kadmin.local", "apache2", "htpasswd", "nginx", "squid")
+    programs = ("krb5kdc", "kdb5_util", "kadmin.local", "apache2", "htpasswd", "nginx", "squid", "samba", "samba-tool")
     absent = [name for name in programs if not find_program(name)]
-    files = ("/usr/lib/apache2/modules/mod_auth_gssapi.so", "/usr/lib/squid/negotiate_kerberos_auth")
+    files = ("/usr/lib/apache2/modules/mod_auth_gssapi.so", "/usr/lib/squid/negotiate_kerberos_auth", "/usr/share/samba/setup/ad-schema")
     absent += [Path(name).name for name in files if not Path(name).exists()]
     if not any(Path("/usr/lib").glob("*/gssntlmssp/gssntlmssp.so")):
         absent.append("gssntlmssp.so")

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 from uuid import uuid4
 
 from tests.left_out import find_program
@@ -306,6 +306,15 @@ def write_krb5_conf(path: Path, kdcs: Mapping[str, int]) -> Path:
     return path
 
 
+class Realm(Protocol):
+    """What a server needs of the realm it belongs to."""
+
+    krb5_conf: Path
+
+    def keytab(self, *names: str) -> Path:
+        """A keytab (0600) with the keys of these principals."""
+
+
 class MitKdc(Server):
     """MIT Kerberos: the realm BITS.TEST with alice, helper, bob and the service HTTP of this machine."""
 
@@ -407,7 +416,7 @@ class Apache(Server):
     )
     locations = ("pub", "basic", "digest", "neg", "ntlm")
 
-    def __init__(self, kdc: MitKdc, authority: Authority, *, size: int = 8 * 1024 * 1024, slow_kib_per_second: int = 1024) -> None:
+    def __init__(self, kdc: Realm, authority: Authority, *, size: int = 8 * 1024 * 1024, slow_kib_per_second: int = 1024) -> None:
         super().__init__("apache")
         self._kdc, self._authority = kdc, authority
         self._slow = slow_kib_per_second
