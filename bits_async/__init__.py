@@ -10,7 +10,8 @@ The map of the package; imports point from a lower line to a higher one only:
     clock.py            what time it is, and waiting
     limits.py           token buckets: machine > priority > job; safe from threads
     identity/           WHO
-      tokens.py         Token, TokenPair, flags, levels; impersonate(), current_token(), revert_to_self()
+      tokens.py         Token, TokenPair, flags, levels
+      ambient.py        the identity that surrounds a call: impersonate(), current_token(), revert_to_self(), carry()
       logon.py          how tokens are made
       threads.py        TokenExecutor: threads born in a token
       processes.py      a child process as a token, every id and capability dropped
@@ -85,13 +86,16 @@ if TYPE_CHECKING:
     from .errors import StoreError as StoreError
     from .errors import TokenRequired as TokenRequired
     from .errors import ValidationFailed as ValidationFailed
+    from .identity.ambient import TokenFlow as TokenFlow
+    from .identity.ambient import carry as carry
+    from .identity.ambient import current_token as current_token
+    from .identity.ambient import impersonate as impersonate
+    from .identity.ambient import revert_to_self as revert_to_self
+    from .identity.ambient import set_token_flow as set_token_flow
     from .identity.threads import run_as as run_as
     from .identity.tokens import HelperTokenFlags as HelperTokenFlags
     from .identity.tokens import ImpersonationLevel as ImpersonationLevel
     from .identity.tokens import Token as Token
-    from .identity.tokens import current_token as current_token
-    from .identity.tokens import impersonate as impersonate
-    from .identity.tokens import revert_to_self as revert_to_self
     from .jobs.arguments import FileInfo as FileInfo
     from .jobs.handles import Job as Job
     from .jobs.handles import JobFile as JobFile
@@ -142,8 +146,9 @@ _HOMES: Final = {
         "TokenRequired",
         "ValidationFailed",
     ),
+    "identity.ambient": ("TokenFlow", "carry", "current_token", "impersonate", "revert_to_self", "set_token_flow"),
     "identity.threads": ("run_as",),
-    "identity.tokens": ("HelperTokenFlags", "ImpersonationLevel", "Token", "current_token", "impersonate", "revert_to_self"),
+    "identity.tokens": ("HelperTokenFlags", "ImpersonationLevel", "Token"),
     "jobs.arguments": ("FileInfo",),
     "jobs.handles": ("Job", "JobFile", "TokenOptions"),
     "jobs.manager": ("BitsManager", "download"),

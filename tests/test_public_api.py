@@ -7,11 +7,64 @@ import pytest
 import bits_async as bits
 
 PUBLIC = """
-AccessDenied AuthCredentials AuthFailed AuthScheme AuthTarget BitsError BitsManager Completion ErrorCode ErrorContext Event EventStream
-EventsLost FileInfo FileProgress FileRange FileRestarted FileTransferred HelperTokenFlags ImpersonationFailed ImpersonationLevel
-InvalidArgument InvalidState Job JobCancelled JobChanged JobFile JobPriority JobProgress JobState JobTimes Limits LocalFileError
-ManagerClosed NetworkError NotFound Progress ProxySettings ProxyUsage RemoteFileError Retrying SecurityFlags StoreError Timeouts Token
-TokenOptions TokenRequired ValidationFailed Waiting WaitingReason current_token download impersonate revert_to_self run_as
+AccessDenied
+AuthCredentials
+AuthFailed
+AuthScheme
+AuthTarget
+BitsError
+BitsManager
+Completion
+ErrorCode
+ErrorContext
+Event
+EventStream
+EventsLost
+FileInfo
+FileProgress
+FileRange
+FileRestarted
+FileTransferred
+HelperTokenFlags
+ImpersonationFailed
+ImpersonationLevel
+InvalidArgument
+InvalidState
+Job
+JobCancelled
+JobChanged
+JobFile
+JobPriority
+JobProgress
+JobState
+JobTimes
+Limits
+LocalFileError
+ManagerClosed
+NetworkError
+NotFound
+Progress
+ProxySettings
+ProxyUsage
+RemoteFileError
+Retrying
+SecurityFlags
+StoreError
+Timeouts
+Token
+TokenFlow
+TokenOptions
+TokenRequired
+ValidationFailed
+Waiting
+WaitingReason
+carry
+current_token
+download
+impersonate
+revert_to_self
+run_as
+set_token_flow
 """
 
 

@@ -25,7 +25,8 @@ from functools import partial
 from typing import Any, Final, Literal, ParamSpec, TypeVar
 
 from ..errors import ImpersonationFailed, ManagerClosed, TokenRequired, scrub
-from .tokens import LocalIdentity, Token, impersonate
+from .ambient import worn_by_thread
+from .tokens import LocalIdentity, Token
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -525,7 +526,7 @@ async def run_as(token: Token, func: Callable[P, T], /, *args: P.args, **kwargs:
     _refuse_closed(token)
 
     def as_token() -> T:
-        with impersonate(token):
+        with worn_by_thread(token):
             return func(*args, **kwargs)
 
     return await wear(token.local, as_token)

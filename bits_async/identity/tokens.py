@@ -1,22 +1,14 @@
-"""Who can act: `Token`, the pair of tokens a job has, and the identity that surrounds a call.
+"""Who can act: `Token`, and the pair of tokens a job has.
 
-A token is two answers: how a thread becomes it (`local`) and what to show a server (`network`). The ambient identity
-(`impersonate`) is a context variable; it never touches the operating system, whose identity is worn by the threads of
-`identity.threads` alone.
-Pure: this module does not know how a token is made (`logon`) or worn (`threads`), and asks the operating system for nothing.
+A token is two answers: how a thread becomes it (`local`) and what to show a server (`network`).
+Pure: this module does not know how a token is made (`logon`), worn (`threads`) or surrounds a call (`ambient`), and asks the operating
+system for nothing.
 """
 
 import enum
-import sys
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
-from contextvars import Token as Undo
+from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn, Protocol, Self, final
 
 from ..errors import TokenRequired, show_text
@@ -255,85 +247,3 @@ class TokenPair:
         if token.closed:
             raise TokenRequired(f"the {who}'s token, which acts for {use.name}, was closed", identity=token.name)
         return token
-
-
-# -- the ambient identity ---------------------------------------------------------------------------------------------
-
-_ambient: ContextVar[Token | None] = ContextVar("bits_async_identity", default=None)
-
-
-def current_token() -> Token:
-    """The token of the innermost `impersonate()`, else the process's own."""
-    return _ambient.get() or Token.for_process()
-
-
-def impersonation() -> Token | None:
-    """The token of the enclosing `impersonate()`; None outside of one and inside `revert_to_self()`."""
-    return _ambient.get()
-
-
-def impersonate(token: Token) -> AbstractContextManager[Token]:
-    """Within `with impersonate(token):` jobs are made, opened and given helpers as `token`.
-
-    It flows to tasks as context variables do, nests, and is undone when the block ends. `open()` and all else still run as
-    the process.
-
-    Raises:
-        RuntimeError: It is entered twice, or from an async generator: a generator's block is shared with whoever iterates
-            it, so its caller would silently act as `token` (T11).
-    """
-    if not isinstance(token, Token):
-        raise TypeError(f"impersonate() takes a Token, not {type(token).__name__}")
-    return _Impersonation(token, "impersonate")
-
-
-def revert_to_self() -> AbstractContextManager[Token]:
-    """Within `with revert_to_self():` the process's own identity is the ambient one again, whatever surrounds the block."""
-    return _Impersonation(None, "revert_to_self")
-
-
-class _Impersonation:
-    """What impersonate() and revert_to_self() return: to be entered once, with `with`."""
-
-    __slots__ = ("_entered", "_token", "_undo", "_what")
-
-    def __init__(self, token: Token | None, what: str) -> None:
-        self._token = token
-        self._what = what
-        self._entered = False
-        self._undo: Undo[Token | None] | None = None
-
-    def __enter__(self) -> Token:
-        if self._entered:
-            raise RuntimeError(f"{self._what}() is entered once; call it again")
-        self._entered = True
-        if _entered_by_async_generator(sys._getframe(1)):
-            raise RuntimeError(f"{self._what}() cannot be entered in an async generator: its caller would get the identity too")
-        token = self._token or Token.for_process()
-        self._undo = _ambient.set(self._token)
-        return token
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
-        undo, self._undo = self._undo, None
-        if undo is None:
-            return
-        try:
-            _ambient.reset(undo)
-        except ValueError:
-            raise RuntimeError(f"{self._what}() was left in another task than it was entered in") from None
-
-    def __del__(self) -> None:
-        if not self._entered:
-            warnings.warn(f"{self._what}() was never entered: write `with {self._what}(...):`", RuntimeWarning, stacklevel=2, source=self)
-
-
-def _entered_by_async_generator(frame: FrameType | None) -> bool:
-    """Whether the block belongs to an async generator, directly or through contextlib's stacks and generators."""
-    return any(each.f_code.co_flags & CO_ASYNC_GENERATOR for each in _with_statements(frame))
-
-
-def _with_statements(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        hands_on = frame.f_code.co_flags & CO_GENERATOR or frame.f_globals.get("__name__") == "contextlib"
-        frame = frame.f_back if hands_on else None

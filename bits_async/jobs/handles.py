@@ -25,7 +25,8 @@ from ..errors import (
     JobCancelled,
     make_error,
 )
-from ..identity.tokens import HelperTokenFlags, Token, current_token, impersonation
+from ..identity.ambient import current_token, impersonation
+from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.answers import check_url
 from ..transport.options import SecurityFlags, checked_flags, checked_headers, checked_method
 from ..transport.proxies import ProxySettings, resolve

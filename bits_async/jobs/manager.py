@@ -17,8 +17,9 @@ from ..auth.policy import AuthCredentials, Refusals
 from ..clock import Clock, SystemClock
 from ..errors import AccessDenied, BitsError, InvalidArgument, NotFound
 from ..identity import native
+from ..identity.ambient import current_token
 from ..identity.threads import TokenExecutors
-from ..identity.tokens import HelperTokenFlags, Token, current_token
+from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.lane import Lanes, Network
 from ..transport.proxies import ProxySettings
 from ..transport.timeouts import Timeouts

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 from ..auth.policy import AuthCredentials, AuthScheme, AuthTarget
 from ..clock import Clock
 from ..errors import BitsError, InvalidArgument, InvalidState, ManagerClosed, ValidationFailed
-from ..identity.tokens import HelperTokenFlags, Token, current_token
+from ..identity.ambient import current_token
+from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.proxies import ProxySettings, resolve
 from .arguments import CheckedFile, FileInfo, StrPath, checked_file, checked_helper_flags, checked_seconds, file_record
 from .engine import Engine, Entry

@@ -15,7 +15,8 @@ import asyncio, ctypes, errno, os, subprocess, sys, threading, time
 from bits_async.errors import BitsError, ImpersonationFailed, TokenRequired
 from bits_async.identity import kernel, native
 from bits_async.identity.threads import TokenExecutor, TokenExecutors, prepare, run_as
-from bits_async.identity.tokens import Token, current_token
+from bits_async.identity.ambient import current_token
+from bits_async.identity.tokens import Token
 prepare()
 
 def drop_to(uid, capabilities=()):

@@ -14,9 +14,10 @@ import spnego
 
 from bits_async.errors import ErrorCode, ImpersonationFailed, InvalidArgument
 from bits_async.identity import posix
+from bits_async.identity.ambient import impersonate
 from bits_async.identity.posix import Account, is_elevated
 from bits_async.identity.threads import run_as
-from bits_async.identity.tokens import ImpersonationLevel, Token, impersonate
+from bits_async.identity.tokens import ImpersonationLevel, Token
 from tests.identity import child
 from tests.local_users import LocalUser
 

@@ -17,8 +17,9 @@ import spnego
 
 from bits_async.errors import ImpersonationFailed, ManagerClosed, TokenRequired
 from bits_async.identity import threads
+from bits_async.identity.ambient import current_token, impersonate
 from bits_async.identity.threads import TokenExecutor, TokenExecutors, in_own_thread, run_as
-from bits_async.identity.tokens import LocalIdentity, Token, current_token, impersonate
+from bits_async.identity.tokens import LocalIdentity, Token
 from tests.identity import child
 
 
