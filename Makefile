@@ -7,7 +7,7 @@
 #
 #   make diagram draws them into README.md
 #
-# Settings: PYTHON=python3.12, PYTEST_ARGS='-k lane'.
+# Settings: PYTHON=python3.12, PYTEST_ARGS='-k lane', JOBS=1 (processes that share the tests; else one for each processor).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -26,6 +26,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 PACKAGES := $(shell sed 's/\#.*//' tests/packages.txt)
 PYTEST_ARGS ?=
+JOBS ?= auto
 
 export PIP_ROOT_USER_ACTION := ignore
 
@@ -57,7 +58,7 @@ types: install-test
 
 # Last, so that the run ends with pytest's list of what was left out.
 pytest: lint types
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 diagram: install-test
 	$(BIN)/python -m tests.diagram

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
+OUTPUT = "left_out"  # what a process of pytest-xdist tells the one that reports
 SBIN = ("/usr/sbin", "/sbin")  # where Debian keeps servers; not on every user's PATH
 
 
@@ -78,7 +80,10 @@ PIECES = (
 
 
 class LeftOut:
-    """The pytest plugin: deselects, reports, and fails the run under CI=true."""
+    """The pytest plugin: deselects, reports, and fails the run under CI=true.
+
+    When the tests are spread over processes (pytest-xdist), each of them deselects, and the one that reports has no tests of its own.
+    """
 
     def __init__(self) -> None:
         self.ci = os.environ.get("CI", "").lower() in ("1", "true", "yes")
@@ -98,7 +103,15 @@ class LeftOut:
         if report.skipped and not hasattr(report, "wasxfail"):
             self.skips.append(report.nodeid)
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        for marker, what, tests in getattr(node, "workeroutput", {}).get(OUTPUT, ()):
+            next(piece for piece in PIECES if (piece.marker, piece.what) == (marker, what)).left_out.update(tests)
+
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput[OUTPUT] = [(piece.marker, piece.what, sorted(piece.left_out)) for piece in PIECES]
+            return
         if self.ci and (self.skips or any(piece.left_out for piece in PIECES)) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
