@@ -342,6 +342,7 @@ class JobRecord:
     notify_setter: OwnerKey | None = None  # who set the command, and whom it runs as
     minimum_notification_interval: float = NOTIFICATION_INTERVAL
     owed: NotifyFlags = NOTHING  # JOB_TRANSFERRED or JOB_ERROR: has happened, and nobody has been told yet
+    turn: int = 0  # grows each time the job begins to run: in its class those with the least are next
 
     @property
     def may_run(self) -> bool:

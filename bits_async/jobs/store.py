@@ -22,9 +22,9 @@ import contextvars
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -54,6 +54,7 @@ from ..transport.options import HttpOptions, SecurityFlags, headers_of_text, hea
 from ..transport.proxies import ProxySettings, ProxyUsage
 from ..transport.ranges import FileRange, Slice, Validator
 from .model import (
+    RETRY_DELAY_FLOOR,
     Change,
     FileRecord,
     GrantRecord,
@@ -218,6 +219,16 @@ SCHEMA: Final = (
     ALTER TABLE jobs ADD COLUMN minimum_notification_interval REAL NOT NULL DEFAULT 0.5;
     ALTER TABLE jobs ADD COLUMN owed INTEGER NOT NULL DEFAULT 0;    -- what happened and nobody was told of
     ALTER TABLE files ADD COLUMN owed INTEGER NOT NULL DEFAULT 0 CHECK (owed IN (0, 1));
+    ALTER TABLE jobs ADD COLUMN turn INTEGER NOT NULL DEFAULT 0;   -- grows each time the job begins to run
+    DROP INDEX jobs_by_turn;
+    CREATE INDEX jobs_by_turn ON jobs (
+        state, priority, turn, number, dynamic_content, owner_sid, owner_name, owner_proof, owner_process, owner_elevated);
+    CREATE INDEX jobs_by_last_turn ON jobs (turn) WHERE turn > 0;
+    CREATE INDEX jobs_by_owner ON jobs (owner_sid);
+    CREATE INDEX jobs_by_retry ON jobs (retry_at) WHERE retry_at IS NOT NULL;
+    CREATE INDEX jobs_by_change ON jobs (modified);
+    CREATE INDEX jobs_with_helper ON jobs (state) WHERE helper_flags <> 0;
+    CREATE INDEX files_by_path ON files (path);
     """,
 )
 """`SCHEMA[n]` takes a journal from version n to n + 1. Entries that were released are never edited."""
@@ -261,7 +272,7 @@ class Store(Protocol):
 
     @property
     def lost_secrets(self) -> frozenset[UUID]:
-        """Valid after load(): jobs with a secret that the journal's key does not open."""
+        """Of the jobs that were loaded: those with a secret that the journal's key does not open."""
 
     async def open(self) -> None:
         """Takes the journal's lock and makes it ready.
@@ -270,13 +281,58 @@ class Store(Protocol):
             StoreError: another manager holds it, somebody else may have written it, or it cannot be read. It is left as it was.
         """
 
-    async def load(self) -> list[StoredJob]:
-        """All jobs in the order in which they were created.
+    async def recover(self, now: datetime, lost_helper: BitsError) -> None:
+        """Put what the last manager left behind in order, before anything is loaded: jobs that were at work are QUEUED, unfinished ones
+        with helper flags are in ERROR with `lost_helper` (each as its own job's), and no retry is farther off than its delay, because
+        the wall clock may have been changed.
+        """
+
+    async def load(self, job_ids: Collection[UUID] | None = None) -> list[StoredJob]:
+        """These jobs, without those that are not there; None: all. In the order in which they were created.
 
         A grant whose password cannot be read is left out; a URL whose query cannot be read comes without it; custom headers that
         cannot be read come as None. `lost_secrets` names
         the jobs. What is sealed stays in the journal until it is replaced, so bringing the key back brings the secrets back.
         """
+
+    async def in_line(self, priority: JobPriority, *, dynamic: bool, absent: Collection[OwnerKey], count: int) -> list[UUID]:
+        """The QUEUED jobs of a class that come next, in order: the least turn first, of equal turns the oldest.
+
+        Args:
+            dynamic: False: those with dynamic content are passed over.
+            absent: owners whose jobs are passed over.
+            count: how many at most.
+        """
+
+    async def last_turn(self) -> int:
+        """The highest turn that a job has had; 0: none."""
+
+    async def is_busy(self) -> bool:
+        """Whether a job is QUEUED, CONNECTING, TRANSFERRING or TRANSIENT_ERROR."""
+
+    async def retries_due(self, now: datetime, count: int) -> list[UUID]:
+        """Jobs in TRANSIENT_ERROR whose next attempt is due, the longest due first, so many at most."""
+
+    async def next_retry(self, after: datetime) -> datetime | None:
+        """The next moment after that one at which a retry is due; None: there is none."""
+
+    async def shift_retries(self, by: timedelta) -> None:
+        """Every retry moves by so much: the wall clock was changed."""
+
+    async def longest_untouched(self, count: int) -> list[tuple[UUID, datetime]]:
+        """The jobs that have not been changed for longest, so many at most, with the time of that change."""
+
+    async def numbered(self, after: int, *, owner_sid: str | None, count: int) -> list[tuple[int, UUID]]:
+        """Jobs (None: of any owner) in the order of their creation, from behind the one with that number; so many at most."""
+
+    async def last_number(self) -> int:
+        """Of the youngest job; 0: there is none."""
+
+    async def count(self, *, owner_sid: str | None, most: int) -> int:
+        """How many jobs there are (None: of any owner); counts no further than `most`."""
+
+    async def with_destination(self, path: Path, *, owner_sid: str) -> list[UUID]:
+        """Jobs of that owner with a file for that path, oldest first."""
 
     async def save(self, *changes: Change) -> None:
         """All changes, in this order, or none of them; durable when it returns. Cancelled, it is finished first.
@@ -482,23 +538,95 @@ class SqliteStore:
 
     # -- load
 
-    async def load(self) -> list[StoredJob]:
+    async def load(self, job_ids: Collection[UUID] | None = None) -> list[StoredJob]:
         """See `Store.load`."""
-        return await finish(self._load())
+        return [] if job_ids is not None and not job_ids else await finish(self._load(job_ids))
 
-    async def _load(self) -> list[StoredJob]:
+    async def _load(self, job_ids: Collection[UUID] | None) -> list[StoredJob]:
+        which = {} if job_ids is None else {"ids": json.dumps([str(job_id) for job_id in job_ids])}
         async with self._turn:
             db, box = self._opened()
             with self._translated():
-                jobs = await _fetch(db, "SELECT * FROM jobs ORDER BY number")
-                files = await _fetch(db, "SELECT * FROM files ORDER BY job_id, file_index")
-                ranges = await _fetch(db, "SELECT * FROM ranges ORDER BY job_id, file_index, range_index")
-                slices = await _fetch(db, "SELECT * FROM slices ORDER BY job_id, file_index, slice_index")
-                grants = await _fetch(db, "SELECT * FROM grants ORDER BY job_id, target, scheme")
+                rows = [await _fetch(db, sql, which) for sql in _select(some=job_ids is not None)]
             reader = _Reader(box, self.path)
-            stored = await self._in_thread(partial(reader.jobs, jobs, files, ranges, slices, grants))
-            self._lost = reader.lost
+            stored = await self._in_thread(partial(reader.jobs, *rows))
+            self._lost.forget({each.job.id for each in stored})
+            self._lost.add(reader.lost)
             return stored
+
+    # -- asked of all jobs: by index, without loading them
+
+    async def recover(self, now: datetime, lost_helper: BitsError) -> None:
+        """See `Store.recover`."""
+        error = _columns(**{f"error_{name}": value for name, value in lost_helper.fields().items() if name != "job_id"})
+        await finish(self._recover(error | {"now": _value(now), "floor": RETRY_DELAY_FLOOR}))
+
+    async def _recover(self, values: Values) -> None:
+        lost = ", ".join(f"{column} = :{column}" for column in values if column.startswith("error_"))
+        async with self._turn:
+            db, _ = self._opened()
+            with self._translated():
+                async with _transaction(db):
+                    for sql in (*_RECOVERY, _LOST_HELPERS.format(error=lost)):
+                        await db.execute_fetchall(sql, values)
+
+    async def in_line(self, priority: JobPriority, *, dynamic: bool, absent: Collection[OwnerKey], count: int) -> list[UUID]:
+        """See `Store.in_line`."""
+        keys = json.dumps([_owner_text(key) for key in absent])
+        rows = await self._ask(_IN_LINE, priority=priority, dynamic=dynamic, absent=keys, count=count)
+        return [UUID(row["id"]) for row in rows]
+
+    async def last_turn(self) -> int:
+        """See `Store.last_turn`."""
+        return int((await self._ask(_LAST_TURN))[0]["turn"])
+
+    async def is_busy(self) -> bool:
+        """See `Store.is_busy`."""
+        return bool((await self._ask(_IS_BUSY))[0]["busy"])
+
+    async def retries_due(self, now: datetime, count: int) -> list[UUID]:
+        """See `Store.retries_due`."""
+        return [UUID(row["id"]) for row in await self._ask(_RETRIES_DUE, now=now, count=count)]
+
+    async def next_retry(self, after: datetime) -> datetime | None:
+        """See `Store.next_retry`."""
+        return _maybe_time((await self._ask(_NEXT_RETRY, after=after))[0]["retry_at"])
+
+    async def shift_retries(self, by: timedelta) -> None:
+        """See `Store.shift_retries`."""
+        await self._ask(_SHIFT_RETRIES, by=by // _MICROSECOND)
+
+    async def longest_untouched(self, count: int) -> list[tuple[UUID, datetime]]:
+        """See `Store.longest_untouched`."""
+        return [(UUID(row["id"]), _EPOCH + row["modified"] * _MICROSECOND) for row in await self._ask(_UNTOUCHED, count=count)]
+
+    async def numbered(self, after: int, *, owner_sid: str | None, count: int) -> list[tuple[int, UUID]]:
+        """See `Store.numbered`."""
+        sql = _NUMBERED if owner_sid is None else _NUMBERED_OF_OWNER
+        rows = await self._ask(sql, after=after, owner_sid=owner_sid, count=count)
+        return [(row["number"], UUID(row["id"])) for row in rows]
+
+    async def last_number(self) -> int:
+        """See `Store.last_number`."""
+        return int((await self._ask(_LAST_NUMBER))[0]["number"])
+
+    async def count(self, *, owner_sid: str | None, most: int) -> int:
+        """See `Store.count`."""
+        sql = _COUNT if owner_sid is None else _COUNT_OF_OWNER
+        return int((await self._ask(sql, owner_sid=owner_sid, most=most))[0]["jobs"])
+
+    async def with_destination(self, path: Path, *, owner_sid: str) -> list[UUID]:
+        """See `Store.with_destination`."""
+        return [UUID(row["id"]) for row in await self._ask(_WITH_DESTINATION, path=path, owner_sid=owner_sid)]
+
+    async def _ask(self, sql: str, **values: Any) -> list[Row]:
+        return await finish(self._asked(sql, _columns(**values)))
+
+    async def _asked(self, sql: str, values: Values) -> list[Row]:
+        async with self._turn:
+            db, _ = self._opened()
+            with self._translated():
+                return await _fetch(db, sql, values)
 
     # -- save
 
@@ -512,15 +640,10 @@ class SqliteStore:
     async def _save(self, batch: "_Batch") -> None:
         async with self._turn:
             db, box = self._opened()
+            writer = _Writer(box, self._lost)
             with self._translated():
-                await db.execute_fetchall("BEGIN IMMEDIATE")
-                try:
-                    writer = _Writer(box, self._lost)
+                async with _transaction(db):
                     await self._write(db, writer, batch)
-                    await db.execute_fetchall("COMMIT")
-                except BaseException:
-                    await _roll_back(db)
-                    raise
             self._lost = writer.lost
 
     async def _write(self, db: aiosqlite.Connection, writer: "_Writer", batch: "_Batch") -> None:
@@ -528,8 +651,7 @@ class SqliteStore:
         before = await _owners(db, batch.job_ids())
         owners = batch.owners(before)
         await _each(db, "DELETE FROM jobs WHERE id = :id", [{"id": str(job_id)} for job_id in batch.removed])
-        for job_id in batch.removed:
-            writer.lost.forget(job_id)
+        writer.lost.forget(batch.removed.keys())
         for job_id, old in before.items():
             if job_id in owners and owners[job_id] != old and job_id not in batch.removed:
                 await self._reseal(db, writer, job_id, old, owners[job_id])
@@ -619,6 +741,18 @@ async def _each(db: aiosqlite.Connection, sql: str, rows: Sequence[Values]) -> N
             pass
 
 
+@asynccontextmanager
+async def _transaction(db: aiosqlite.Connection) -> AsyncIterator[None]:
+    """All that is written in it, durable at its end, or nothing."""
+    await db.execute_fetchall("BEGIN IMMEDIATE")
+    try:
+        yield
+        await db.execute_fetchall("COMMIT")
+    except BaseException:
+        await _roll_back(db)
+        raise
+
+
 async def _roll_back(db: aiosqlite.Connection) -> None:
     try:
         await db.execute_fetchall("ROLLBACK")
@@ -655,6 +789,56 @@ def _upsert(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
         f"INSERT INTO {table} ({names}) VALUES ({values}) "  # noqa: S608 - our own names
         f"ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changes}"
     )
+
+
+def _select(*, some: bool) -> Iterator[str]:
+    """The statements that read everything of jobs: of those in the JSON array `:ids`, or of all."""
+    tables = {
+        "jobs": "number",
+        "files": "job_id, file_index",
+        "ranges": "job_id, file_index, range_index",
+        "slices": "job_id, file_index, slice_index",
+        "grants": "job_id, target, scheme",
+    }
+    for table, order in tables.items():
+        job = "id" if table == "jobs" else "job_id"
+        which = f" WHERE {job} IN (SELECT value FROM json_each(:ids))" if some else ""  # noqa: S608 - our own names
+        yield f"SELECT * FROM {table}{which} ORDER BY {order}"  # noqa: S608
+
+
+# States as numbers: 0 QUEUED, 1 CONNECTING, 2 TRANSFERRING, 3 SUSPENDED, 5 TRANSIENT_ERROR; 4 ERROR.
+_IN_LINE: Final = """
+    SELECT id FROM jobs WHERE number IN (
+        SELECT number FROM jobs INDEXED BY jobs_by_turn
+        WHERE state = 0 AND priority = :priority AND dynamic_content <= :dynamic AND
+            owner_sid || char(31) || owner_name || char(31) || ifnull(owner_proof, '') || char(31) || owner_process || owner_elevated
+            NOT IN (SELECT value FROM json_each(:absent))
+        ORDER BY turn, number LIMIT :count)
+    ORDER BY turn, number"""
+_LAST_TURN: Final = "SELECT ifnull(max(turn), 0) AS turn FROM jobs WHERE turn > 0"
+_IS_BUSY: Final = "SELECT EXISTS (SELECT * FROM jobs WHERE state IN (0, 1, 2, 5)) AS busy"
+_RETRIES_DUE: Final = "SELECT id FROM jobs INDEXED BY jobs_by_retry WHERE retry_at <= :now AND state = 5 ORDER BY retry_at LIMIT :count"
+_NEXT_RETRY: Final = "SELECT min(retry_at) AS retry_at FROM jobs WHERE retry_at > :after"
+_SHIFT_RETRIES: Final = "UPDATE jobs SET retry_at = retry_at + :by WHERE retry_at IS NOT NULL"
+_UNTOUCHED: Final = "SELECT id, modified FROM jobs ORDER BY modified LIMIT :count"
+_NUMBERED: Final = "SELECT number, id FROM jobs WHERE number > :after ORDER BY number LIMIT :count"
+_NUMBERED_OF_OWNER: Final = "SELECT number, id FROM jobs WHERE owner_sid = :owner_sid AND number > :after ORDER BY number LIMIT :count"
+_LAST_NUMBER: Final = "SELECT ifnull(max(number), 0) AS number FROM jobs"
+_COUNT: Final = "SELECT count(*) AS jobs FROM (SELECT 1 FROM jobs LIMIT :most)"
+_COUNT_OF_OWNER: Final = "SELECT count(*) AS jobs FROM (SELECT 1 FROM jobs WHERE owner_sid = :owner_sid LIMIT :most)"
+_WITH_DESTINATION: Final = """
+    SELECT DISTINCT jobs.number, jobs.id FROM files CROSS JOIN jobs ON jobs.id = files.job_id
+    WHERE files.path = :path AND jobs.owner_sid = :owner_sid ORDER BY jobs.number"""
+_RECOVERY: Final = (
+    "UPDATE jobs SET state = 0 WHERE state IN (1, 2)",
+    # no delay is longer than `scheduler.retry_delay` makes it
+    """
+    UPDATE jobs SET retry_at = :now + CAST(1000000 * max(minimum_retry_delay, :floor, ifnull(error_retry_after, 0)) AS INTEGER)
+    WHERE state = 5 AND retry_at - :now > 1000000 * max(minimum_retry_delay, :floor, ifnull(error_retry_after, 0))""",
+)
+_LOST_HELPERS: Final = """
+    UPDATE jobs SET state = 4, {error}, error_job_id = id, error_count = error_count + 1, retry_at = NULL
+    WHERE helper_flags <> 0 AND state IN (0, 3, 5)"""
 
 
 # -- values in columns -------------------------------------------------------------------------------------------------
@@ -697,6 +881,11 @@ def _text_in(text: str) -> str | bytes:
 
 def _text_out(value: str | bytes) -> str:
     return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else str(value)
+
+
+def _owner_text(key: OwnerKey) -> str:
+    """As the statement `_IN_LINE` puts it together; the sid holds the local user and the principal."""
+    return "\x1f".join((key.sid, key.name, key.proof or "", f"{key.process:d}{key.elevated:d}"))
 
 
 def _maybe_text(value: str | bytes | None) -> str | None:
@@ -766,10 +955,15 @@ class _Lost:
     def copy(self) -> "_Lost":
         return _Lost(dict(self.urls), set(self.grants), dict(self.headers))
 
-    def forget(self, job_id: UUID) -> None:
-        self.urls = {key: value for key, value in self.urls.items() if key[0] != job_id}
-        self.grants = {key for key in self.grants if key[0] != job_id}
-        self.headers.pop(job_id, None)
+    def add(self, more: "_Lost") -> None:
+        self.urls |= more.urls
+        self.grants |= more.grants
+        self.headers |= more.headers
+
+    def forget(self, job_ids: Set[UUID]) -> None:
+        self.urls = {key: value for key, value in self.urls.items() if key[0] not in job_ids}
+        self.grants = {key for key in self.grants if key[0] not in job_ids}
+        self.headers = {key: value for key, value in self.headers.items() if key not in job_ids}
 
 
 @dataclass(slots=True)
@@ -988,6 +1182,7 @@ def _job_row(job: JobRecord) -> Values:
         notify_setter=job.notify_setter and json.dumps(asdict(job.notify_setter)),
         minimum_notification_interval=float(job.minimum_notification_interval),
         owed=job.owed,
+        turn=job.turn,
     )
 
 
@@ -1167,6 +1362,7 @@ def _job(row: Row) -> JobRecord:
         notify_setter=None if row["notify_setter"] is None else OwnerKey(**json.loads(row["notify_setter"])),
         minimum_notification_interval=row["minimum_notification_interval"],
         owed=NotifyFlags(row["owed"]),
+        turn=row["turn"],
     )
 
 

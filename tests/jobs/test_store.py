@@ -12,6 +12,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -23,7 +24,7 @@ from bits_async.errors import ErrorCode, ErrorContext, InvalidState, NotFound, S
 from bits_async.files import PartRecord
 from bits_async.identity.tokens import HelperTokenFlags
 from bits_async.jobs import store as store_module
-from bits_async.jobs.model import FileRecord, GrantRemoved, JobPriority, JobRecord, JobRemoved, JobState, StoredJob
+from bits_async.jobs.model import FileRecord, GrantRemoved, JobPriority, JobRecord, JobRemoved, JobState, OwnerKey, StoredJob
 from bits_async.jobs.secrets import make_private
 from bits_async.jobs.store import APPLICATION_ID, SCHEMA, SqliteStore, Store
 from bits_async.transport.options import HttpOptions
@@ -515,12 +516,143 @@ async def test_a_crash_between_making_the_file_and_the_schema_is_healed(path: Pa
         assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
 
 
-async def test_the_next_job_of_a_class_is_found_by_an_index(path: Path) -> None:
+# -- asked of all jobs
+
+
+async def test_those_who_come_next_are_the_longest_waiting_of_their_class(path: Path) -> None:
+    turns = {"b": 3, "a": 0, "d": 7, "c": 3}
+    queued = [a_job(display_name=name, state=JobState.QUEUED, turn=turn) for name, turn in turns.items()]
+    others = [a_job(state=JobState.SUSPENDED), a_job(state=JobState.QUEUED, priority=JobPriority.LOW)]
     async with opened(path) as store:
-        plan = await store_module._fetch(
-            store._db, "EXPLAIN QUERY PLAN SELECT id FROM jobs WHERE state = 0 AND priority = 2 ORDER BY number LIMIT 64"
-        )
-    assert ["jobs_by_turn" in row["detail"] for row in plan] == [True]
+        await store.save(*others, *queued)
+        names = {job.id: job.display_name for job in queued}
+        line = await store.in_line(JobPriority.NORMAL, dynamic=False, absent=[], count=3)
+        assert [names[job_id] for job_id in line] == ["a", "b", "c"]
+        assert await store.last_turn() == 7
+
+
+async def test_jobs_of_absent_owners_and_dynamic_content_are_passed_over(path: Path) -> None:
+    nearly = replace(ALICE, proof="another secret")
+    whose = [ALICE, BOB, nearly, BOB]
+    jobs = [a_job(owner=owner, state=JobState.QUEUED, dynamic_content=number == 1) for number, owner in enumerate(whose)]
+    async with opened(path) as store:
+        await store.save(*jobs)
+
+        async def line(*absent: OwnerKey, dynamic: bool = False) -> list[int]:
+            found = await store.in_line(JobPriority.NORMAL, dynamic=dynamic, absent=absent, count=9)
+            return [[job.id for job in jobs].index(job_id) for job_id in found]
+
+        assert await line() == [0, 2, 3]
+        assert await line(dynamic=True) == [0, 1, 2, 3]
+        assert await line(ALICE) == [2, 3]
+        assert await line(BOB, nearly) == [0]
+        assert await line(*[replace(BOB, name=str(number)) for number in range(5000)]) == [0, 2, 3]
+
+
+async def test_retries_come_due_in_their_order_and_follow_the_wall_clock(path: Path) -> None:
+    now = a_job().created
+    jobs = [a_job(state=JobState.TRANSIENT_ERROR, retry_at=now + timedelta(seconds=left)) for left in (30, 10, 20)]
+    async with opened(path) as store:
+        await store.save(*jobs, a_job(state=JobState.SUSPENDED))
+        assert await store.retries_due(now + timedelta(seconds=20), 9) == [jobs[1].id, jobs[2].id]
+        assert await store.retries_due(now + timedelta(seconds=20), 1) == [jobs[1].id]
+        assert await store.next_retry(now + timedelta(seconds=20)) == jobs[0].retry_at
+        assert await store.next_retry(now + timedelta(seconds=30)) is None
+        await store.shift_retries(timedelta(hours=-1, microseconds=-1))
+        (stored, *_) = await store.load([jobs[0].id])
+        assert stored.job.retry_at == now + timedelta(seconds=30, hours=-1, microseconds=-1)
+
+
+async def test_what_the_last_manager_left_behind_is_put_in_order(path: Path) -> None:
+    now, far = a_job().created, a_job().created + timedelta(days=400)
+    error = make_error(0x80190000 | 503, ErrorContext.REMOTE_FILE, "busy", retry_after=3600.0)
+    states = {state: a_job(state=state, helper_flags=HelperTokenFlags.NETWORK) for state in JobState if not state.is_final}
+    running = a_job(state=JobState.TRANSFERRING)
+    retrying = a_job(state=JobState.TRANSIENT_ERROR, retry_at=far, minimum_retry_delay=60)
+    asked = a_job(state=JobState.TRANSIENT_ERROR, retry_at=far, minimum_retry_delay=60, error=error)
+    soon = a_job(state=JobState.TRANSIENT_ERROR, retry_at=now + timedelta(seconds=59))
+    gone = make_error(ErrorCode.BG_E_TOKEN_REQUIRED, ErrorContext.GENERAL_QUEUE_MANAGER, "it is gone")
+    async with opened(path) as store:
+        await store.save(*states.values(), running, retrying, asked, soon)
+        await store.recover(now, gone)
+        found = {stored.job.id: stored.job for stored in await store.load()}
+    assert found[running.id] == replace(running, state=JobState.QUEUED)
+    assert found[retrying.id].retry_at == now + timedelta(seconds=60)
+    assert found[asked.id].retry_at == now + timedelta(hours=1)
+    assert found[soon.id] == soon
+    for state, before in states.items():
+        after = found[before.id]
+        if state.is_settled:
+            assert after == before
+        else:
+            assert (after.state, after.error_count, after.retry_at) == (JobState.ERROR, 1, None)
+            assert type(after.error) is type(gone)
+            assert after.error.fields() == gone.fields() | {"job_id": before.id}
+
+
+async def test_jobs_are_counted_and_numbered_by_owner(path: Path) -> None:
+    jobs = [a_job(owner=owner) for owner in (ALICE, BOB, ALICE, ALICE)]
+    async with opened(path) as store:
+        assert (await store.last_number(), await store.is_busy()) == (0, False)
+        await store.save(*jobs)
+        assert [await store.count(owner_sid=sid, most=most) for sid, most in ((None, 9), (None, 2), (ALICE.sid, 9))] == [4, 2, 3]
+        first = await store.numbered(0, owner_sid=ALICE.sid, count=2)
+        assert [job_id for _, job_id in first] == [jobs[0].id, jobs[2].id]
+        assert await store.numbered(first[-1][0], owner_sid=ALICE.sid, count=2) == [(await store.last_number(), jobs[3].id)]
+        assert len(await store.numbered(0, owner_sid=None, count=9)) == 4
+        assert not await store.is_busy()
+        await store.save(replace(jobs[0], state=JobState.TRANSIENT_ERROR))
+        assert await store.is_busy()
+
+
+async def test_the_jobs_with_a_destination_are_found_whatever_its_name(path: Path) -> None:
+    jobs = [a_job(), a_job(), a_job(owner=BOB)]
+    where = Path("/srv/\udcff?*")
+    async with opened(path) as store:
+        await store.save(*jobs, *(a_file(job, index, path=where) for job in jobs for index in (0, 1)))
+        assert await store.with_destination(where, owner_sid=ALICE.sid) == [jobs[0].id, jobs[1].id]
+        assert await store.with_destination(Path("/srv"), owner_sid=ALICE.sid) == []
+
+
+async def test_jobs_are_changed_last_in_the_order_of_their_changes(path: Path) -> None:
+    jobs = [a_job(modified=a_job().created + timedelta(seconds=age)) for age in (30, 10, 20)]
+    async with opened(path) as store:
+        await store.save(*jobs)
+        assert await store.longest_untouched(2) == [(jobs[1].id, jobs[1].modified), (jobs[2].id, jobs[2].modified)]
+
+
+async def test_what_is_asked_of_all_jobs_is_answered_by_an_index_without_sorting(path: Path) -> None:
+    plans: dict[str, str] = {}
+    async with opened(path) as store:
+        honest = store_module._fetch
+
+        async def explained(db: Any, sql: str, values: Any = ()) -> Any:
+            plans[sql] = "; ".join(row["detail"] for row in await honest(db, f"EXPLAIN QUERY PLAN {sql}", values))
+            return await honest(db, sql, values)
+
+        now = a_job().created
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store_module, "_fetch", explained)
+            await store.in_line(JobPriority.NORMAL, dynamic=False, absent=[ALICE], count=64)
+            await store.last_turn()
+            await store.is_busy()
+            await store.retries_due(now, 64)
+            await store.next_retry(now)
+            await store.shift_retries(timedelta())
+            await store.longest_untouched(64)
+            await store.numbered(0, owner_sid=None, count=64)
+            await store.numbered(0, owner_sid="", count=64)
+            await store.last_number()
+            await store.count(owner_sid="", most=64)
+            await store.with_destination(Path("/srv"), owner_sid="")
+            await store.load([a_job().id])
+    assert len(plans) == 17
+    for sql, plan in plans.items():
+        limited = ("SCAN json_each", "SCAN CONSTANT", "SCAN (subquery", "SCAN jobs USING INDEX jobs_by_change")
+        assert not [step for step in plan.split("; ") if step.startswith("SCAN ") and not step.startswith(limited)], (sql, plan)
+        if "IN (SELECT" not in sql and "DISTINCT" not in sql:  # at most so many as were asked for are sorted
+            assert "TEMP B-TREE" not in plan, (sql, plan)
+    assert any("USING COVERING INDEX jobs_by_turn" in plan for sql, plan in plans.items() if "ORDER BY turn" in sql)
 
 
 # -- faults
