@@ -3,6 +3,10 @@
 #   make demo    a download through an authenticating proxy, as two identities, on loopback; no compiler, no root
 #   make test    everything that is checked; as root it installs the Debian packages of tests/packages.txt first
 #
+# And what takes longer:
+#
+#   make soak    the tests that take minutes: 200 kills of a running queue, and the like
+#
 # And one for those who change the states of a job:
 #
 #   make diagram draws them into README.md
@@ -15,7 +19,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test diagram packages install-test lint types pytest clean
+.PHONY: help demo test soak diagram packages install-test lint types pytest clean
 
 # Debian's interpreter can be read by the other users that the tests become; one below a home directory often cannot.
 PYTHON ?= $(shell for candidate in /usr/bin/python3 python3; do \
@@ -59,6 +63,9 @@ types: install-test
 # Last, so that the run ends with pytest's list of what was left out.
 pytest: lint types
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+soak: install-test
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 diagram: install-test
 	$(BIN)/python -m tests.diagram

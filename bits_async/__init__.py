@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     from .jobs.handles import TokenOptions as TokenOptions
     from .jobs.manager import BitsManager as BitsManager
     from .jobs.manager import download as download
+    from .jobs.model import Cancellation as Cancellation
     from .jobs.model import Completion as Completion
     from .jobs.model import FileProgress as FileProgress
     from .jobs.model import JobPriority as JobPriority
@@ -152,7 +153,17 @@ _HOMES: Final = {
     "jobs.arguments": ("FileInfo",),
     "jobs.handles": ("Job", "JobFile", "TokenOptions"),
     "jobs.manager": ("BitsManager", "download"),
-    "jobs.model": ("Completion", "FileProgress", "JobPriority", "JobProgress", "JobState", "JobTimes", "Waiting", "WaitingReason"),
+    "jobs.model": (
+        "Cancellation",
+        "Completion",
+        "FileProgress",
+        "JobPriority",
+        "JobProgress",
+        "JobState",
+        "JobTimes",
+        "Waiting",
+        "WaitingReason",
+    ),
     "jobs.notify": (
         "Event",
         "EventStream",

@@ -108,7 +108,11 @@ class Stop(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """What the journal keeps of a part file: enough to know it again (T15). `uid` None: the platform has no such owner."""
+    """What the journal keeps of a part file: enough to know it again (T15), and who made it (T17).
+
+    `uid` is the file's owner, None where the platform has no such thing; `maker` the local user who made it (`LocalIdentity.key`):
+    another one on file systems that give every file to one user. None: not known (a journal of version 2), taken for the owner.
+    """
 
     directory: str
     name: str
@@ -117,11 +121,18 @@ class PartRecord:
     device: int
     inode: int
     uid: int | None
+    maker: str | None = None
 
     @property
     def path(self) -> Path:
         """Where it was made."""
         return Path(self.directory, self.name)
+
+    def was_made_by(self, token: "Token") -> bool:
+        """Whether that identity made it: no other goes on with it or deletes it (T17)."""
+        if self.maker is None:
+            return self.uid is None or _uid(token) == self.uid
+        return token.local.key == self.maker
 
     def is_file(self, found: os.stat_result) -> bool:
         """Whether that is our file, whatever its name."""
@@ -387,9 +398,14 @@ class _Reservation:
 # -- blocking calls, made by a thread of the token -------------------------------------------------------------------------------
 
 
-def _part_name(name: str, job_id: UUID, longest: int) -> str:
-    """A new name that starts with a dot, tells the destination and the job, and fits the directory."""
-    tail = f".{job_id.hex}.{secrets.token_hex(8)}{_SUFFIX}"
+def new_draft() -> str:
+    """The part of a part file's name that nobody can guess. The journal knows it before the file exists, so a crash leaves no stray."""
+    return secrets.token_hex(8)
+
+
+def _part_name(name: str, job_id: UUID, draft: str, longest: int) -> str:
+    """A name that starts with a dot, tells the destination and the job, and fits the directory."""
+    tail = f".{job_id.hex}.{draft}{_SUFFIX}"
     told = name.encode("utf-8", "replace")  # the journal keeps the part's name as text, so it is text
     room = max(0, longest - len(tail) - 1)
     if len(told) > room:
@@ -530,18 +546,20 @@ def _has_acl(directory: Directory) -> bool:
         return False
 
 
-def _make(handles: _Handles, destination: Path, job_id: UUID, guard: int | None) -> PartRecord:
+def _make(handles: _Handles, destination: Path, job_id: UUID, draft: str, guard: int | None, token: "Token") -> PartRecord:
     """Open the directory, look at the destination, make the part file."""
     try:
         handles.directory = directory = _open(destination.parent)
         _refuse_shared(directory, guard)
         _refuse_detour(directory, destination.parent, guard)
         _replaceable(directory, destination)
-        name, handles.file = _create_new(directory, destination.name, job_id)
+        name = _part_name(destination.name, job_id, draft, native.max_name(directory))
+        _remove_stray(directory, name, _uid(token))
+        handles.file = native.create_exclusive(directory, name)
         where, made = os.stat(directory), os.fstat(handles.file)
         uid = None if sys.platform == "win32" else made.st_uid
         parent = str(destination.parent)
-        record = PartRecord(parent, name, where.st_dev, where.st_ino, made.st_dev, made.st_ino, uid)
+        record = PartRecord(parent, name, where.st_dev, where.st_ino, made.st_dev, made.st_ino, uid, token.local.key)
         if not handles.publish(record):
             _unlink(directory, record)
         return record
@@ -550,12 +568,18 @@ def _make(handles: _Handles, destination: Path, job_id: UUID, guard: int | None)
         raise
 
 
-def _create_new(directory: Directory, name: str, job_id: UUID) -> tuple[str, int]:
-    longest = native.max_name(directory)
-    while True:
-        part_name = _part_name(name, job_id, longest)
-        with suppress(FileExistsError):  # once in 2**64, or somebody's guess
-            return part_name, native.create_exclusive(directory, part_name)
+def _remove_stray(directory: Directory, name: str, uid: int | None) -> bool:
+    """What a process left that died between making a part file and saying so: an empty file of this identity, with a name that only
+    the journal knew. Anything else of that name is somebody's and stays. Whether nothing has the name now."""
+    found = _find(directory, name)
+    if found is None:
+        return True
+    private = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_size == 0 and not found.st_mode & 0o022
+    if not private or uid not in (None, found.st_uid):
+        return False
+    with suppress(FileNotFoundError):
+        native.unlink_at(directory, name)
+    return True
 
 
 def _take_up(handles: _Handles, destination: Path, record: PartRecord, guard: int | None) -> bool:
@@ -611,6 +635,15 @@ def _unlink(directory: Directory, record: PartRecord) -> bool:
 def _discard(handles: _Handles) -> bool:
     assert handles.record is not None, "published before anybody can discard"
     return _unlink(handles.opened()[0], handles.record)
+
+
+def _discard_draft(handles: _Handles, destination: Path, job_id: UUID, draft: str, uid: int | None) -> bool:
+    handles.release()  # closed as soon as this thread leaves
+    try:
+        handles.directory = directory = _open(destination.parent)
+    except FileNotFoundError:
+        return True
+    return _remove_stray(directory, _part_name(destination.name, job_id, draft, native.max_name(directory)), uid)
 
 
 def _discard_recorded(handles: _Handles, record: PartRecord) -> bool:
@@ -929,22 +962,28 @@ class PartFile:
     # -- making and finding --
 
     @classmethod
-    async def create(cls, files: "TokenExecutor", destination: Path, job_id: UUID, *, allow_shared_directory: bool = False) -> "PartFile":
+    async def create(
+        cls, files: "TokenExecutor", destination: Path, job_id: UUID, *, draft: str | None = None, allow_shared_directory: bool = False
+    ) -> "PartFile":
         """Make a new, empty part file of mode 0600 beside the destination.
 
         Args:
             files: the threads of the token that shall own the file.
             destination: absolute path of the file to come.
             job_id: part of the name, for people who find it.
+            draft: part of the name, from `new_draft` and already journalled for this file; what a dead process left of that name is
+                removed first. None: a new one.
             allow_shared_directory: let a privileged token write where other users could swap the file (T15).
 
         Raises:
             LocalFileError: the directory is missing, not writable, or not fit for a privileged token; or the destination is a
-                directory, a device, a pipe or a socket. Nothing was made.
+                directory, a device, a pipe or a socket; or somebody's file has the part file's name (ERROR_FILE_EXISTS). Nothing was
+                made.
         """
         part = cls(files, destination, _Handles())
+        guard = _guarded(files.token, allow_shared_directory)
         try:
-            part.record = await part._run("create", _make, destination, job_id, _guarded(files.token, allow_shared_directory))
+            part.record = await part._run("create", _make, destination, job_id, draft or new_draft(), guard, files.token)
         except BaseException:
             await part._unmake()
             raise
@@ -958,12 +997,13 @@ class PartFile:
 
         Returns:
             None when directory or file are not exactly what was left (another inode, owner or kind, a second link, others may
-            write to it), or a lost thread of this process may still write to it: make a new one. Nothing was unlinked.
+            write to it), another identity made it, or a lost thread of this process may still write to it: make a new one. Nothing
+            was unlinked.
 
         Raises:
             LocalFileError: the directory cannot be opened, or is not fit for a privileged token (see `create`).
         """
-        if (record.device, record.inode) in _given_up:
+        if (record.device, record.inode) in _given_up or not record.was_made_by(files.token):
             return None
         part = cls(files, destination, _Handles())
         try:
@@ -1184,11 +1224,30 @@ async def discard_part(files: "TokenExecutor", destination: Path, record: PartRe
         True: nothing has its name any more. False: directory or file are not those of the record; nothing was touched.
 
     Raises:
+        LocalFileError: it cannot be looked for or deleted; or another identity made it, and nothing was touched.
+    """
+    if not record.was_made_by(files.token):
+        message, who = "another identity made the part file, and only that one deletes it", files.token.name
+        raise make_error(ErrorCode.E_ACCESSDENIED, ErrorContext.LOCAL_FILE, message, path=record.path, identity=who)
+    handles = _Handles()
+    try:
+        return await _run(files, handles, destination, "remove", _discard_recorded, record)
+    finally:
+        await _close(files, handles)
+
+
+async def discard_draft(files: "TokenExecutor", destination: Path, job_id: UUID, draft: str) -> bool:
+    """Delete the empty part file that a process may have left which died before it could journal more than `draft`.
+
+    Returns:
+        True: nothing has that name. False: somebody else's file has it, and was left alone.
+
+    Raises:
         LocalFileError: it cannot be looked for or deleted.
     """
     handles = _Handles()
     try:
-        return await _run(files, handles, destination, "remove", _discard_recorded, record)
+        return await _run(files, handles, destination, "remove", _discard_draft, destination, job_id, draft, _uid(files.token))
     finally:
         await _close(files, handles)
 

@@ -14,6 +14,7 @@ AuthScheme
 AuthTarget
 BitsError
 BitsManager
+Cancellation
 Completion
 ErrorCode
 ErrorContext

@@ -37,13 +37,14 @@ from ..errors import (
     show_text,
     show_url,
 )
-from ..files import PartFile, committed_length, discard_part
+from ..files import PartFile, PartRecord, committed_length, discard_draft, discard_part, new_draft
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
 from ..transport.lane import Party
 from ..transport.options import SecurityFlags
 from .certificates import CertificateJudge
 from .model import (
+    Cancellation,
     Change,
     Command,
     Completion,
@@ -93,6 +94,7 @@ class Entry:
     stopping: bool = False  # the attempt was told to stop; told again, it could not finish what it does to stop
     overdue: bool = False  # the attempt is stopped because the job has been transferring for too long
     paused_by: BitsError | None = None  # why the owner's token could not be had
+    restored: bool = False  # from the journal: a process that died may have left a part file that is not in it yet
     judge: CertificateJudge | None = None  # the application's own say about servers' certificates
     answers: dict[int, tuple[tuple[str, str], ...]] = field(default_factory=dict, repr=False)  # last response headers, by file
 
@@ -252,7 +254,7 @@ class Engine:
     async def _restore(self, stored: StoredJob, owner: Token | None, *, hold: bool) -> None:
         """After a restart: running jobs are queued again, and a job that needs a helper token has lost it (BG_E_TOKEN_REQUIRED)."""
         job = stored.job
-        entry = Entry(job, list(stored.files), list(stored.grants), owner=owner)
+        entry = Entry(job, list(stored.files), list(stored.grants), owner=owner, restored=True)
         self.entries[job.id] = entry
         if job.helper_flags is not HelperTokenFlags.NONE and not job.state.is_settled:
             error = TokenRequired("the helper token did not survive the restart", job_id=job.id)
@@ -480,7 +482,8 @@ class Engine:
 
     async def add(self, job: JobRecord, owner: Token, files: Sequence[FileRecord] = (), grants: Sequence[GrantRecord] = ()) -> Entry:
         """Put a new job into the journal."""
-        entry = Entry(job, list(files), list(grants), owner=owner)
+        files = [_drafted(file) for file in files]
+        entry = Entry(job, files, list(grants), owner=owner)
         await self.save(job, *files, *grants, then=partial(self._enter, entry))
         return entry
 
@@ -490,7 +493,7 @@ class Engine:
 
     async def add_files(self, entry: Entry, files: Sequence[FileRecord]) -> None:
         """Append files in one transaction."""
-        await self.change(entry, files=files)
+        await self.change(entry, files=[_drafted(file) for file in files])
 
     async def rename(self, entry: Entry, urls: Mapping[int, str]) -> None:
         """Other URLs for files, by index; an attempt that uses the old ones ends. What was fetched is kept."""
@@ -505,6 +508,9 @@ class Engine:
     async def refuse_content(self, entry: Entry, index: int) -> None:
         """The application found a finished file to be wrong: its bytes are dropped, and the job fails (BG_E_VALIDATION_FAILED)."""
         await self.halt(entry)
+        await finish(self._refuse_content(entry, index))
+
+    async def _refuse_content(self, entry: Entry, index: int) -> None:
         job, file = entry.job, entry.files[index]
         left = await self._discard_parts(entry, [file])
         dropped = replace(
@@ -557,13 +563,16 @@ class Engine:
         except InvalidState as error:
             raise error.located(job_id=entry.job.id) from None
 
-    async def cancel(self, entry: Entry) -> None:
-        """The job leaves the queue; its part files are gone."""
+    async def cancel(self, entry: Entry) -> Cancellation:
+        """The job leaves the queue; its part files are gone. Cancelled itself, it is finished first."""
         async with self.command(entry):
             await self.halt(entry)
-            state = advance(entry.job.state, Command.CANCEL)
-            await self._discard_parts(entry, [file for file in entry.files if not file.committed])
-            await self._leave(entry, state)
+            return await finish(self._cancel(entry, advance(entry.job.state, Command.CANCEL)))
+
+    async def _cancel(self, entry: Entry, state: JobState) -> Cancellation:
+        left = await self._discard_parts(entry, [file for file in entry.files if not file.committed])
+        await self._leave(entry, state)
+        return Cancellation(tuple(left))
 
     async def complete(self, entry: Entry, *, partial: bool) -> Completion:
         """Rename finished part files to their destinations; the job leaves the queue.
@@ -595,8 +604,9 @@ class Engine:
             part = await PartFile.reopen(files, file.path, file.part)
             if part is None:
                 if await committed_length(files, file.path, file.part) != file.size:
-                    await self.change(entry, files=[replace(file, transferred=False, part=None, slices=(), validator=None)])
-                    message = "the part file was changed or removed; resume fetches the file anew"
+                    # the record stays: if the file is another identity's, the next attempt still has to remove it
+                    await self.change(entry, files=[_uncounted(file)])
+                    message = "the part file was changed or removed, or another identity made it; resume fetches the file anew"
                     code = ErrorCode.BG_E_LOCAL_FILE_CHANGED
                     raise make_error(code, ErrorContext.LOCAL_FILE, message, path=file.path, identity=token.name, job_id=entry.job.id)
             else:
@@ -608,15 +618,17 @@ class Engine:
         await self.change(entry, files=[replace(file, committed=True, validated=True)])
 
     async def _discard_parts(self, entry: Entry, files: Sequence[FileRecord]) -> list[Path]:
-        """Delete part files as the token that acts on local files; without it they stay, and are named (BG_S_UNABLE_TO_DELETE_FILES)."""
+        """Delete part files as the token that made them; without it they stay, and are named (BG_S_UNABLE_TO_DELETE_FILES)."""
+        await self._uncount(entry, [file for file in files if file.transferred and file.part])
         left_behind: list[Path] = []
         for file in files:
+            if entry.restored and entry.job.resumed:
+                await self._discard_draft(entry, file)
             if file.part is None:
                 continue
-            left = Path(file.part.directory, file.part.name)
+            left = file.part.path
             try:
-                token = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
-                with self.executors.lease(token, "files") as executor:
+                with self.executors.lease(self._maker(entry, file.part), "files") as executor:
                     gone = await discard_part(executor, file.path, file.part)
             except BitsError as error:
                 log.warning("job %s: BG_S_UNABLE_TO_DELETE_FILES %s: %s", entry.job.id, left, error)
@@ -626,6 +638,31 @@ class Engine:
                     log.warning("job %s: %s is not the job's part file any more and was left alone", entry.job.id, left)
         return left_behind
 
+    async def _uncount(self, entry: Entry, files: Sequence[FileRecord]) -> None:
+        """Before finished bytes are deleted the journal stops counting on them: of a process that dies in between it keeps a job that can
+        be resumed or cancelled again, not a TRANSFERRED one without files. In memory the command that does it says what becomes of it."""
+        if not files:
+            return
+        async with entry.changing:
+            state = JobState.SUSPENDED if entry.job.state is JobState.TRANSFERRED else entry.job.state
+            await self.save(replace(entry.job, state=state), *(_uncounted(file) for file in files))
+
+    def _maker(self, entry: Entry, part: PartRecord) -> Token:
+        """The token that made the part file (T17); if the job has it no more, the one that acts on local files, to say so."""
+        tokens = (entry.owner, entry.helper)
+        made = next((token for token in tokens if token is not None and part.was_made_by(token)), None)
+        return made or entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
+
+    async def _discard_draft(self, entry: Entry, file: FileRecord) -> None:
+        if not file.draft:
+            return
+        try:
+            token = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
+            with self.executors.lease(token, "files") as executor:
+                await discard_draft(executor, file.path, entry.job.id, file.draft)
+        except BitsError as error:
+            log.info("job %s: no look for what a process that died may have left beside %s: %s", entry.job.id, file.path, error)
+
     async def take_over(self, entry: Entry, key: OwnerKey, owner: Token) -> Entry:
         """Another owner; what the old one entrusted to the job is dropped (BITS: TakeOwnership).
 
@@ -633,6 +670,9 @@ class Engine:
         lead to. Else he would add files that the new owner writes.
         """
         await self.drop_lanes(entry, entry.owner, entry.helper)
+        return await finish(self._take_over(entry, key, owner))
+
+    async def _take_over(self, entry: Entry, key: OwnerKey, owner: Token) -> Entry:
         await self._discard_parts(entry, [file for file in entry.files if not file.committed])
         async with entry.changing:
             # the new owner looks at what the old one chose (destinations, proxy), and then resumes it or not
@@ -872,6 +912,16 @@ class Engine:
     def jobs(self) -> Iterator[Entry]:
         """Every job in the queue."""
         yield from list(self.entries.values())
+
+
+def _drafted(file: FileRecord) -> FileRecord:
+    """With a name for its part file, which the journal then knows before the file is made."""
+    return replace(file, draft=file.draft or new_draft())
+
+
+def _uncounted(file: FileRecord) -> FileRecord:
+    """Nothing of it counts as fetched; its part file is still known, to be removed."""
+    return replace(file, transferred=False, validated=False, slices=(), validator=None, boot_id=None)
 
 
 def _renamed(file: FileRecord, url: str) -> FileRecord:

@@ -47,6 +47,7 @@ from .door import Door
 from .engine import Engine, Entry
 from .model import (
     RETRY_DELAY_FLOOR,
+    Cancellation,
     Completion,
     FileProgress,
     FileRecord,
@@ -820,9 +821,13 @@ class Job:
         """
         await self._desk.ready().suspend(self._entry)
 
-    async def cancel(self) -> None:
-        """The job leaves the queue; its part files are gone when it returns (finished ones too, unless completed before)."""
-        await self._desk.ready().cancel(self._entry)
+    async def cancel(self) -> Cancellation:
+        """The job leaves the queue; its part files are gone when it returns (finished ones too, unless completed before).
+
+        `Cancellation.code` says whether they are: a part file is deleted by the identity that made it and by no other
+        (BG_S_UNABLE_TO_DELETE_FILES; `left_behind` names it).
+        """
+        return await self._desk.ready().cancel(self._entry)
 
     async def complete(self, *, partial: bool = False) -> Completion:
         """Put the files in their places, in one rename each; the job leaves the queue. Returns the paths.

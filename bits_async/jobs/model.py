@@ -163,6 +163,22 @@ class JobTimes:
     transfer_completion_time: datetime | None
 
 
+@dataclass(frozen=True, slots=True)
+class Cancellation:
+    """What `Job.cancel()` left.
+
+    Attributes:
+        left_behind: part files that could not be deleted, because the identity that made them is gone or may not.
+    """
+
+    left_behind: tuple[Path, ...] = ()
+
+    @property
+    def code(self) -> ErrorCode:
+        """S_OK, or BG_S_UNABLE_TO_DELETE_FILES."""
+        return ErrorCode.BG_S_UNABLE_TO_DELETE_FILES if self.left_behind else ErrorCode.S_OK
+
+
 @final
 class Completion(tuple[Path, ...]):
     """What `Job.complete()` did: the files that stand at their destinations now, in the order in which they were added.
@@ -369,6 +385,7 @@ class FileRecord:
     position: int = 0  # on demand: where to begin with what is wanted
     validator: Validator | None = None
     part: "PartRecord | None" = None
+    draft: str = ""  # of the next part file's name: journalled before it is made, so that a crash leaves no stray; "": none yet
     slices: tuple[Slice, ...] = ()
     boot_id: str | None = None  # of the boot in which the part file was last written
     restarts: int = 0

@@ -229,6 +229,8 @@ SCHEMA: Final = (
     CREATE INDEX jobs_by_change ON jobs (modified);
     CREATE INDEX jobs_with_helper ON jobs (state) WHERE helper_flags <> 0;
     CREATE INDEX files_by_path ON files (path);
+    ALTER TABLE files ADD COLUMN part_maker TEXT;                   -- a local user; NULL: not known
+    ALTER TABLE files ADD COLUMN part_draft TEXT NOT NULL DEFAULT '';  -- of the name of the part file that is made next
     """,
 )
 """`SCHEMA[n]` takes a journal from version n to n + 1. Entries that were released are never edited."""
@@ -1096,6 +1098,8 @@ class _Writer:
             part_device=part and str(part.device),
             part_inode=part and str(part.inode),
             part_uid=part and part.uid,
+            part_maker=part and part.maker,
+            part_draft=file.draft,
             boot_id=file.boot_id,
             restarts=file.restarts,
             transferred=file.transferred,
@@ -1261,6 +1265,7 @@ class _Reader:
             ranges=tuple(FileRange(int(each["start"]), _maybe_int(each["length"])) for each in ranges),
             validator=_validator(row),
             part=_part(row),
+            draft=_text_out(row["part_draft"]),
             slices=tuple(_slice(piece) for piece in slices),
             boot_id=row["boot_id"],
             restarts=row["restarts"],
@@ -1420,4 +1425,5 @@ def _part(row: Row) -> PartRecord | None:
         device=int(row["part_device"]),
         inode=int(row["part_inode"]),
         uid=_maybe_int(row["part_uid"]),
+        maker=_maybe_text(row["part_maker"]),
     )

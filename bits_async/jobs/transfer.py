@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from ..clock import Clock
-from ..errors import BitsError, ErrorCode, ErrorContext, NetworkError, ValidationFailed, make_error, show_url
-from ..files import PartFile
+from ..errors import BitsError, ErrorCode, ErrorContext, LocalFileError, NetworkError, ValidationFailed, make_error, show_url
+from ..files import PartFile, discard_part, new_draft
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
 from ..transport.answers import MAX_URL, AlreadyComplete, Asked, FileChanged, Redirected
@@ -206,11 +206,39 @@ class Attempt:
             part = await PartFile.reopen(files, record.path, record.part)
             if part is None:
                 self._recorder.restarted(record.index, "the part file is not as it was left", changed=True)
+                await self._clear_away(record, files.token)
         fresh = part is None
         if part is None:
-            record = replace(record, part=None, slices=(), validator=None)
-            part = await PartFile.create(files, record.path, record.job_id)
+            record, part = await self._create(replace(record, part=None, slices=(), validator=None), files)
         return _Download(record, part, Slice(0, None, 0, 0), None, self._shop.clock.monotonic(), fresh)
+
+    async def _create(self, record: FileRecord, files: TokenExecutor) -> tuple[FileRecord, PartFile]:
+        """A new part file. The journal knows its name before it exists: a process that dies then leaves nothing that nobody knows of."""
+        if not record.draft:
+            record = await self._drafted(record)
+        try:
+            return record, await PartFile.create(files, record.path, record.job_id, draft=record.draft)
+        except LocalFileError as error:
+            if error.code != ErrorCode.ERROR_FILE_EXISTS:
+                raise
+        record = await self._drafted(record)  # somebody has put something there
+        return record, await PartFile.create(files, record.path, record.job_id, draft=record.draft)
+
+    async def _drafted(self, record: FileRecord) -> FileRecord:
+        record = replace(record, draft=new_draft())
+        await self._recorder.keep(record)
+        return record
+
+    async def _clear_away(self, record: FileRecord, acting: Token) -> None:
+        """The part file of another identity, which acted here before flags or tokens were changed, is removed by that identity (T17)."""
+        part = record.part
+        for token in (self._pair.owner, self._pair.helper):
+            if token is not None and part is not None and part.was_made_by(token) and not part.was_made_by(acting):
+                with self._shop.executors.lease(token, "files") as files:
+                    try:
+                        await discard_part(files, record.path, part)
+                    except BitsError as error:
+                        log.warning("job %s: the part file %s stays: %s", record.job_id, part.path, error)
 
     async def _begin(self, download: _Download) -> None:
         """Find out where to go on. The journal knows of the part file, and in which boot it is written, before anything is asked for."""
@@ -460,10 +488,12 @@ class Attempt:
         download.checkpoint_from = position
 
     async def _keep(self, download: _Download, *, transferred: bool = False) -> None:
+        record, part = download.record, download.part.record
         download.record = replace(
-            download.record,
+            record,
             validator=download.validator,
-            part=download.part.record,
+            part=part,
+            draft=record.draft if record.part == part else new_draft(),  # each name is used once
             slices=download.slices,
             boot_id=self._shop.boot_id,
             transferred=transferred,

@@ -42,7 +42,9 @@ async def test_a_new_part_file_is_private_and_beside_its_destination(part: PartF
     assert (stat.S_IMODE(found.st_mode), found.st_size, found.st_uid) == (0o600, 0, os.geteuid())
     where = tmp_path.stat()
     record = part.record
-    assert record == PartRecord(str(tmp_path), part.path.name, where.st_dev, where.st_ino, found.st_dev, found.st_ino, os.geteuid())
+    uid = os.geteuid()
+    inodes = (where.st_dev, where.st_ino, found.st_dev, found.st_ino)
+    assert record == PartRecord(str(tmp_path), part.path.name, *inodes, uid, f"uid:{uid}")
     assert record.path == part.path
     assert not (tmp_path / "file.iso").exists()
 

@@ -131,6 +131,21 @@ async def test_t17_nobody_else_deletes_a_part_file(alice: TokenExecutor, bob: To
     assert await discard_part(alice, home / "file", part.record)
 
 
+async def test_t17_not_even_root_deletes_or_goes_on_with_the_part_file_of_a_user(
+    alice: TokenExecutor, files: TokenExecutor, users: Users, world_dir: Path
+) -> None:
+    user = users["bitsalice"]
+    home = make_directory(world_dir / "home", 0o755, user.uid, user.gid)
+    part = await PartFile.create(alice, home / "file", JOB)
+    await part.close()
+    with pytest.raises(LocalFileError) as caught:
+        await discard_part(files, home / "file", part.record)
+    assert caught.value.code == ErrorCode.E_ACCESSDENIED
+    assert await PartFile.reopen(files, home / "file", part.record, allow_shared_directory=True) is None
+    assert part.path.exists()
+    assert await discard_part(alice, home / "file", part.record)
+
+
 # -- T15: a privileged token where others could swap the file ------------------------------------------------------------------
 
 

@@ -681,6 +681,55 @@ async def test_t17_part_files_that_cannot_be_deleted_are_named_and_not_deleted_a
     assert job.state is JobState.ACKNOWLEDGED
 
 
+async def with_helper(job: bits.Job) -> bits.TokenOptions:
+    """The job's files are made by another identity than its owner."""
+    options = await job.token_options()
+    with bits.impersonate(fake_token("helper")):
+        await options.set_helper_token()
+    await options.set_helper_token_flags(bits.HelperTokenFlags.LOCAL_FILE)
+    return options
+
+
+async def test_t17_a_cancel_names_the_part_files_that_it_could_not_delete(network, manager, job, out):
+    await job.add_file(URL, out / "f")
+    options = await with_helper(job)
+    await stopped_at(network, job, 100_000, 90_000)
+    await options.clear_helper_token()
+    await options.set_helper_token_flags(bits.HelperTokenFlags.NONE)  # now the owner would act, and may: it is not asked to
+    done = await job.cancel()
+    (left,) = out.iterdir()
+    assert (done.code, done.left_behind) == (ErrorCode.BG_S_UNABLE_TO_DELETE_FILES, (left,))
+    assert job.state is JobState.CANCELLED
+
+
+async def test_a_cancel_that_left_nothing_is_ok(network, job, out):
+    await job.add_file(URL, out / "f")
+    await stopped_at(network, job, 100_000, 90_000)
+    done = await job.cancel()
+    assert (done.code, done.left_behind, os.listdir(out)) == (ErrorCode.S_OK, (), [])
+
+
+@pytest.mark.parametrize("finished_before", [False, True], ids=["under way", "finished"])
+async def test_t15_a_part_file_of_another_identity_is_not_gone_on_with_and_none_is_left(network, job, out, finished_before):
+    """The helper made it and may still have it open; from now on the owner acts on files."""
+    await job.add_file(URL, out / "f")
+    options = await with_helper(job)
+    if finished_before:
+        await job.resume()
+        await job.wait()
+        await options.set_helper_token_flags(bits.HelperTokenFlags.NONE)
+        with pytest.raises(bits.LocalFileError) as caught:
+            await job.complete()
+        assert caught.value.code == ErrorCode.BG_E_LOCAL_FILE_CHANGED
+    else:
+        await stopped_at(network, job, 100_000, 90_000)
+        await options.set_helper_token_flags(bits.HelperTokenFlags.NONE)
+    network.requests.clear()
+    await job.resume()
+    assert await finished(job) == BODY
+    assert asked(network)[0][0] == 0
+
+
 # -- on demand ------------------------------------------------------------------------------------------------------------------------
 
 

@@ -25,8 +25,8 @@ def start(url: str, path: Path, **more: Any) -> "subprocess.Popen[str]":
 
     Args:
         url, path: what is downloaded.
-        more: sha256, store, queue (true: a job of a `BitsManager`, left TRANSFERRED), checkpoint (bytes), die, slowly (seconds that each
-            write to the file takes more).
+        more: sha256, store, queue (true: a job of a `BitsManager`, left TRANSFERRED), cancel (true: which is then cancelled),
+            checkpoint (bytes), die, slowly (seconds that each write to the file takes more).
     """
     order = json.dumps({"url": url, "path": str(path), **more})
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -117,6 +117,8 @@ async def _queue(order: dict[str, Any]) -> None:
         await job.add_file(order["url"], order["path"], sha256=order.get("sha256"))
         await job.resume()
         await job.wait()
+        if order.get("cancel"):
+            await job.cancel()
 
 
 async def _download(order: dict[str, Any]) -> None:

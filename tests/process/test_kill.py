@@ -288,14 +288,48 @@ async def test_killed_at_any_point_the_next_run_has_the_file_and_leaves_nothing_
 
 
 @pytest.mark.parametrize("point", ["after create_exclusive 1", "before save 4"])
-async def test_killed_when_the_part_file_was_just_made_an_empty_file_is_all_that_can_be_left(scene, small, point):
-    """No journal can know of a file before it exists."""
+async def test_killed_when_the_part_file_was_just_made_nothing_of_it_is_left_after_the_next_run(scene, small, point):
+    """The journal knows the name of a part file before the file exists."""
     scene.serve(small)
     await scene.dead(scene.start(die=point))
     (orphan,) = scene.left
     assert (scene.out / orphan).stat().st_size == 0
     await bits.download(scene.url, scene.path)
-    assert scene.left == sorted([orphan, "file"])
+    scene.check()
+
+
+@pytest.mark.parametrize("point", ["after create_exclusive 1", "before save 4"])
+async def test_killed_when_the_part_file_was_just_made_a_cancel_in_the_next_run_leaves_nothing(scene, small, point):
+    scene.serve(small)
+    await scene.dead(scene.start(die=point, store=str(scene.store)))
+    assert len(scene.left) == 1
+    async with bits.BitsManager(store=scene.store, run=False) as manager:
+        (job,) = [each async for each in manager.enum_jobs()]
+        await job.cancel()
+    assert scene.left == []
+
+
+@pytest.mark.parametrize("point", ["before unlink_at 1", "after unlink_at 1"])
+async def test_a_finished_job_whose_cancel_was_killed_can_be_cancelled_or_resumed_and_is_not_called_finished(scene, small, point):
+    scene.serve(small)
+    await scene.dead(scene.start(die=point, store=str(scene.store), queue=True, cancel=True))
+    async with bits.BitsManager(store=scene.store) as manager:
+        (job,) = [each async for each in manager.enum_jobs()]
+        assert (job.state, job.progress.files_transferred) == (bits.JobState.SUSPENDED, 0)
+        await job.resume()
+        await job.wait()
+        await job.complete()
+    scene.check()
+
+
+async def test_a_file_of_somebody_else_with_the_name_of_the_next_part_file_is_left_alone(scene, small):
+    scene.serve(small)
+    await scene.dead(scene.start(die="after create_exclusive 1", store=str(scene.store)))
+    (planted,) = scene.left
+    (scene.out / planted).write_bytes(b"theirs")
+    await bits.download(scene.url, scene.path, store=scene.store)
+    assert scene.left == sorted([planted, "file"])
+    assert (scene.out / planted).read_bytes() == b"theirs"
     assert scene.path.read_bytes() == small
 
 
