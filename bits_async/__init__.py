@@ -43,6 +43,7 @@ The map of the package; imports point from a lower line to a higher one only:
       policies.py       bandwidth schedules, cost, group policy (TOML)
       scheduler.py      who runs next, and when a failed job tries again
       certificates.py   the application's own say about servers' certificates
+      conditions.py     what must be so for a job to run: the network, its price, the administrator
       transfer.py       one attempt at one job: the only place where a lane meets a file
       notify.py         what happened: events and the streams that carry them
       engine.py         the jobs in memory, commands on them, the loop that starts and ends attempts

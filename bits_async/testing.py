@@ -28,6 +28,7 @@ from .identity.tokens import LocalIdentity, Token
 from .jobs.manager import Seams, seams
 from .transport.answers import Accept, AlreadyComplete, Answer, Asked, Complete, FileChanged, HeaderFields, Refuse, Restart, judge
 from .transport.lane import Body, Party
+from .transport.network import Connectivity
 from .transport.ranges import Detached, Validator
 
 PIECE: Final = 64 << 10
@@ -175,7 +176,7 @@ class FakeNetwork:
         self._undo: Undo[Seams | None] | None = None
 
     def __enter__(self) -> Self:
-        self._undo = seams.set(Seams(self, self.clock))
+        self._undo = seams.set(Seams(self, self.clock, self._watch))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
@@ -215,13 +216,17 @@ class FakeNetwork:
         self._failures.append(_Failure(url, times, error or NetworkError("the fake connection broke", transient=True)))
 
     def disconnect(self) -> None:
-        """No server can be reached (BG_E_NETWORK_DISCONNECTED) until `reconnect()`."""
+        """The network is lost: jobs wait for it (BG_E_NETWORK_DISCONNECTED) until `reconnect()`. Their managers notice at once."""
         self._connected = False
         self._tell()
 
     def reconnect(self) -> None:
-        """Servers can be reached again."""
+        """The network is back, and every server can be reached again."""
         self._connected = True
+        self._tell()
+
+    def _watch(self) -> Connectivity:
+        return _FakeConnectivity(self)
 
     def pause(self, *, after: int = 0) -> None:
         """Let every server fall silent until `resume()`: no answer to a request, or, with `after`, so many bytes of a body and no more."""
@@ -289,6 +294,33 @@ class FakeNetwork:
 
     async def aclose(self) -> None:
         """Nothing is kept between requests."""
+
+
+class _FakeConnectivity:
+    """What `transport.network` tells one manager: here nobody polls, and nothing has to settle."""
+
+    def __init__(self, network: FakeNetwork) -> None:
+        self._network = network
+        self._told = True
+
+    @property
+    def connected(self) -> bool:
+        return self._network._connected
+
+    async def changed(self) -> bool:
+        while self._told == self.connected:
+            await self._network._news.wait()
+        self._told = self.connected
+        return self._told
+
+    async def reaches(self, host: str) -> bool:
+        return self.connected
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        """Nothing is held."""
 
 
 def _answer(asked: Asked, served: _Served) -> Answer:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from ..auth.policy import Origin
@@ -31,6 +31,7 @@ from ..errors import (
     ImpersonationFailed,
     InvalidState,
     ManagerClosed,
+    NetworkError,
     TokenRequired,
     code_name,
     make_error,
@@ -43,6 +44,7 @@ from ..identity.tokens import HelperTokenFlags, Token, TokenPair
 from ..transport.lane import Party
 from ..transport.options import SecurityFlags
 from .certificates import CertificateJudge
+from .conditions import Conditions, Hindrance, network_lost
 from .model import (
     Cancellation,
     Change,
@@ -93,6 +95,7 @@ class Entry:
     touched: datetime | None = None  # when bytes last arrived; with the job's own time of change: its last activity
     stopping: bool = False  # the attempt was told to stop; told again, it could not finish what it does to stop
     overdue: bool = False  # the attempt is stopped because the job has been transferring for too long
+    hindrance: Hindrance | None = None  # the attempt is stopped because of it
     paused_by: BitsError | None = None  # why the owner's token could not be had
     restored: bool = False  # from the journal: a process that died may have left a part file that is not in it yet
     judge: CertificateJudge | None = None  # the application's own say about servers' certificates
@@ -122,6 +125,12 @@ class Entry:
         total = None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)
         done = sum(1 for file in self.files if file.transferred)
         return JobProgress(total, sum(self.positions.get(file.index, 0) for file in self.files), len(self.files), done)
+
+    @property
+    def next_url(self) -> str | None:
+        """What is to be fetched next; None: nothing."""
+        wanted = (file for file in self.files if (file.outstanding if self.job.on_demand_mode else not file.transferred))
+        return next((file.url for file in wanted), None)
 
     @property
     def satisfied(self) -> bool:
@@ -195,6 +204,7 @@ class Engine:
         store: the open journal; closed by its owner after `stop`.
         shop: what attempts work with.
         limits: how much may run at once.
+        conditions: what must be so for a job to run; opened and closed here, if `run`.
         run: False: jobs can be edited, nothing is transferred.
         party: the network side of a job's file, for the token that acts there and its security threads.
         find_owner: asks for the token of a job whose owner has none in this process; None: not to be had now.
@@ -206,6 +216,7 @@ class Engine:
         store: Store,
         shop: Workshop,
         limits: Limits,
+        conditions: Conditions,
         run: bool,
         party: Callable[[Entry, Token, TokenExecutor, int], Awaitable[Party]],
         find_owner: Callable[[Entry], Awaitable[Token | None]],
@@ -218,6 +229,7 @@ class Engine:
         self._store = store
         self._shop = shop
         self._limits = limits
+        self._conditions = conditions
         self._run = run
         self._party = party
         self._find_owner = find_owner
@@ -249,6 +261,7 @@ class Engine:
         for stored in await self._store.load():
             await self._restore(stored, await adopt(stored), hold=hold)
         if self._run:
+            await self._conditions.open(self._wake.set, self._network_back)
             self._loop_task = self.task(self._loop(), "bits-engine")
 
     async def _restore(self, stored: StoredJob, owner: Token | None, *, hold: bool) -> None:
@@ -298,6 +311,7 @@ class Engine:
             for each in late:
                 log.warning("an attempt or a command did not end within %.1f s", grace)
                 each.cancel()
+        await self._conditions.aclose()
         self._stopped = True
         for stream in list(self._streams):
             stream.finish(self.failure)
@@ -421,6 +435,8 @@ class Engine:
         """Why nothing moves."""
         job = entry.job
         if job.state is JobState.TRANSIENT_ERROR:
+            if (reason := _awaited(job)) is not None:
+                return Waiting(reason)
             return Waiting(WaitingReason.RETRY, job.retry_at, f"{job.retry_number}: {_short(job.error)}")
         if job.state is JobState.SUSPENDED:
             return Waiting(WaitingReason.SUSPENDED)
@@ -716,6 +732,8 @@ class Engine:
                 began = self.clock.monotonic()
                 await self._retry_due()
                 await self._expire()
+                await self._let_go()
+                await self._hold_up()
                 self._search_owners()
                 self._schedule()
                 await self._sleep_until_woken(self._next_deadline(began))
@@ -746,6 +764,36 @@ class Engine:
                 entry.retry_due = None
                 await self.change(entry, state=advance(entry.job.state, Outcome.RETRY_DUE), retry_at=None)
 
+    def _network_back(self) -> None:
+        """A network came (back): whatever a job waits for, it may be better now (BITS: "Life Cycle of a BITS Job")."""
+        now = self.clock.monotonic()
+        for entry in self.entries.values():
+            if entry.job.state is JobState.TRANSIENT_ERROR and _awaited(entry.job) is None:
+                entry.retry_due = now
+
+    async def _let_go(self) -> None:
+        """Queue the jobs again whose hindrance has ended."""
+        for entry in list(self.entries.values()):
+            if entry.job.state is JobState.TRANSIENT_ERROR and _awaited(entry.job) is not None and not entry.held:
+                url = entry.next_url
+                if url is None or self._conditions.in_reach(entry.job.proxy, url):
+                    await self.change(entry, state=advance(entry.job.state, Outcome.NETWORK_BACK))
+
+    async def _hold_up(self) -> None:
+        """Interrupt the jobs that cannot run now, those that only wait for their turn too (BITS: TRANSIENT_ERROR)."""
+        for entry in list(self.entries.values()):
+            idle = entry.job.state is JobState.QUEUED and not entry.held and entry.supervisor is None
+            if not idle and (entry.work is None or entry.stopping):
+                continue
+            hindrance = self._conditions.hindrance(entry.job, entry.next_url)
+            if hindrance is None:
+                continue
+            if idle:
+                await self._put_off(entry, hindrance.error, entry.job.active, untimed=True)
+            else:
+                entry.hindrance = hindrance
+                entry.stop()
+
     async def _expire(self) -> None:
         """End attempts that have had their time (MaximumDownloadTime), and cancel jobs that nobody has touched for too long."""
         now, limit = self.clock.monotonic(), self._limits.job_inactivity_timeout
@@ -753,6 +801,9 @@ class Engine:
             if entry.work is not None and now >= self._download_deadline(entry):
                 entry.overdue = True
                 entry.stop()
+            elif (deadline := self._progress_deadline(entry)) is not None and now >= deadline and not entry.held:
+                assert entry.job.error is not None
+                await self._give_up(entry, _no_progress(entry.job.error, entry.job.no_progress_timeout), entry.job.active)
             elif limit is None or entry.held or entry.job.state.is_active or entry.job.state.is_final:  # final since the last await
                 continue
             elif self._idle(entry) >= limit:
@@ -761,6 +812,13 @@ class Engine:
 
     def _download_deadline(self, entry: Entry) -> float:
         return entry.started + max(0.0, entry.job.maximum_download_time - entry.job.active)
+
+    def _progress_deadline(self, entry: Entry) -> float | None:
+        """When a job that waits for an event has waited too long; None: it does not, or may for ever."""
+        job, since = entry.job, entry.failing_since
+        if job.state is not JobState.TRANSIENT_ERROR or _awaited(job) is None or since is None or not job.no_progress_timeout:
+            return None  # without a timeout the next error is fatal; this one was not
+        return since + job.no_progress_timeout
 
     def _idle(self, entry: Entry) -> float:
         last = entry.job.modified if entry.touched is None else max(entry.job.modified, entry.touched)
@@ -771,6 +829,7 @@ class Engine:
         now = self.clock.monotonic()
         due = [entry.retry_due for entry in self.entries.values() if entry.retry_due is not None]
         due += [self._download_deadline(entry) for entry in self.entries.values() if entry.work is not None]
+        due += [moment for entry in self.entries.values() if (moment := self._progress_deadline(entry)) is not None]
         limit = self._limits.job_inactivity_timeout
         if limit is not None:
             due += [now + limit - self._idle(entry) for entry in self.entries.values()]
@@ -826,6 +885,7 @@ class Engine:
         entry.turn = self._turns
         entry.started = self.clock.monotonic()
         entry.stopping = entry.overdue = False
+        entry.hindrance = None
         self.move_in_memory(entry, Outcome.PICKED)
         entry.work = self.task(self._work(entry), f"bits-attempt-{entry.job.id}")
         entry.supervisor = self.task(self._supervise(entry, entry.work), f"bits-supervisor-{entry.job.id}")
@@ -861,6 +921,8 @@ class Engine:
             message = f"the job has been transferring for {entry.job.maximum_download_time:g} s"
             error = make_error(ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=entry.job.id)
             await self._failed(entry, error, active)
+        elif work.cancelled() and entry.hindrance is not None:
+            await self._failed(entry, entry.hindrance.error, active)
         elif entry.satisfied and not work.cancelled():
             state = advance(entry.job.state, Outcome.RANGES_DONE)
             await self.change(entry, state=state, active=active, error=None, retry_number=0, stalled=0.0)
@@ -875,30 +937,49 @@ class Engine:
         return make_error(ErrorCode.E_FAIL, ErrorContext.UNKNOWN, message, job_id=entry.job.id)
 
     async def _failed(self, entry: Entry, error: BitsError, active: float) -> None:
-        job, now = entry.job, self.clock.monotonic()
-        count = job.error_count + 1
+        job = entry.job
         if error.transient and not job.http.plain:
             error.transient = False  # only the application knows whether such a request may be made twice
             error.advice = f"resume the job if its {job.http.method} may be made again"
+        if error.transient and entry.hindrance is None and isinstance(error, NetworkError):
+            error = await self._lost(entry, error)
+        await self._put_off(entry, error, active, untimed=entry.hindrance is not None)
+
+    async def _lost(self, entry: Entry, error: BitsError) -> BitsError:
+        """BG_E_NETWORK_DISCONNECTED in the place of an error that shows only that the host is out of reach."""
+        url = error.url or entry.next_url
+        if url is None or await self._conditions.reaches(entry.job.proxy, url):
+            return error
+        lost = network_lost(url).located(job_id=entry.job.id, identity=error.identity)
+        lost.__cause__ = error
+        entry.hindrance = Hindrance(WaitingReason.NETWORK, lost)
+        return lost
+
+    async def _put_off(self, entry: Entry, error: BitsError, active: float, *, untimed: bool) -> None:
+        """An error: the next attempt is after a while, or, `untimed`, when what hinders the job has ended; or there is none."""
+        job, now = entry.job, self.clock.monotonic()
         if error.transient and entry.failing_since is None:
             entry.failing_since = now
         stalled = 0.0 if entry.failing_since is None else now - entry.failing_since
-        delay = retry_delay(job.minimum_retry_delay, error)
-        if may_retry(error, stalled=stalled, delay=delay, no_progress_timeout=job.no_progress_timeout):
-            number = 1 if stalled == 0.0 else job.retry_number + 1
-            entry.retry_due = now + delay
-            until: datetime = self.clock.now() + timedelta(seconds=delay)
-            state = advance(job.state, Outcome.FAILED_FOR_NOW)
-            log.warning("%s; next attempt in %g s", error.located(job_id=job.id), delay)
-            fields: dict[str, Any] = {"retry_number": number, "retry_at": until, "stalled": stalled}
-            await self.change(entry, state=state, error=error, error_count=count, active=active, **fields)
+        delay = 0.0 if untimed else retry_delay(job.minimum_retry_delay, error)
+        if not may_retry(error, stalled=stalled, delay=delay, no_progress_timeout=job.no_progress_timeout):
+            if error.transient and job.no_progress_timeout > 0:
+                error = _no_progress(error, job.no_progress_timeout)
+            await self._give_up(entry, error, active)
             return
-        if error.transient and job.no_progress_timeout > 0:
-            error = _no_progress(error, job.no_progress_timeout)
+        entry.retry_due = None if untimed else now + delay
+        until = None if untimed else self.clock.now() + timedelta(seconds=delay)
+        log.warning("%s; %s", error.located(job_id=job.id), "the job waits" if untimed else f"next attempt in {delay:g} s")
+        fields: dict[str, Any] = {"retry_number": 1 if stalled == 0.0 else job.retry_number + 1, "retry_at": until, "stalled": stalled}
+        state = advance(job.state, Outcome.FAILED_FOR_NOW)
+        await self.change(entry, state=state, error=error, error_count=job.error_count + 1, active=active, **fields)
+
+    async def _give_up(self, entry: Entry, error: BitsError, active: float) -> None:
+        job = entry.job
         entry.retry_due = entry.failing_since = None
-        fields = {"retry_at": None, "stalled": 0.0, "active": active}
+        fields: dict[str, Any] = {"error_count": job.error_count + 1, "retry_at": None, "stalled": 0.0, "active": active}
         log.info("%s", error.located(job_id=job.id))
-        await self.change(entry, state=advance(job.state, Outcome.FAILED), error=error, error_count=count, **fields)
+        await self.change(entry, state=advance(job.state, Outcome.FAILED), error=error, **fields)
 
     # -- tokens -----------------------------------------------------------------------------------------------------------------------
 
@@ -930,6 +1011,14 @@ def _renamed(file: FileRecord, url: str) -> FileRecord:
     if validator is not None and not file.transferred and file.url.partition("?")[0] != url.partition("?")[0]:
         validator = validator.at_another_url()
     return replace(file, url=url, original_url=url, validator=validator, restarts=0)
+
+
+_AWAITED: Final[Mapping[int, WaitingReason]] = {ErrorCode.BG_E_NETWORK_DISCONNECTED: WaitingReason.NETWORK}
+
+
+def _awaited(job: JobRecord) -> WaitingReason | None:
+    """What a job in TRANSIENT_ERROR waits for; None: for its next attempt."""
+    return None if job.retry_at is not None or job.error is None else _AWAITED.get(job.error.code)
 
 
 def _short(error: BitsError | None) -> str:

@@ -21,10 +21,12 @@ from ..identity.ambient import current_token
 from ..identity.threads import TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.lane import Lanes, Network
+from ..transport.network import Connectivity, watch_network
 from ..transport.proxies import ProxySettings
 from ..transport.timeouts import Timeouts
 from ..transport.tls import TlsSettings
 from .arguments import StrPath
+from .conditions import Conditions
 from .door import Door, identity_of
 from .engine import Engine, Entry
 from .handles import Desk, Job, JobFile
@@ -47,6 +49,7 @@ class Seams:
 
     network: Network
     clock: Clock
+    connectivity: Callable[[], Connectivity]
 
 
 seams: contextvars.ContextVar[Seams | None] = contextvars.ContextVar("bits_async_seams", default=None)
@@ -127,7 +130,16 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         clock = self._seams.clock if self._seams else SystemClock()
         shop = Workshop(self._network, self._executors, clock, boot_id)
         parties = Parties(self._tls, self._timeouts, self._executors, self._refusals, self._handles)
-        engine = Engine(store=self._store, shop=shop, limits=self._limits, run=self._run, party=parties.party, find_owner=self._find_owner)
+        connectivity = self._seams.connectivity() if self._seams else watch_network(clock=clock)
+        engine = Engine(
+            store=self._store,
+            shop=shop,
+            limits=self._limits,
+            conditions=Conditions(connectivity=connectivity),
+            run=self._run,
+            party=parties.party,
+            find_owner=self._find_owner,
+        )
         door = Door(self._store.fingerprint_key, fakes=self._seams is not None)
         self._desk = Desk(engine, asyncio.get_running_loop(), door, parties, self._limits)  # the first attempts and logon() need it
         await engine.start(self._adopt, hold=self._one_shot is not None)

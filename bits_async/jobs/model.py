@@ -116,6 +116,7 @@ class WaitingReason(enum.Enum):
     NOT_FOREGROUND = "dynamic content is fetched at FOREGROUND priority only"
     NO_OWNER_TOKEN = "waiting for the owner's token"  # noqa: S105 - a sentence, not a secret
     RETRY = "retry"
+    NETWORK = "waiting for the network"
     MANAGER_CLOSED = "the manager runs no transfers"
     NOTIFICATION = "a notification is owed"
 

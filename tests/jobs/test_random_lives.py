@@ -203,6 +203,8 @@ class Lives(RuleBasedStateMachine):
             life.state, life.picked = life.handle.state, self.network.clock.monotonic()
             if life.retry_due is not None:
                 life.retry_due = min(life.retry_due, life.picked + life.retry_delay)
+            elif life.state is S.TRANSIENT_ERROR:
+                life.retry_due = life.picked  # it waited for the network, and looks whether that is there now
         self.listener = asyncio.ensure_future(self.listen(stream))
 
     async def close_queue(self) -> None:
@@ -280,6 +282,11 @@ class Lives(RuleBasedStateMachine):
             assert not life.unfinished, "TRANSFERRED, and not every file is"
         if event.state is S.TRANSIENT_ERROR:
             assert event.waiting is not None
+            waits = event.waiting.reason is bits.WaitingReason.NETWORK
+            assert waits is not self.connected, event
+            if waits:
+                assert event.waiting.until is None
+                return
             assert event.waiting.until is not None
             delay = (event.waiting.until - self.network.clock.now()).total_seconds()
             assert life.retry_delay - 5 < delay <= life.retry_delay  # another job's broken connection may have moved the clock
@@ -335,6 +342,8 @@ class Lives(RuleBasedStateMachine):
                 return f"{life.handle} was {life.state} when last heard of"
             if life.state in ACTIVE and not self.is_held(life):
                 return f"{life.handle} is not held: {self.fates[life]}, {self.network.open}"
+            if life.state is S.QUEUED and life.unfinished and not self.connected:
+                return f"{life.handle} waits for its turn, and the network is lost"
             if life.state is S.QUEUED and not life.background:
                 return f"{life.handle} waits, and is to be done at once"
             if life.state is S.TRANSIENT_ERROR and life.retry_due is not None and life.retry_due + A_MOMENT <= now:
@@ -521,6 +530,10 @@ class Lives(RuleBasedStateMachine):
         async def work() -> None:
             candidates = [(life, file) for life in self.living for file in life.unfinished]
             if what in ("lost", "back"):
+                if what == "back" and not self.connected:
+                    for life in self.living:
+                        if life.state is S.TRANSIENT_ERROR:
+                            life.retry_due = self.network.clock.monotonic()  # whatever it waits for
                 self.connected = what == "back"
                 (self.network.reconnect if self.connected else self.network.disconnect)()
             elif what in ("silent", "stalled", "speak"):
