@@ -12,9 +12,10 @@ be read.
 A released schema is never edited: a change is one more entry of `SCHEMA`, and an older journal is brought up to date when it
 is opened.
 
-Statements run in aiosqlite's thread; looking at files, sealing and building records in one thread of the store's own, never
-on the event loop. aiosqlite logs parameters at DEBUG, so a secret is sealed before it gets there. This module knows no
-manager, no token, no network.
+Questions run in aiosqlite's thread; transactions, looking at files, sealing and building records in one thread of the store's
+own, never on the event loop. A transaction is one hop with all its statements: with a hop for each, small files cost more for
+their hops than for their bytes. aiosqlite logs parameters at DEBUG, so a secret is sealed before it gets there. This module knows
+no manager, no token, no network.
 """
 
 import asyncio
@@ -368,6 +369,7 @@ class SqliteStore:
         self._lock_file: int | None = None
         self._made: list[Path] = []  # empty files that an open under way has made
         self._turn = asyncio.Lock()
+        self._waiting: list[_Waiting] = []
         self._lost = _Lost()
 
     def __repr__(self) -> str:
@@ -438,13 +440,18 @@ class SqliteStore:
     async def _open(self) -> None:
         await self._in_thread(self._claim)
         with self._translated():
-            self._db = await aiosqlite.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None)
+            self._db = await aiosqlite.Connection(self._connect, iter_chunk_size=64)
             self._db.row_factory = sqlite3.Row
             await self._identify(self._db)
             self._box = SecretBox(await self._in_thread(partial(load_key, self._side(".key"))))
             await self._configure(self._db)
             await self._migrate(self._db)
         await self._in_thread(self._check_files)
+
+    def _connect(self) -> sqlite3.Connection:
+        """Two threads use it, never both at once (`_turn`): aiosqlite's asks single questions, ours makes whole transactions."""
+        self._raw = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        return self._raw
 
     def _claim(self) -> None:
         """What must hold before SQLite may look: private files, and the lock. No database file is opened before the lock is ours,
@@ -640,41 +647,81 @@ class SqliteStore:
         await finish(self._save(batch))
 
     async def _save(self, batch: "_Batch") -> None:
+        """Saves that come while a transaction is on its way to the disk share the next one: a sync costs more than all else."""
+        waiting = _Waiting(batch, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
         async with self._turn:
-            db, box = self._opened()
-            writer = _Writer(box, self._lost)
-            with self._translated():
-                async with _transaction(db):
-                    await self._write(db, writer, batch)
-            self._lost = writer.lost
+            if not waiting.done.done():
+                together, self._waiting = self._waiting, []
+                await self._save_all(together)
+        with self._translated():
+            waiting.done.result()
 
-    async def _write(self, db: aiosqlite.Connection, writer: "_Writer", batch: "_Batch") -> None:
-        """The statements of one transaction; each kind of change in one go, however many there are."""
-        before = await _owners(db, batch.job_ids())
+    async def _save_all(self, together: Sequence["_Waiting"]) -> None:
+        try:
+            await self._write_all([each.batch for each in together])
+        except Exception as error:
+            if len(together) == 1:
+                together[0].done.set_exception(error)
+                return
+            for each in together:  # one of them is wrong; the others are not to suffer
+                await self._save_all([each])
+        else:
+            for each in together:
+                each.done.set_result(None)
+
+    async def _write_all(self, batches: Sequence["_Batch"]) -> None:
+        _, box = self._opened()
+        writer = _Writer(box, self._lost)
+        await self._in_thread(partial(self._transact, writer, batches))
+        self._lost = writer.lost
+
+    def _transact(self, writer: "_Writer", batches: Sequence["_Batch"]) -> None:
+        """In the store's thread, all of it in one hop."""
+        db = self._raw
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            for batch in batches:
+                self._write(db, writer, batch)
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:  # else SQLite rolled back by itself, or the commit got there first
+                db.execute("ROLLBACK")
+            raise
+
+    def _write(self, db: sqlite3.Connection, writer: "_Writer", batch: "_Batch") -> None:
+        """The statements of one save; each kind of change in one go, however many there are."""
+        before = _owners(db, batch.job_ids())
         owners = batch.owners(before)
-        await _each(db, "DELETE FROM jobs WHERE id = :id", [{"id": str(job_id)} for job_id in batch.removed])
+        _each(db, "DELETE FROM jobs WHERE id = :id", [{"id": str(job_id)} for job_id in batch.removed])
         writer.lost.forget(batch.removed.keys())
         for job_id, old in before.items():
             if job_id in owners and owners[job_id] != old and job_id not in batch.removed:
-                await self._reseal(db, writer, job_id, old, owners[job_id])
-        rows = await self._in_thread(partial(writer.rows, batch, owners))
-        await _put(db, "jobs", rows.jobs, key=("id",))
-        await _put(db, "files", rows.files, key=("job_id", "file_index"))
-        await _put(db, "ranges", rows.ranges, key=("job_id", "file_index", "range_index"))  # a file keeps its ranges
-        await _each(db, "DELETE FROM slices WHERE job_id = :job_id AND file_index = :file_index", rows.files)
-        await _put(db, "slices", rows.slices, key=("job_id", "file_index", "slice_index"))
-        await _each(db, "DELETE FROM grants WHERE job_id = :job_id AND target = :target AND scheme = :scheme", rows.grants_removed)
-        await _put(db, "grants", rows.grants, key=("job_id", "target", "scheme"))
+                self._reseal(db, writer, job_id, old, owners[job_id])
+        rows = writer.rows(batch, owners)
+        _put(db, "jobs", rows.jobs, key=("id",))
+        _put(db, "files", rows.files, key=("job_id", "file_index"))
+        _put(db, "ranges", rows.ranges, key=("job_id", "file_index", "range_index"))  # a file keeps its ranges
+        _each(db, "DELETE FROM slices WHERE job_id = :job_id AND file_index = :file_index", rows.files)
+        _put(db, "slices", rows.slices, key=("job_id", "file_index", "slice_index"))
+        _each(db, "DELETE FROM grants WHERE job_id = :job_id AND target = :target AND scheme = :scheme", rows.grants_removed)
+        _put(db, "grants", rows.grants, key=("job_id", "target", "scheme"))
 
-    async def _reseal(self, db: aiosqlite.Connection, writer: "_Writer", job_id: UUID, old: str, new: str) -> None:
+    def _reseal(self, db: sqlite3.Connection, writer: "_Writer", job_id: UUID, old: str, new: str) -> None:
         """The job has another owner: its secrets move to the new owner's places. What cannot be opened stays as it is, lost."""
         which = {"job_id": str(job_id)}
-        files = await _fetch(db, "SELECT * FROM files WHERE job_id = :job_id", which)
-        grants = await _fetch(db, "SELECT * FROM grants WHERE job_id = :job_id", which)
-        moved_files = await self._in_thread(partial(writer.moved_files, files, old, new))
-        moved_grants = await self._in_thread(partial(writer.moved_grants, grants, old, new))
-        await _each(db, _update("files", ("original_url_secret", "url_secret"), ("job_id", "file_index")), moved_files)
-        await _each(db, _update("grants", ("password_secret",), ("job_id", "target", "scheme")), moved_grants)
+        files = db.execute("SELECT * FROM files WHERE job_id = :job_id", which).fetchall()
+        grants = db.execute("SELECT * FROM grants WHERE job_id = :job_id", which).fetchall()
+        _each(
+            db,
+            _update("files", ("original_url_secret", "url_secret"), ("job_id", "file_index")),
+            writer.moved_files(files, old, new),
+        )
+        _each(
+            db,
+            _update("grants", ("password_secret",), ("job_id", "target", "scheme")),
+            writer.moved_grants(grants, old, new),
+        )
 
     # -- means
 
@@ -737,10 +784,9 @@ async def _pragma(db: aiosqlite.Connection, name: str) -> Any:
     return rows[0][0] if rows else None
 
 
-async def _each(db: aiosqlite.Connection, sql: str, rows: Sequence[Values]) -> None:
+def _each(db: sqlite3.Connection, sql: str, rows: Sequence[Values]) -> None:
     if rows:
-        async with db.executemany(sql, rows):
-            pass
+        db.executemany(sql, rows)
 
 
 @asynccontextmanager
@@ -762,20 +808,20 @@ async def _roll_back(db: aiosqlite.Connection) -> None:
         pass  # SQLite rolled back by itself, or the commit got there first
 
 
-async def _owners(db: aiosqlite.Connection, job_ids: Sequence[UUID]) -> dict[UUID, str]:
+def _owners(db: sqlite3.Connection, job_ids: Sequence[UUID]) -> dict[UUID, str]:
     """The owners' sids as the journal has them."""
     found: dict[UUID, str] = {}
     for start in range(0, len(job_ids), 500):  # SQLite allows 999 parameters
         some = [str(job_id) for job_id in job_ids[start : start + 500]]
         marks = ", ".join("?" * len(some))
-        for row in await _fetch(db, f"SELECT id, owner_sid FROM jobs WHERE id IN ({marks})", some):  # noqa: S608 - question marks
+        for row in db.execute(f"SELECT id, owner_sid FROM jobs WHERE id IN ({marks})", some):  # noqa: S608 - question marks
             found[UUID(row["id"])] = _text_out(row["owner_sid"])
     return found
 
 
-async def _put(db: aiosqlite.Connection, table: str, rows: Sequence[Values], *, key: Sequence[str]) -> None:
+def _put(db: sqlite3.Connection, table: str, rows: Sequence[Values], *, key: Sequence[str]) -> None:
     if rows:
-        await _each(db, _upsert(table, tuple(rows[0]), key), rows)
+        _each(db, _upsert(table, tuple(rows[0]), key), rows)
 
 
 def _update(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
@@ -1005,6 +1051,14 @@ class _Batch:
         """The owners' sids as they are after the transaction, of the jobs that it mentions and that exist then."""
         kept = {job_id: sid for job_id, sid in before.items() if job_id not in self.removed}
         return kept | {job_id: job.owner.sid for job_id, job in self.jobs.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A save that waits for its transaction, and what it will hear of it."""
+
+    batch: _Batch
+    done: "asyncio.Future[None]"
 
 
 @dataclass(slots=True)
