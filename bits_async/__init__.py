@@ -25,6 +25,7 @@ The map of the package; imports point from a lower line to a higher one only:
       tickets.py        ticket-granting tickets, one private cache per credential
       schemes.py        Basic, Digest, NTLM, Negotiate: challenge in, header out; channel binding
     transport/          FETCH
+      digests.py        what servers and callers say the bytes hash to
       ranges.py         slices, validators, range headers
       answers.py        judging every status and header set
       proxies.py        proxy settings -> route per URL

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple, Protocol
 from urllib.parse import quote
 
 from ..errors import BitsError, ErrorCode, ErrorContext, InvalidArgument, error_from_status, make_error
+from .digests import Digests, parse_digests, parse_legacy_digests
 from .ranges import ENTITY_TAG, ContentRange, Unsatisfied, Validator, http_date, parse_content_range, range_header
 
 MAX_URL: Final = 2200
@@ -28,6 +29,9 @@ MAX_RETRY_AFTER: Final = 86400.0
 
 CLOCK_SKEW: Final = 60.0
 """Seconds by which the clocks of a server and of its files may differ."""
+
+MAX_MEDIA_TYPE: Final = 127
+"""Characters of a media type that are kept (RFC 6838, 4.2, for each half of it)."""
 
 # -- what may be asked -----------------------------------------------------------------------------------------------------------
 
@@ -320,6 +324,7 @@ class Accept:
         total: size of the file, None while unknown.
         validator: of the version served; where it is the pinned one, with all that is known of that.
         ranged: the server serves ranges (206).
+        content: digests of the body itself, where it is a part (those of the whole file are in the validator).
     """
 
     start: int
@@ -327,6 +332,7 @@ class Accept:
     total: int | None
     validator: Validator
     ranged: bool
+    content: Digests = Digests()
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,7 +454,7 @@ def judge(asked: Asked, answer: Answer, *, now: float | None = None) -> Verdict:
 def _judge_whole(asked: Asked, answer: Answer, length: int | None, framed: bool) -> Verdict:
     """200: the whole file, good from offset 0 only; it is never appended."""
     _require_identity(answer.headers)
-    served = validator_of(answer.headers, length)
+    served = _described(answer.headers, length, whole=True)
     version = _same_version(asked, served)
     if isinstance(version, Restart):
         return version
@@ -472,7 +478,7 @@ def _judge_part(asked: Asked, answer: Answer, length: int | None) -> Verdict:
         raise _Broken("a 206 without the range it brings")
     if part.start != asked.start:
         raise _Broken(f"it begins at byte {part.start}, asked was {asked.start}")
-    version = _same_version(asked, validator_of(answer.headers, part.total))
+    version = _same_version(asked, _described(answer.headers, part.total, whole=False))
     if isinstance(version, Restart):
         return version
     if version.size is None:
@@ -483,7 +489,8 @@ def _judge_part(asked: Asked, answer: Answer, length: int | None) -> Verdict:
         raise _Broken(f"it ends at byte {part.end}, beyond what was asked for")
     if length is not None and length != part.end - part.start:
         raise _Broken("its length is not that of its range")
-    return Accept(part.start, part.end - part.start, version.size, version, ranged=True)
+    content = parse_digests(answer.headers.getall("Content-Digest", []))
+    return Accept(part.start, part.end - part.start, version.size, version, ranged=True, content=content)
 
 
 def _judge_unsatisfied(asked: Asked, answer: Answer) -> Verdict:
@@ -521,6 +528,8 @@ def _same_version(asked: Asked, served: Validator) -> Validator | Restart:
             served.etag or pinned.etag,
             served.last_modified or pinned.last_modified,
             pinned.size if served.size is None else served.size,
+            pinned.digests.joined(served.digests),
+            pinned.media_type or served.media_type,
         )
     if pinned is not None and pinned.contradicts(served):
         return Restart("the file has changed on the server", served)
@@ -553,6 +562,16 @@ def validator_of(headers: Headers, size: int | None) -> Validator:
     if modified is None or (fresh and not found.strong):
         return replace(found, last_modified=None)
     return found
+
+
+def _described(headers: Headers, size: int | None, *, whole: bool) -> Validator:
+    """What an answer that brings bytes of the file says of it: its validator, and what no other answer tells of the file."""
+    digests = parse_digests(headers.getall("Repr-Digest", []))
+    if whole:  # the content is the representation then
+        digests = digests.joined(parse_digests(headers.getall("Content-Digest", [])))
+        digests = digests.joined(parse_legacy_digests(headers.getall("Digest", [])))
+    media_type = (_once(headers, "Content-Type") or "").partition(";")[0].strip().lower()
+    return replace(validator_of(headers, size), digests=digests, media_type=media_type[:MAX_MEDIA_TYPE] or None)
 
 
 def _framing(headers: Headers) -> tuple[int | None, bool]:

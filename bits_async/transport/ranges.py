@@ -10,13 +10,14 @@ equal bytes, so it never proves that two answers are the same file; it may prove
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import pairwise
 from typing import Final, Self, TypeGuard
 
 from ..errors import ErrorCode, InvalidArgument
+from .digests import Digests
 
 MAX_REQUEST: Final = 2 * 1024**3
 """One request asks for the rest of the file, but for no more than this; BITS never asks for more either."""
@@ -41,11 +42,20 @@ def http_date(text: str | None) -> datetime | None:
 
 @dataclass(frozen=True, slots=True)
 class Validator:
-    """What pins one version of a remote file: texts as the server wrote them, and the size as far as known."""
+    """What pins one version of a remote file: texts as the server wrote them, and the size as far as known.
+
+    Attributes:
+        etag, last_modified: the fields.
+        size: bytes of the file.
+        digests: of the whole file, where the server gives them.
+        media_type: what it came as, in lower case and without parameters. It pins nothing; it tells a login page from the file.
+    """
 
     etag: str | None = None
     last_modified: str | None = None
     size: int | None = None
+    digests: Digests = Digests()
+    media_type: str | None = field(default=None, compare=False)
 
     @property
     def strong(self) -> str | None:
@@ -75,12 +85,12 @@ class Validator:
     def agrees(self, other: "Validator") -> bool:
         """Whether `other` is proved to be the same version as this, the pinned one.
 
-        Different sizes or ETags (weak comparison) never agree. Two strong ETags decide. Otherwise Last-Modified and the size
-        must be the same, and nothing that this one was pinned with may be missing.
+        Different sizes, digests or ETags (weak comparison) never agree. Two strong ETags decide, and so does a digest. Otherwise
+        Last-Modified and the size must be the same, and nothing that this one was pinned with may be missing.
         """
         if self.contradicts(other):
             return False
-        if self.strong and other.strong:
+        if (self.strong and other.strong) or self.digests.proves(other.digests):
             return True
         if (self.etag and not other.etag) or (self.size is not None and other.size is None):
             return False
@@ -91,11 +101,13 @@ class Validator:
 
         An ETag means something for its own resource only; two resources may well share one (RFC 9110, 8.8.1).
         """
-        return Validator(None, self.last_modified, self.size)
+        return replace(self, etag=None)
 
     def contradicts(self, other: "Validator") -> bool:
-        """Whether size or ETag prove that `other` is another version. What is missing proves nothing."""
+        """Whether size, digest or ETag prove that `other` is another version. What is missing proves nothing."""
         if self.size is not None and other.size is not None and self.size != other.size:
+            return True
+        if self.digests.contradicts(other.digests):
             return True
         ours, theirs = ENTITY_TAG.fullmatch(self.etag or ""), ENTITY_TAG.fullmatch(other.etag or "")
         return bool(ours and theirs and ours[2] != theirs[2])
