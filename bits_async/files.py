@@ -100,6 +100,15 @@ class Limiter(Protocol):
         ...
 
 
+class _Hash(Protocol):
+    """What hashlib's objects and BLAKE3's share."""
+
+    @property
+    def digest_size(self) -> int: ...
+    def update(self, data: Chunk, /) -> object: ...
+    def hexdigest(self) -> str: ...
+
+
 class Stop(Protocol):
     """What `threading.Event` offers a reader."""
 
@@ -307,7 +316,7 @@ async def _close(files: "TokenExecutor", handles: _Handles) -> None:
 
 
 class _RunningDigests:
-    """Hashes of [0, position), fed by the writes themselves as long as these come in order.
+    """Hashes of the bytes up to `position`, fed by the writes themselves as long as these come in order.
 
     A write behind the position makes them worthless: position None. Writes may come from several threads at once (slices), hence
     the lock.
@@ -315,15 +324,15 @@ class _RunningDigests:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._hashes: dict[str, hashlib._Hash] = {}
+        self._hashes: dict[str, _Hash] = {}
         self.position: int | None = None
 
-    def begin(self, algorithms: Sequence[str]) -> None:
-        """Start at 0. The hash objects are made here, on the caller's thread: OpenSSL loads what it needs the first time."""
+    def begin(self, algorithms: Sequence[str], position: int = 0) -> None:
+        """Start there. The hash objects are made here, on the caller's thread: OpenSSL loads what it needs the first time."""
         hashes = {name: _new_hash(name) for name in algorithms}
         with self._lock:
             self._hashes = hashes
-            self.position = 0
+            self.position = position if hashes else None
 
     def rewrite(self, offset: int) -> None:
         """Bytes from `offset` on will change."""
@@ -348,15 +357,22 @@ class _RunningDigests:
             return self._hashes[algorithm].hexdigest()
 
 
-def _new_hash(algorithm: str) -> "hashlib._Hash":
+def _new_hash(algorithm: str) -> _Hash:
+    fresh: _Hash | None
     try:
-        fresh = hashlib.new(algorithm)
-    except ValueError:
+        fresh = _new_blake3() if algorithm == "blake3" else hashlib.new(algorithm)
+    except (ValueError, ImportError):
         fresh = None
     if fresh is None or not fresh.digest_size:  # SHAKE has no length of its own
         code, context = ErrorCode.BG_E_INVALID_HASH_ALGORITHM, ErrorContext.NONE
         raise InvalidArgument(f"no digest algorithm {algorithm!r}", code=code, context=context)
     return fresh
+
+
+def _new_blake3() -> _Hash:
+    from blake3 import blake3  # an extra
+
+    return blake3()
 
 
 class _Reservation:
@@ -935,6 +951,7 @@ class PartFile:
         self._files = files
         self._handles = handles
         self._digests = _RunningDigests()
+        self._content = _RunningDigests()  # of what one answer brings
         self._reservation = _Reservation()
         self._discarded = False
         self.destination = destination
@@ -1061,7 +1078,8 @@ class PartFile:
             LocalFileError: a write failed.
         """
         handles = self._handles
-        whole = limiter is None and self._digests.position is None  # nobody has to see the bytes
+        hashed = self._digests.position is not None or self._content.position is not None
+        whole = limiter is None and not hashed  # nobody has to see the bytes
         splice = partial(self._splice, handles) if whole else None
         intake = _Intake(lambda offset, chunks: self._store(handles, offset, chunks), splice, piece, limiter, stop)
         call = _Call(handles, lambda: intake.run(detached, idle))
@@ -1085,6 +1103,7 @@ class PartFile:
         self._digests.rewrite(offset)
         native.pwrite_all(file, chunks, offset)
         self._digests.feed(offset, chunks)
+        self._content.feed(offset, chunks)
         self._account(file, offset, end)
 
     def _splice(self, handles: _Handles, splicer: native.Splicer, source: int, offset: int, count: int) -> int:
@@ -1146,6 +1165,22 @@ class PartFile:
                 code, context = ErrorCode.BG_E_LOCAL_FILE_CHANGED, ErrorContext.LOCAL_FILE
                 raise make_error(code, context, message, path=self.destination, identity=self._files.token.name)
             position += count
+
+    def start_content_digest(self, algorithms: Sequence[str], position: int) -> None:
+        """Keep digests of what is written from `position` on in order, beside the running ones; none: no longer."""
+        self._content.begin(algorithms, position)
+
+    async def content_digest(self, algorithm: str) -> str:
+        """The digest of what was written since `start_content_digest`.
+
+        Raises:
+            InvalidState: that was not called for it.
+        """
+        return await self._run("read", lambda _: self._content.hexdigest(algorithm))
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """So many bytes, fewer at the end of the file; at most a megabyte or so, they are all in memory."""
+        return await self._run("read", lambda handles: _read_at(handles.opened()[1], length, offset))
 
     def _reread(self, handles: _Handles, offset: int, length: int) -> int:
         _, file = handles.opened()

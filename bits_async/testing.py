@@ -27,6 +27,7 @@ from .errors import AuthFailed, BitsError, ErrorCode, ErrorContext, NetworkError
 from .identity.tokens import LocalIdentity, Token
 from .jobs.manager import Seams, seams
 from .transport.answers import Accept, AlreadyComplete, Answer, Asked, Complete, FileChanged, HeaderFields, Refuse, Restart, judge
+from .transport.digests import Digests
 from .transport.lane import Body, Party
 from .transport.network import Connectivity
 from .transport.ranges import Detached, Validator
@@ -255,7 +256,7 @@ class FakeNetwork:
     async def get(self, party: Party, asked: Asked) -> AsyncIterator[Body]:
         """What `transport.lane.Lanes.get` does, without a network."""
         await asyncio.sleep(0)
-        validator = asked.pinned.if_range() if asked.pinned and asked.ranged else None
+        validator = asked.headers().get("If-Range")
         options = party.options
         headers = options.headers_for(Origin.of(asked.url))
         self.requests.append(FakeRequest(asked.url, asked.start, asked.end, party.token.name, validator, options.method, headers))
@@ -271,14 +272,14 @@ class FakeNetwork:
             party.heard(answer.headers.items())
         verdict = judge(asked, answer)
         if isinstance(verdict, Restart):
-            raise FileChanged(verdict.validator, verdict.reason, changed=verdict.changed)
+            raise FileChanged(verdict.validator, verdict.reason, changed=verdict.changed, same=verdict.same)
         if isinstance(verdict, Complete):
             raise AlreadyComplete(verdict.total)
         if isinstance(verdict, Refuse):
             raise verdict.error
         if not isinstance(verdict, Accept):
             raise RemoteFileError("the fake server answered with a redirect or a challenge", url=asked.url)
-        yield _FakeBody(self, asked, served, verdict.start, verdict.length, verdict.total, verdict.validator)
+        yield _FakeBody(self, asked, served, verdict.start, verdict.length, verdict.total, verdict.validator, verdict.content)
 
     def _fail_if_told(self, url: str) -> None:
         if not self._connected:
@@ -326,7 +327,7 @@ class _FakeConnectivity:
 def _answer(asked: Asked, served: _Served) -> Answer:
     total = len(served.body)
     headers = served.headers()
-    condition = asked.pinned.if_range() if asked.pinned else None
+    condition = asked.headers().get("If-Range")
     if served.status != 200:
         return Answer(served.status, HeaderFields(headers))
     same = condition is None or condition in (served.etag, served.last_modified)
@@ -348,6 +349,7 @@ class _FakeBody:
     length: int | None
     total: int | None
     validator: Validator
+    content: Digests
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @property

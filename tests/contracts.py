@@ -32,6 +32,7 @@ from bits_async.jobs.model import (
     StoredJob,
 )
 from bits_async.jobs.store import Store
+from bits_async.transport.digests import Digests
 from bits_async.transport.options import HttpOptions, SecurityFlags
 from bits_async.transport.proxies import ProxySettings, resolve
 from bits_async.transport.ranges import FileRange, Slice, Validator
@@ -148,13 +149,15 @@ class StoreContract:
             original_url="http://files.example/a%20b?x=1&sig=s3cret#part",
             url="https://mirror.example:8443/a?token=t0ken",
             path=Path("/srv/in/\udcff name"),
-            sha256="0" * 64,
-            validator=Validator('"v1"', "Sun, 01 Mar 2026 00:00:00 GMT", 2**40),
+            digests=Digests("0" * 64, "5" * 128, "b" * 64),
+            validator=Validator('"v1"', "Sun, 01 Mar 2026 00:00:00 GMT", 2**40, Digests("1" * 64, "2" * 128), "text/plain"),
             part=PartRecord("/srv/in", ".\udcff.bits-part", 2**64 - 1, 2**64 - 2, 2**63, 7, 1000, "uid:\udcff"),
             draft="0123456789abcdef",
             slices=(Slice(0, 2**31, 100, 100), Slice(2**31, 2**40, 2**31, 2**31)),
             boot_id="boot-1",
             restarts=2,
+            refetches=1,
+            wrong_digest="3" * 64,
             transferred=True,
             committed=True,
             owed=True,

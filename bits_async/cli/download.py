@@ -103,6 +103,8 @@ class Order:
     no_proxy: bool = False
     helper_for: str | None = None
     sha256: str | None = None
+    sha512: str | None = None
+    blake3: str | None = None
     retry_for: float = 300.0
     cacert: Path | None = None
     store: Path | None = None
@@ -194,6 +196,8 @@ async def _fetch(order: Order, report: Reporter, stop: "Stop") -> Path:
         helper=helper,
         helper_flags=HELPER_FLAGS[order.helper_for],
         sha256=order.sha256,
+        sha512=order.sha512,
+        blake3=order.blake3,
         progress=report.progress,
         retry_for=order.retry_for,
         store=order.store,

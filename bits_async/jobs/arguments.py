@@ -3,17 +3,18 @@
 Nothing here looks at the disk or at a job.
 """
 
+import importlib.util
 import math
 import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 from uuid import UUID
 
-from ..errors import InvalidArgument
+from ..errors import ErrorCode, InvalidArgument
 from ..identity.tokens import HelperTokenFlags
 from ..transport.answers import MAX_URL, check_url
+from ..transport.digests import Digests
 from ..transport.ranges import FileRange
 from .model import FileRecord
 
@@ -22,38 +23,45 @@ if TYPE_CHECKING:
 
 StrPath = str | os.PathLike[str]
 
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
-
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A file to add: from where, to where, and optionally the SHA-256 (hexadecimal) that it must have."""
+    """A file to add: from where, to where, and optionally the digests (hexadecimal) that it must have.
+
+    `blake3` needs the extra of that name.
+    """
 
     url: "str | URL"
     path: StrPath
     sha256: str | None = None
+    sha512: str | None = None
+    blake3: str | None = None
 
-    def __init__(self, url: "str | URL", path: StrPath, *, sha256: str | None = None) -> None:
+    def __init__(
+        self, url: "str | URL", path: StrPath, *, sha256: str | None = None, sha512: str | None = None, blake3: str | None = None
+    ) -> None:
         object.__setattr__(self, "url", url)
         object.__setattr__(self, "path", path)
         object.__setattr__(self, "sha256", sha256)
+        object.__setattr__(self, "sha512", sha512)
+        object.__setattr__(self, "blake3", blake3)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedFile:
-    """A checked `FileInfo`: the URL as it is sent, an absolute path, a digest in lower case."""
+    """A checked `FileInfo`: the URL as it is sent, an absolute path, digests in lower case."""
 
     url: str
     path: Path
-    sha256: str | None
+    digests: Digests
     ranges: tuple[FileRange, ...] = ()
 
 
 def checked_file(file: FileInfo) -> CheckedFile:
-    """An absolute path, a URL that can be fetched, a digest that can be one.
+    """An absolute path, a URL that can be fetched, digests that can be some.
 
     Raises:
-        InvalidArgument: which of them is not.
+        InvalidArgument: which of them is not; BLAKE3 where nothing computes it (BG_E_INVALID_HASH_ALGORITHM).
     """
     path = os.fspath(file.path)
     if not isinstance(path, str):
@@ -62,17 +70,17 @@ def checked_file(file: FileInfo) -> CheckedFile:
         raise InvalidArgument("a job's destination is an absolute path", path=path.replace("\0", "?"))
     if Path(path).name in ("", ".", ".."):
         raise InvalidArgument("a destination names a file", path=path)
-    digest = file.sha256
-    if digest is not None:
-        digest = digest.lower() if isinstance(digest, str) else ""
-        if not _SHA256.fullmatch(digest):
-            raise InvalidArgument("sha256= takes 64 hexadecimal digits")
-    return CheckedFile(check_url(str(file.url)), Path(path), digest)
+    digests = Digests.checked(sha256=file.sha256, sha512=file.sha512, blake3=file.blake3)
+    if digests.blake3 is not None and importlib.util.find_spec("blake3") is None:
+        raise InvalidArgument(
+            "nothing here computes BLAKE3", code=ErrorCode.BG_E_INVALID_HASH_ALGORITHM, advice="install bits-async[blake3]"
+        )
+    return CheckedFile(check_url(str(file.url)), Path(path), digests)
 
 
 def file_record(job_id: UUID, index: int, file: CheckedFile) -> FileRecord:
     """The file as the journal begins to keep it."""
-    named = FileRecord(job_id=job_id, index=index, original_url=file.url, url=file.url, path=file.path, sha256=file.sha256)
+    named = FileRecord(job_id=job_id, index=index, original_url=file.url, url=file.url, path=file.path, digests=file.digests)
     return replace(named, ranges=file.ranges)
 
 

@@ -558,7 +558,7 @@ class Engine:
             bound = bind(entry)
             await self.save(*bound, then=partial(entry.grants.__setitem__, slice(None), bound))
         entry.retry_due = entry.failing_since = None
-        files = [replace(file, restarts=0) for file in entry.files if file.restarts]
+        files = [replace(file, restarts=0, refetches=0, wrong_digest=None) for file in entry.files if file.restarts or file.refetches]
         fresh: dict[str, Any] = {"active": 0.0, "error": None, "error_file": None, "retry_number": 0, "retry_at": None, "stalled": 0.0}
         await self.change(entry, files=files, state=state, resumed=True, http=http, **fresh)
 
@@ -1010,7 +1010,7 @@ def _renamed(file: FileRecord, url: str) -> FileRecord:
     validator = file.validator
     if validator is not None and not file.transferred and file.url.partition("?")[0] != url.partition("?")[0]:
         validator = validator.at_another_url()
-    return replace(file, url=url, original_url=url, validator=validator, restarts=0)
+    return replace(file, url=url, original_url=url, validator=validator, restarts=0, refetches=0, wrong_digest=None)
 
 
 _AWAITED: Final[Mapping[int, WaitingReason]] = {ErrorCode.BG_E_NETWORK_DISCONNECTED: WaitingReason.NETWORK}

@@ -421,13 +421,15 @@ class Job:
 
     # -- files and properties -------------------------------------------------------------------------------------------------------------
 
-    async def add_file(self, url: "str | URL", path: StrPath, *, sha256: str | None = None) -> JobFile:
+    async def add_file(
+        self, url: "str | URL", path: StrPath, *, sha256: str | None = None, sha512: str | None = None, blake3: str | None = None
+    ) -> JobFile:
         """Add one file; durable when it returns.
 
         Raises:
-            InvalidArgument: not an http(s) URL, user information in it, a relative path, not a SHA-256.
+            InvalidArgument: not an http(s) URL, user information in it, a relative path, not a digest.
         """
-        (file,) = await self.add_file_set([FileInfo(url, path, sha256=sha256)])
+        (file,) = await self.add_file_set([FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)])
         return file
 
     async def add_file_set(self, files: Iterable[FileInfo]) -> Sequence[JobFile]:
@@ -440,7 +442,14 @@ class Job:
         return await self._add([checked_file(file) for file in files])
 
     async def add_file_with_ranges(
-        self, url: "str | URL", path: StrPath, ranges: Sequence[FileRange], *, sha256: str | None = None
+        self,
+        url: "str | URL",
+        path: StrPath,
+        ranges: Sequence[FileRange],
+        *,
+        sha256: str | None = None,
+        sha512: str | None = None,
+        blake3: str | None = None,
     ) -> JobFile:
         """Add one file that is made of ranges of a remote one, joined in the order given; durable when it returns.
 
@@ -454,7 +463,8 @@ class Job:
             InvalidState: the job has dynamic content, or is in on-demand mode (BG_E_UNSUPPORTED_JOB_CONFIGURATION).
         """
         self._desk.ready()
-        (file,) = await self._add([replace(checked_file(FileInfo(url, path, sha256=sha256)), ranges=checked_ranges(ranges))])
+        file_info = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
+        (file,) = await self._add([replace(checked_file(file_info), ranges=checked_ranges(ranges))])
         return file
 
     async def _add(self, files: Sequence[CheckedFile]) -> Sequence[JobFile]:

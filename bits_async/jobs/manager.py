@@ -25,7 +25,7 @@ from ..transport.network import Connectivity, watch_network
 from ..transport.proxies import ProxySettings
 from ..transport.timeouts import Timeouts
 from ..transport.tls import TlsSettings
-from .arguments import StrPath
+from .arguments import FileInfo, StrPath
 from .conditions import Conditions
 from .door import Door, identity_of
 from .engine import Engine, Entry
@@ -324,12 +324,15 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         helper: Token | None = None,
         helper_flags: HelperTokenFlags = HelperTokenFlags.NONE,
         sha256: str | None = None,
+        sha512: str | None = None,
+        blake3: str | None = None,
         progress: Callable[[Progress], None] | None = None,
         priority: JobPriority = JobPriority.FOREGROUND,
         retry_for: float = 300.0,
     ) -> Coroutine[Any, Any, Path]:
         """Fetch one file, from create to complete. See `bits_async.download`, which is this on a manager of its own."""
-        order = Order.checked(url, path, proxy, credentials, owner, helper, helper_flags, sha256, progress, priority, retry_for)
+        file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
+        order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for)
         return self._download(order)
 
     async def _download(self, order: "Order") -> Path:
@@ -353,6 +356,8 @@ async def download(
     helper: Token | None = None,
     helper_flags: HelperTokenFlags = HelperTokenFlags.NONE,
     sha256: str | None = None,
+    sha512: str | None = None,
+    blake3: str | None = None,
     progress: Callable[[Progress], None] | None = None,
     priority: JobPriority = JobPriority.FOREGROUND,
     retry_for: float = 300.0,
@@ -372,7 +377,8 @@ async def download(
             NETWORK, for the hosts of the URL and the proxy as given.
         owner: who does it; None: the ambient identity.
         helper, helper_flags: a second identity, and where it acts; both or neither.
-        sha256: hexadecimal; a file with another one is refused.
+        sha256, sha512, blake3: hexadecimal; a file with another one is refused, once it has been fetched twice. `blake3` needs the
+            extra of that name. A digest that the server gives (Repr-Digest) is looked at where the caller gives none.
         progress: a plain function, called in this task: first, last, at each change of state, at most every 0.5 s between.
         priority: of interest on a shared manager only.
         retry_for: seconds without a byte until a transient error is final; 0: the first error is.
@@ -383,7 +389,8 @@ async def download(
         BitsError: the one that says what went wrong; `LocalFileError` with BG_E_DESTINATION_LOCKED when another transfer to the same path
             is running.
     """
-    order = Order.checked(url, path, proxy, credentials, owner, helper, helper_flags, sha256, progress, priority, retry_for)
+    file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
+    order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for)
     manager = BitsManager(store=private_store(order.owner, order.file.path) if store is None else store, ssl=ssl)
     manager._one_shot = OneShot(order.file.path, private=store is None)
     async with manager:

@@ -17,6 +17,7 @@ from uuid import UUID
 from ..auth.policy import AuthScheme, AuthTarget, Grant, Origin
 from ..errors import BitsError, ErrorCode, InvalidState
 from ..identity.tokens import HelperTokenFlags
+from ..transport.digests import NO_DIGESTS, Digests
 from ..transport.options import HttpOptions
 from ..transport.proxies import ProxySettings
 from ..transport.ranges import FileRange, Slice, Validator, complete, filled, local_size, missing
@@ -380,7 +381,7 @@ class FileRecord:
     original_url: str = field(repr=False)  # their queries may be secrets (T14)
     url: str = field(repr=False)
     path: Path
-    sha256: str | None = None
+    digests: Digests = NO_DIGESTS  # what the caller says the local file hashes to
     ranges: tuple[FileRange, ...] = ()  # what the local file is made of, in this order; none: the whole remote file
     wanted: tuple[FileRange, ...] = ()  # on demand: what was asked for, in the order of the file
     position: int = 0  # on demand: where to begin with what is wanted
@@ -390,6 +391,8 @@ class FileRecord:
     slices: tuple[Slice, ...] = ()
     boot_id: str | None = None  # of the boot in which the part file was last written
     restarts: int = 0
+    refetches: int = 0  # times it was fetched anew because its digest was wrong
+    wrong_digest: str | None = None  # what it hashed to the last time
     transferred: bool = False  # every byte is in the part file, durable and checked
     committed: bool = False  # renamed to `path`
     validated: bool = False  # the application said that the content is right

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ..auth.policy import AuthCredentials, AuthScheme, AuthTarget
 from ..clock import Clock
@@ -16,14 +16,11 @@ from ..errors import BitsError, InvalidArgument, InvalidState, ManagerClosed, Va
 from ..identity.ambient import current_token
 from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.proxies import ProxySettings, resolve
-from .arguments import CheckedFile, FileInfo, StrPath, checked_file, checked_helper_flags, checked_seconds, file_record
+from .arguments import CheckedFile, FileInfo, checked_file, checked_helper_flags, checked_seconds, file_record
 from .engine import Engine, Entry
 from .handles import DISPLAY_NAME_LENGTH, Desk, Job
 from .model import RETRY_DELAY_FLOOR, GrantRemoved, JobPriority, JobState
 from .notify import JobChanged, Progress
-
-if TYPE_CHECKING:
-    from yarl import URL
 
 PROGRESS_INTERVAL: Final = 0.5
 
@@ -47,14 +44,12 @@ class Order:
     @classmethod
     def checked(
         cls,
-        url: "str | URL",
-        path: StrPath,
+        file: FileInfo,
         proxy: ProxySettings | str | None,
         credentials: Iterable[AuthCredentials] | None,
         owner: Token | None,
         helper: Token | None,
         helper_flags: HelperTokenFlags,
-        sha256: str | None,
         progress: Callable[[Progress], None] | None,
         priority: JobPriority,
         retry_for: float,
@@ -74,7 +69,7 @@ class Order:
         if given is not None and not all(isinstance(item, AuthCredentials) for item in given):
             raise InvalidArgument("credentials= takes AuthCredentials")
         return cls(
-            file=checked_file(FileInfo(url, os.path.abspath(os.fspath(path)), sha256=sha256)),
+            file=checked_file(replace(file, path=os.path.abspath(os.fspath(file.path)))),
             proxy=resolve(ProxySettings.of(proxy), os.environ),
             credentials=given,
             caller=current_token(),
@@ -124,8 +119,8 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
         stale = [token for token in (entry.owner, entry.helper) if token not in (order.owner, order.helper)]
         entry.owner, entry.helper = order.owner, order.helper
         file = entry.files[0]
-        if order.file.sha256 not in (None, file.sha256):
-            file = replace(file, sha256=order.file.sha256, transferred=False)  # its digest has not been looked at
+        if order.file.digests and order.file.digests != file.digests:
+            file = replace(file, digests=order.file.digests, transferred=False)  # its digest has not been looked at
         await engine.change(
             entry,
             files=[file],

@@ -51,6 +51,7 @@ from ..errors import (
 )
 from ..files import PartRecord
 from ..identity.tokens import HelperTokenFlags
+from ..transport.digests import Digests
 from ..transport.options import HttpOptions, SecurityFlags, headers_of_text, headers_text
 from ..transport.proxies import ProxySettings, ProxyUsage
 from ..transport.ranges import FileRange, Slice, Validator
@@ -232,6 +233,13 @@ SCHEMA: Final = (
     CREATE INDEX files_by_path ON files (path);
     ALTER TABLE files ADD COLUMN part_maker TEXT;                   -- a local user; NULL: not known
     ALTER TABLE files ADD COLUMN part_draft TEXT NOT NULL DEFAULT '';  -- of the name of the part file that is made next
+    ALTER TABLE files ADD COLUMN sha512 TEXT;                        -- sha256, sha512, blake3: the caller's
+    ALTER TABLE files ADD COLUMN blake3 TEXT;
+    ALTER TABLE files ADD COLUMN served_sha256 TEXT;                 -- of the whole remote file, as its server gave them
+    ALTER TABLE files ADD COLUMN served_sha512 TEXT;
+    ALTER TABLE files ADD COLUMN media_type TEXT;
+    ALTER TABLE files ADD COLUMN refetches INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE files ADD COLUMN wrong_digest TEXT;
     """,
 )
 """`SCHEMA[n]` takes a journal from version n to n + 1. Entries that were released are never edited."""
@@ -1140,11 +1148,16 @@ class _Writer:
             url=url,
             url_secret=url_secret,
             path=file.path,
-            sha256=file.sha256,
+            sha256=file.digests.sha256,
+            sha512=file.digests.sha512,
+            blake3=file.digests.blake3,
             pinned=validator is not None,
             etag=validator and validator.etag,
             last_modified=validator and validator.last_modified,
             size=validator and validator.size,
+            served_sha256=validator and validator.digests.sha256,
+            served_sha512=validator and validator.digests.sha512,
+            media_type=validator and validator.media_type,
             part_directory=part and part.directory,
             part_name=part and part.name,
             part_dir_device=part and str(part.dir_device),
@@ -1156,6 +1169,8 @@ class _Writer:
             part_draft=file.draft,
             boot_id=file.boot_id,
             restarts=file.restarts,
+            refetches=file.refetches,
+            wrong_digest=file.wrong_digest,
             transferred=file.transferred,
             committed=file.committed,
             validated=file.validated,
@@ -1315,7 +1330,7 @@ class _Reader:
             original_url=self._url(row, job, "original_url"),
             url=self._url(row, job, "url"),
             path=Path(_text_out(row["path"])),
-            sha256=row["sha256"],
+            digests=Digests(row["sha256"], row["sha512"], row["blake3"]),
             ranges=tuple(FileRange(int(each["start"]), _maybe_int(each["length"])) for each in ranges),
             validator=_validator(row),
             part=_part(row),
@@ -1323,6 +1338,8 @@ class _Reader:
             slices=tuple(_slice(piece) for piece in slices),
             boot_id=row["boot_id"],
             restarts=row["restarts"],
+            refetches=row["refetches"],
+            wrong_digest=row["wrong_digest"],
             transferred=bool(row["transferred"]),
             committed=bool(row["committed"]),
             validated=bool(row["validated"]),
@@ -1460,7 +1477,10 @@ def _error(row: Row) -> BitsError | None:
 def _validator(row: Row) -> Validator | None:
     if not row["pinned"]:
         return None
-    return Validator(_maybe_text(row["etag"]), _maybe_text(row["last_modified"]), _maybe_int(row["size"]))
+    digests = Digests(row["served_sha256"], row["served_sha512"])
+    return Validator(
+        _maybe_text(row["etag"]), _maybe_text(row["last_modified"]), _maybe_int(row["size"]), digests, _maybe_text(row["media_type"])
+    )
 
 
 def _slice(row: Row) -> Slice:

@@ -18,7 +18,8 @@ from ..errors import BitsError, ErrorCode, ErrorContext, LocalFileError, Network
 from ..files import PartFile, discard_part, new_draft
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
-from ..transport.answers import MAX_URL, AlreadyComplete, Asked, FileChanged, Redirected
+from ..transport.answers import MAX_URL, AlreadyComplete, Asked, Condition, FileChanged, Redirected
+from ..transport.digests import NO_DIGESTS, Digests
 from ..transport.lane import Body, Network, Party
 from ..transport.options import SecurityFlags
 from ..transport.ranges import (
@@ -41,6 +42,9 @@ CHECKPOINT_BYTES: Final = 32 << 20
 CHECKPOINT_SECONDS: Final = 5.0
 LOOK: Final = 0.1  # seconds between two looks at a body that a thread moves
 FILE_RESTARTS: Final = 3
+REFETCHES: Final = 2  # of a file whose digest is wrong
+SEAM: Final = 64 << 10  # bytes fetched once more, where nothing but the answer says that the rest is of the same version
+GONE: Final = (401, 403, 404, 410)  # what a URL that was good for a while answers afterwards
 RECONNECTS: Final = 5
 RECONNECT_DELAYS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 RESERVE_AHEAD: Final = 64 << 20
@@ -102,6 +106,9 @@ class _Download:
     fresh: bool  # nothing is in it but what this attempt wrote
     checkpoint_from: int = 0
     complete: bool = False  # all bytes of the piece are there
+    condition: Condition = Condition.VERSION  # the strongest that the server is known to heed
+    hashed: Digests = NO_DIGESTS  # what the running digests are compared with in the end
+    went_back: bool = False  # to the URL that the application named, and no server has answered since
     others: tuple[Slice, ...] = ()  # on demand: what is there besides the piece
 
     @property
@@ -151,6 +158,23 @@ async def _ended(task: "asyncio.Task[int]") -> None:
         raise asyncio.CancelledError
 
 
+class _WrongBytes(Exception):
+    """Control flow: what came hashes to `found`, and should not. The message is for people."""
+
+    def __init__(self, message: str, found: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.found = found
+
+
+def _held_to(download: _Download) -> Digests:
+    """What the local file must hash to: the caller's word, else that of the server where it serves all of it."""
+    record = download.record
+    if record.digests or record.ranges or download.validator is None:
+        return record.digests
+    return download.validator.digests.one()
+
+
 class Attempt:
     """One go at a job, as the tokens of `pair`. `run` returns when every file is transferred.
 
@@ -194,7 +218,8 @@ class Attempt:
             else:
                 await self._begin(download)
                 await self._fetch(download, party)
-                await self._finish(download)
+                while not await self._finished(download):
+                    await self._fetch(download, party)
         finally:
             await self._close(download)
 
@@ -281,8 +306,8 @@ class Attempt:
         return DYNAMIC if self._recorder.job.dynamic_content else NO_VALIDATOR
 
     async def _start_digest(self, download: _Download) -> None:
-        if download.record.sha256 is not None:
-            await download.part.start_digest(["sha256"], download.piece.written)
+        download.hashed = _held_to(download)
+        await download.part.start_digest(download.hashed.names, download.piece.written if download.hashed else 0)
 
     # -- fetching ---------------------------------------------------------------------------------------------------------------------
 
@@ -291,8 +316,13 @@ class Attempt:
             start = download.piece.written
             try:
                 await self._request(download, party)
+            except _WrongBytes as wrong:
+                await self._distrust(download, wrong)
             except FileChanged as change:
-                if change.changed:
+                weaker = download.condition.weaker(download.validator) if change.same else None
+                if weaker is not None:
+                    download.condition = weaker
+                elif change.changed:
                     await self._restart(download, change.reason)
                 else:
                     # the server cannot go on where we stopped; bounded by the number of broken connections
@@ -308,11 +338,17 @@ class Attempt:
                 else:
                     download.complete = True
             except BitsError as error:
-                await self._reopen(download, error, download.piece.written > start)
+                if not await self._back_to_original(download, error):
+                    await self._reopen(download, error, download.piece.written > start)
 
     async def _fetch_wanted(self, download: _Download, party: Party) -> None:
         """On demand: one stretch after the other of what was asked for; the file is transferred if that is all of it."""
         await self._begin_with_slices(download)
+        while not await self._wanted_is_there(download, party):
+            pass
+
+    async def _wanted_is_there(self, download: _Download, party: Party) -> bool:
+        """Fetch what is missing; False: it was wrong, and nothing is there."""
         while (gap := missing(download.record.wanted, download.slices, _size(download), download.record.position)) is not None:
             self._turn_to(download, *gap)
             try:
@@ -326,8 +362,8 @@ class Attempt:
         size = _size(download)
         if size is not None and complete(download.slices, size):
             download.piece, download.others = Slice(0, size, size, size), ()
-            await self._start_digest(download)  # what came out of order is read once more
-            await self._finish(download)
+            return await self._finished(download)
+        return True
 
     async def _begin_with_slices(self, download: _Download) -> None:
         """As `_begin`; the length of a file with holes says nothing, so only what was made durable counts."""
@@ -355,16 +391,23 @@ class Attempt:
             download.complete = True
             return
         asked = self._asked(download)
+        seam = piece.written - asked.start if download.condition is Condition.NONE and not asked.part else 0
         async with self._shop.network.get(party, asked) as body:
             if SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_REPORT in party.options.flags:
                 await self._rename(download, body.url)
             await self._pin(download, asked, body)
             self._recorder.answered()
-            detached = body.detach()
+            download.went_back = False
+            first = await self._across_the_seam(download, body, seam)
+            content, before = body.content.one(), piece.written - len(first)
+            download.part.start_content_digest(content.names, piece.written)
+            detached = None if first else body.detach()
             if detached is None:
-                await self._pump(download, body)
+                await self._pump(download, body, first)
             else:
                 await self._receive(download, body, detached, party.timeouts.idle)
+            if content and not seam and piece.written - before == body.length:
+                await self._compare_content(download, content)
         if body.length is None:
             download.complete = True  # only the end of the body says where the file ends
             if download.record.wanted and download.validator is not None:
@@ -382,7 +425,16 @@ class Attempt:
             raise make_error(code, ErrorContext.REMOTE_FILE, message, url=record.url)
         end = download.piece.end
         limit = None if end is None or end - position <= MAX_REQUEST else position + MAX_REQUEST
-        return Asked(record.url, position, limit, validator, dynamic=self._recorder.job.dynamic_content)
+        start = max(0, position - SEAM) if download.condition is Condition.NONE else position
+        return Asked(
+            record.url,
+            start,
+            limit,
+            validator,
+            dynamic=self._recorder.job.dynamic_content,
+            condition=download.condition,
+            past_caches=record.refetches > 0 and not position,
+        )
 
     def _asked_part(self, download: _Download) -> Asked:
         record, piece, validator = download.record, download.piece, download.validator
@@ -390,7 +442,8 @@ class Attempt:
             message = f"a file of ranges cannot be fetched: {self._why_anew}"
             raise make_error(ErrorCode.BG_E_INSUFFICIENT_RANGE_SUPPORT, ErrorContext.REMOTE_FILE, message, url=record.url)
         ranges = record.ranges or (FileRange(0, piece.end),)
-        return Asked(record.url, *locate(ranges, piece.written, _size(download)), validator, part=True)
+        stretch = locate(ranges, piece.written, _size(download))
+        return Asked(record.url, *stretch, validator, part=True, condition=download.condition, past_caches=record.refetches > 0)
 
     async def _pin(self, download: _Download, asked: Asked, body: Body) -> None:
         """The first answer names the version that every later one must be of; the journal knows it before the first byte is written."""
@@ -404,6 +457,10 @@ class Attempt:
             if download.piece.end is None or not download.record.wanted:
                 download.piece.end = local_size(download.record.ranges, body.total)
             await self._keep(download)
+        elif body.validator.digests != download.validator.digests:
+            download.validator = replace(download.validator, digests=body.validator.digests)  # journalled at the next checkpoint
+        if download.hashed != _held_to(download) and not download.record.wanted:
+            await self._start_digest(download)
         self._refuse_too_large(download, download.count + (download.piece.remaining or 0))
         if body.length is not None:
             await download.part.reserve(download.piece.written, min(body.length, RESERVE_AHEAD))
@@ -425,8 +482,27 @@ class Attempt:
             code = ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_LIMIT_REACHED
             raise make_error(code, ErrorContext.REMOTE_FILE, message, url=download.record.url)
 
-    async def _pump(self, download: _Download, body: Body) -> None:
-        chunks, batch, size = aiter(body), list[bytes](), 0
+    async def _across_the_seam(self, download: _Download, body: Body, seam: int) -> bytes:
+        """The first `seam` bytes of the body are in the part file already, if it is the same file; returns what came behind them."""
+        if not seam:
+            return b""
+        there, came = await download.part.read(download.piece.written - seam, seam), b""
+        async for chunk in body:
+            came += chunk
+            if came[:seam] != there[: len(came)]:
+                raise FileChanged(None, "the bytes before the place where it goes on are not those that were fetched")
+            if len(came) > seam:
+                return came[seam:]
+        raise FileChanged(None, "the server sends too little to go on with", changed=False)
+
+    async def _compare_content(self, download: _Download, expected: Digests) -> None:
+        (name,) = expected.names
+        found = await download.part.content_digest(name)
+        if found != expected.of(name):
+            raise _WrongBytes(f"{name} of a part of the file is {found}, the server said {expected.of(name)}", found)
+
+    async def _pump(self, download: _Download, body: Body, first: bytes = b"") -> None:
+        chunks, batch, size = aiter(body), [first] if first else [], len(first)
         try:
             while (chunk := await _next(chunks, WRITE_AFTER if batch else None)) is not None:
                 if chunk:
@@ -516,6 +592,24 @@ class Attempt:
         if not self._can_go_on(download.validator):
             await self._anew(download, self._why_anew, changed=False)
 
+    async def _back_to_original(self, download: _Download, error: BitsError) -> bool:
+        """Where the redirect policy reported where the file is, and it is there no more: ask the name that the application gave, once."""
+        record = download.record
+        reported = SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_REPORT in self._recorder.job.http.flags and record.url != record.original_url
+        if not reported or download.went_back or error.http_status not in GONE:
+            return False
+        download.went_back = True
+        await self._rename(download, record.original_url)
+        return True
+
+    async def _distrust(self, download: _Download, wrong: _WrongBytes) -> None:
+        """Throw wrong bytes away and fetch the file anew: a few times, and not if the same wrong bytes came twice, which is no accident."""
+        record = download.record
+        if not self._recorder.job.http.plain or record.refetches >= REFETCHES or wrong.found == record.wrong_digest:
+            await self._refuse(download, wrong.message)
+        download.record = replace(record, refetches=record.refetches + 1, wrong_digest=wrong.found)
+        await self._anew(download, wrong.message, changed=False)
+
     async def _rename(self, download: _Download, url: str) -> None:
         """The redirect policy reports where the file is. What is too long to be the name of a file in a job is not kept."""
         if url != download.record.url and len(url) <= MAX_URL:
@@ -548,23 +642,35 @@ class Attempt:
 
     # -- the end ------------------------------------------------------------------------------------------------------------------------
 
-    async def _finish(self, download: _Download) -> None:
-        """Every byte is there: check the ends, make it durable, journal it."""
+    async def _finished(self, download: _Download) -> bool:
+        """Every byte is there: check the ends, make it durable, journal it. False: it is wrong, and to be fetched anew."""
         piece, record = download.piece, download.record
         length = await download.part.length()
         if length != piece.written or (piece.end is not None and length != piece.end):
             message = f"the part file has {length} bytes instead of {piece.end if piece.end is not None else piece.written}"
             await self._refuse(download, message)
-        if record.sha256 is not None:
-            found = await download.part.digest("sha256")
-            if found != record.sha256:
-                await self._refuse(download, f"sha256 is {found}, expected {record.sha256}")
+        try:
+            await self._compare(download)
+        except _WrongBytes as wrong:
+            await self._distrust(download, wrong)
+            return False
         known = download.validator or Validator(None, None, None)
         download.validator = known if record.ranges and known.size is not None else replace(known, size=length)
         piece.end = length
         await download.part.sync()
         piece.durable = piece.written
         await self._keep(download, transferred=True)
+        return True
+
+    async def _compare(self, download: _Download) -> None:
+        expected = _held_to(download)
+        if expected and (download.hashed != expected or download.part.digest_position != download.piece.written):
+            await self._start_digest(download)  # what came out of order is read once more
+        for name in expected.names:
+            found = await download.part.digest(name)
+            if found != expected.of(name):
+                who = "expected" if download.record.digests else "the server said"
+                raise _WrongBytes(f"{name} is {found}, {who} {expected.of(name)}", found)
 
     async def _refuse(self, download: _Download, message: str) -> None:
         """Wrong bytes are thrown away."""

@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from enum import Enum, auto
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import quote
 
 from ..errors import BitsError, ErrorCode, ErrorContext, InvalidArgument, error_from_status, make_error
-from .digests import Digests, parse_digests, parse_legacy_digests
+from .digests import NO_DIGESTS, Digests, parse_digests, parse_legacy_digests
 from .ranges import ENTITY_TAG, ContentRange, Unsatisfied, Validator, http_date, parse_content_range, range_header
 
 MAX_URL: Final = 2200
@@ -41,6 +42,7 @@ _AUTHORITY: Final = re.compile(r"(\[[^\[\]]*\]|[^:@\[\]]*)(?::([0-9]{0,5}))?")
 _LABEL: Final = re.compile(r"[A-Za-z0-9_-]{1,63}")
 _NUMBER: Final = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 _NOT_ASCII: Final = re.compile(r"[^\x00-\x7f]+")
+_PAGES: Final = ("text/html", "application/xhtml+xml")
 _DEFAULT_PORT: Final = {"http": 80, "https": 443}
 
 
@@ -256,6 +258,20 @@ class HeaderFields:
         return [value for name, value in self._pairs if name == key.lower()] or default
 
 
+class Condition(Enum):
+    """What `If-Range` says. Some servers answer 200 to the best one though nothing has changed; then a weaker one is asked."""
+
+    VERSION = auto()  # the strong ETag, else Last-Modified
+    DATE = auto()  # Last-Modified
+    NONE = auto()  # no If-Range: the answer's own fields prove the version, and the bytes where it joins
+
+    def weaker(self, pinned: Validator | None) -> "Condition | None":
+        """The next one to try; None: there is none."""
+        if self is Condition.VERSION and pinned is not None and pinned.strong and pinned.modified:
+            return Condition.DATE
+        return None if self is Condition.NONE else Condition.NONE
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """One GET for [start, end) of a file; (0, None) asks for the whole file without a Range header.
@@ -267,6 +283,8 @@ class Asked:
         part: exactly these bytes are wanted, and not those before them: any version will do while none is pinned, and the whole file
             is no answer.
         dynamic: the file is made when it is asked for: it need not tell where it ends.
+        condition: what `If-Range` says of the pinned version.
+        past_caches: what a cache on the way has is not wanted: it may be where wrong bytes came from.
     """
 
     url: str
@@ -275,6 +293,8 @@ class Asked:
     pinned: Validator | None = None
     part: bool = False
     dynamic: bool = False
+    condition: Condition = Condition.VERSION
+    past_caches: bool = False
 
     @property
     def ranged(self) -> bool:
@@ -291,10 +311,17 @@ class Asked:
         fields = {"Accept-Encoding": "identity"}
         if self.ranged:
             fields["Range"] = range_header(self.start, self.end)
-            version = self.pinned.if_range() if self.pinned else None
+            version = self._if_range()
             if version is not None:
                 fields["If-Range"] = version
+        if self.past_caches:
+            fields["Cache-Control"] = "no-cache"
         return fields
+
+    def _if_range(self) -> str | None:
+        if self.pinned is None or self.condition is Condition.NONE:
+            return None
+        return self.pinned.if_range() if self.condition is Condition.VERSION else self.pinned.last_modified
 
     def at(self, url: str) -> "Asked":
         """The same question, asked elsewhere: an ETag means something for its own resource only, so there it pins nothing."""
@@ -332,7 +359,7 @@ class Accept:
     total: int | None
     validator: Validator
     ranged: bool
-    content: Digests = Digests()
+    content: Digests = NO_DIGESTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,11 +370,13 @@ class Restart:
         reason: for people.
         validator: of the version the server has now, where the answer says so.
         changed: there is evidence of another version. False: the server cannot continue this one (no ranges, nothing pins it).
+        same: it is proved to be the very same version: asked by a weaker condition, the server may continue it after all.
     """
 
     reason: str
     validator: Validator | None
     changed: bool = True
+    same: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,11 +415,12 @@ Verdict = Accept | Restart | Complete | Redirect | Challenged | Refuse
 class FileChanged(Exception):
     """Control flow, not an error: the file must be fetched anew (a `Restart` on its way up)."""
 
-    def __init__(self, validator: Validator | None, reason: str, *, changed: bool = True) -> None:
+    def __init__(self, validator: Validator | None, reason: str, *, changed: bool = True, same: bool = False) -> None:
         super().__init__(reason)
         self.validator = validator
         self.reason = reason
         self.changed = changed
+        self.same = same
 
 
 class AlreadyComplete(Exception):
@@ -455,9 +485,13 @@ def _judge_whole(asked: Asked, answer: Answer, length: int | None, framed: bool)
     """200: the whole file, good from offset 0 only; it is never appended."""
     _require_identity(answer.headers)
     served = _described(answer.headers, length, whole=True)
+    if _is_web_page_instead(asked, served):
+        return Refuse(_no_file(asked))
     version = _same_version(asked, served)
     if isinstance(version, Restart):
         return version
+    if asked.start > 0 and asked.pinned is not None and asked.condition.weaker(version) and _may_know_ranges(answer.headers):
+        return Restart("the server sent the whole file though it has not changed", version, changed=False, same=True)
     if asked.part and asked.ranged and (asked.start > 0 or length is None or (asked.end is not None and asked.end < length)):
         raise _Broken("the server sends the whole file in place of a range", ErrorCode.BG_E_INSUFFICIENT_RANGE_SUPPORT)
     if asked.start > 0:
@@ -466,6 +500,25 @@ def _judge_whole(asked: Asked, answer: Answer, length: int | None, framed: bool)
     if not framed and not asked.dynamic:
         raise _Broken("nothing in it says where the file ends", ErrorCode.BG_E_MISSING_FILE_SIZE)
     return Accept(0, length, version.size, version, ranged=False)
+
+
+def _may_know_ranges(headers: Headers) -> bool:
+    return (_once(headers, "Accept-Ranges") or "").lower() != "none"
+
+
+def _is_web_page_instead(asked: Asked, served: Validator) -> bool:
+    """A login page, or an error meant for people, in place of a file that was something else before: no version of it."""
+    pinned = asked.pinned
+    if pinned is None or pinned.media_type is None or pinned.media_type in _PAGES or served.media_type not in _PAGES:
+        return False
+    return not pinned.agrees(served)
+
+
+def _no_file(asked: Asked) -> BitsError:
+    message = "a web page came in place of the file; perhaps somebody on the way wants a login"
+    return make_error(
+        ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorContext.REMOTE_FILE, message, url=asked.url, http_status=200, transient=True
+    )
 
 
 def _judge_part(asked: Asked, answer: Answer, length: int | None) -> Verdict:

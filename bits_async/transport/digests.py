@@ -50,9 +50,9 @@ class Digests:
         value: str | None = getattr(self, name)
         return value
 
-    def one(self) -> tuple[str, ...]:
-        """An algorithm that is enough to check the bytes by, the cheapest; none where nothing is known."""
-        return self.names[:1]
+    def one(self) -> "Digests":
+        """One of them, the cheapest to compute: enough to check the bytes by."""
+        return Digests(**{name: self.of(name) for name in self.names[:1]})
 
     def contradicts(self, other: "Digests") -> bool:
         """Whether the two are of different bytes for sure."""
@@ -82,6 +82,9 @@ class Digests:
             if value is not None and not (isinstance(value, str) and len(value) == digits and _HEX.fullmatch(value)):
                 raise InvalidArgument(f"{name}= takes {digits} hexadecimal digits")
         return cls(**found)
+
+
+NO_DIGESTS: Final = Digests()
 
 
 def parse_digests(lines: Sequence[str]) -> Digests:

@@ -61,6 +61,7 @@ from .answers import (
     judge,
 )
 from .connector import EXCHANGES, HEAD_LIMIT, LEG_BODY_LIMIT, USER_AGENT, LaneConnector, Login, Route, throw, tokens
+from .digests import Digests
 from .options import HttpOptions, SecurityFlags
 from .proxies import ProxySettings, route
 from .ranges import Detached, Validator
@@ -129,6 +130,11 @@ class Body(Protocol):
 
     @property
     def validator(self) -> Validator: ...
+
+    @property
+    def content(self) -> Digests:
+        """What the server says these bytes hash to, where they are a part of the file."""
+        ...
 
     @property
     def headers(self) -> Mapping[str, str]: ...
@@ -217,6 +223,7 @@ class LaneBody:
         self.length = verdict.length
         self.total = verdict.total
         self.validator = verdict.validator
+        self.content = verdict.content
         self.headers: Mapping[str, str] = response.headers
         self._lane = lane
         self._response = response
@@ -710,7 +717,7 @@ class Lanes:
             case Redirect():
                 return None, verdict
             case Restart():
-                raise FileChanged(verdict.validator, verdict.reason, changed=verdict.changed)
+                raise FileChanged(verdict.validator, verdict.reason, changed=verdict.changed, same=verdict.same)
             case Complete():
                 raise AlreadyComplete(verdict.total)
             case Refuse():

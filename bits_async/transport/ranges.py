@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Final, Self, TypeGuard
 
 from ..errors import ErrorCode, InvalidArgument
-from .digests import Digests
+from .digests import NO_DIGESTS, Digests
 
 MAX_REQUEST: Final = 2 * 1024**3
 """One request asks for the rest of the file, but for no more than this; BITS never asks for more either."""
@@ -54,7 +54,7 @@ class Validator:
     etag: str | None = None
     last_modified: str | None = None
     size: int | None = None
-    digests: Digests = Digests()
+    digests: Digests = NO_DIGESTS
     media_type: str | None = field(default=None, compare=False)
 
     @property

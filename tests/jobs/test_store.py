@@ -27,6 +27,7 @@ from bits_async.jobs import store as store_module
 from bits_async.jobs.model import FileRecord, GrantRemoved, JobPriority, JobRecord, JobRemoved, JobState, OwnerKey, StoredJob
 from bits_async.jobs.secrets import make_private
 from bits_async.jobs.store import APPLICATION_ID, SCHEMA, SqliteStore, Store
+from bits_async.transport.digests import Digests
 from bits_async.transport.options import HttpOptions
 from bits_async.transport.proxies import ProxySettings
 from bits_async.transport.ranges import Slice, Validator
@@ -415,7 +416,7 @@ def released_jobs() -> list[StoredJob]:
     )
     file = a_file(
         job,
-        sha256="ab" * 32,
+        digests=Digests("ab" * 32),
         validator=Validator('"v1"', "Sun, 01 Mar 2026 00:00:00 GMT", 1000),
         part=PartRecord("/srv/in", ".0.bits-part", 64769, 2, 64769, 2**64 - 3, 1000),
         slices=(Slice(0, 500, 100, 100), Slice(500, 1000, 600, 600)),

@@ -141,12 +141,13 @@ async def test_a_server_that_does_not_serve_ranges_as_it_should_stops_the_job(sc
 
 async def test_a_server_that_ignores_ranges_half_way_stops_the_job_and_a_resume_goes_on(scene):
     async with scene.manager() as manager:
-        scene.origin.fault("/file", Fault(cut_after=150_000), Fault(ignore_range=True))
+        ways = 3  # If-Range with the ETag, with the date, and none
+        scene.origin.fault("/file", Fault(cut_after=150_000), *[Fault(ignore_range=True)] * ways)
         job = await scene.job(manager)
         assert (await failed(job)).code == ErrorCode.BG_E_INSUFFICIENT_RANGE_SUPPORT
         await job.resume()
         assert await scene.finish(job) == joined(OLD)
-    assert scene.wire == [ON_THE_WIRE[0], "bytes=450000-499999", "bytes=450000-499999", *ON_THE_WIRE[1:]]
+    assert scene.wire == [ON_THE_WIRE[0], *["bytes=450000-499999"] * (ways + 1), *ON_THE_WIRE[1:]]
 
 
 async def test_a_range_beyond_the_end_stops_the_job(scene):

@@ -1,6 +1,6 @@
 """What may be asked, and the decision table of answers row by row."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -29,6 +29,7 @@ from bits_async.transport.answers import (
     Asked,
     Challenged,
     Complete,
+    Condition,
     FileChanged,
     HeaderFields,
     Headers,
@@ -992,7 +993,9 @@ def test_a_later_part_is_of_the_pinned_version() -> None:
     assert verdict.changed
 
 
-@pytest.mark.parametrize("question", [part(100, 150), part(0, 50), part(0, 50, PINNED), part(100, None, PINNED)])
+@pytest.mark.parametrize(
+    "question", [part(100, 150), part(0, 50), part(0, 50, PINNED), replace(part(100, None, PINNED), condition=Condition.NONE)]
+)
 def test_the_whole_file_in_place_of_a_part_is_a_server_without_ranges(question: Asked) -> None:
     verdict = judge(question, answer(200, "Content-Length: 200", 'ETag: "a"'))
     assert isinstance(verdict, Refuse)
@@ -1033,3 +1036,57 @@ def test_a_part_of_a_file_whose_size_is_not_told_is_refused() -> None:
 
 def test_dynamic_content_may_end_with_its_connection() -> None:
     assert judge(Asked(URL, dynamic=True), answer(200)) == Accept(0, None, None, Validator(), False)
+
+
+# -- a server that does not heed the condition, and one that is not there
+
+
+@pytest.mark.parametrize(
+    ("pinned", "conditions"),
+    [(PINNED, ['"a"', MONDAY, None]), (replace(PINNED, last_modified=None), ['"a"', None]), (DATED, [MONDAY, None])],
+)
+def test_a_whole_file_that_has_not_changed_is_asked_for_by_weaker_conditions(pinned: Validator, conditions: list[str | None]) -> None:
+    fields = [*([f"ETag: {pinned.etag}"] if pinned.etag else []), *([f"Last-Modified: {MONDAY}"] if pinned.last_modified else [])]
+    condition: Condition | None = Condition.VERSION
+    for expected in conditions:
+        assert condition is not None
+        question = replace(asked(100, None, pinned), condition=condition)
+        assert question.headers().get("If-Range") == expected
+        verdict = judge(question, answer(200, "Content-Length: 200", *fields))
+        assert isinstance(verdict, Restart)
+        assert not verdict.changed
+        condition = condition.weaker(pinned)
+        assert verdict.same is (condition is not None)
+    assert condition is None
+
+
+def test_a_server_that_says_it_knows_no_ranges_is_not_asked_for_some_again() -> None:
+    verdict = judge(asked(100, None, PINNED), answer(200, "Content-Length: 200", 'ETag: "a"', "Accept-Ranges: none"))
+    assert isinstance(verdict, Restart)
+    assert not verdict.same
+
+
+FILE = replace(PINNED, media_type="application/octet-stream")
+PAGE = "Content-Type: text/html; charset=utf-8"
+
+
+@pytest.mark.parametrize("lines", [(PAGE,), (PAGE, 'ETag: "page"'), ("Content-Type: Application/XHTML+XML", "Content-Length: 10")])
+@pytest.mark.parametrize("start", [0, 100])
+def test_a_web_page_in_place_of_a_file_that_was_none_is_no_version_of_it(lines: tuple[str, ...], start: int) -> None:
+    verdict = judge(asked(start, None, FILE), answer(200, *lines))
+    assert isinstance(verdict, Refuse)
+    assert verdict.error.transient
+
+
+@pytest.mark.parametrize(
+    ("pinned", "lines"),
+    [
+        (replace(PINNED, media_type="text/html"), (PAGE, 'ETag: "b"')),
+        (PINNED, (PAGE, 'ETag: "b"')),  # nobody knows what it was
+        (FILE, (PAGE, 'ETag: "a"', f"Last-Modified: {MONDAY}")),  # the same version under another name
+        (FILE, ("Content-Type: text/plain", 'ETag: "b"')),
+        (FILE, ('ETag: "b"',)),
+    ],
+)
+def test_other_changes_of_the_type_are_changes_of_the_file_or_none(pinned: Validator, lines: tuple[str, ...]) -> None:
+    assert isinstance(judge(asked(100, None, pinned), answer(200, "Content-Length: 200", *lines)), Restart)
