@@ -47,11 +47,12 @@ The map of the package; imports point from a lower line to a higher one only:
       conditions.py     what must be so for a job to run: the network, its price, the administrator
       transfer.py       one attempt at one job: the only place where a lane meets a file
       notify.py         what happened: events and the streams that carry them
+      callbacks.py      telling the application: callbacks and notification commands, at least once
       engine.py         the jobs in memory, commands on them, the loop that starts and ends attempts
       arguments.py      what callers hand in, checked
       door.py           who may: the access check
       parties.py        a job's network side: credentials, TLS, the origins they are bound to
-      handles.py        Job, JobFile, TokenOptions
+      handles.py        Job, JobFile, TokenOptions, and the callback that a job takes
       places.py         where a user's transfers keep their state
       orders.py         one file from create to complete
       manager.py        BitsManager, download(): the API
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     from .identity.tokens import ImpersonationLevel as ImpersonationLevel
     from .identity.tokens import Token as Token
     from .jobs.arguments import FileInfo as FileInfo
+    from .jobs.handles import BackgroundCopyCallback as BackgroundCopyCallback
     from .jobs.handles import Job as Job
     from .jobs.handles import JobFile as JobFile
     from .jobs.handles import TokenOptions as TokenOptions
@@ -111,6 +113,8 @@ if TYPE_CHECKING:
     from .jobs.model import JobProgress as JobProgress
     from .jobs.model import JobState as JobState
     from .jobs.model import JobTimes as JobTimes
+    from .jobs.model import NotifyCmdLine as NotifyCmdLine
+    from .jobs.model import NotifyFlags as NotifyFlags
     from .jobs.model import Waiting as Waiting
     from .jobs.model import WaitingReason as WaitingReason
     from .jobs.notify import Event as Event
@@ -153,7 +157,7 @@ _HOMES: Final = {
     "identity.threads": ("run_as",),
     "identity.tokens": ("HelperTokenFlags", "ImpersonationLevel", "Token"),
     "jobs.arguments": ("FileInfo",),
-    "jobs.handles": ("Job", "JobFile", "TokenOptions"),
+    "jobs.handles": ("BackgroundCopyCallback", "Job", "JobFile", "TokenOptions"),
     "jobs.manager": ("BitsManager", "download"),
     "jobs.model": (
         "Cancellation",
@@ -163,6 +167,8 @@ _HOMES: Final = {
         "JobProgress",
         "JobState",
         "JobTimes",
+        "NotifyCmdLine",
+        "NotifyFlags",
         "Waiting",
         "WaitingReason",
     ),

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import heapq
 import itertools
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from contextvars import Token as Undo
 from dataclasses import dataclass, field
@@ -136,6 +136,16 @@ class FakeRequest:
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
 
+@dataclass(frozen=True)
+class FakeCommand:
+    """One notification command that a job has run, instead of being run: as whom, the whole argv, and the variables it was given."""
+
+    program: str
+    parameters: tuple[str, ...]
+    identity: str
+    environment: Mapping[str, str]
+
+
 @dataclass
 class _Served:
     body: bytes
@@ -163,11 +173,14 @@ class FakeNetwork:
 
     Attributes:
         requests: every request so far, oldest first.
+        commands: every notification command so far; no program is run.
         clock: the fake time that these managers run on.
     """
 
     def __init__(self) -> None:
         self.requests: list[FakeRequest] = []
+        self.commands: list[FakeCommand] = []
+        self._statuses: list[int] = []
         self.clock = FakeClock()
         self._served: dict[str, _Served] = {}
         self._failures: list[_Failure] = []
@@ -177,7 +190,7 @@ class FakeNetwork:
         self._undo: Undo[Seams | None] | None = None
 
     def __enter__(self) -> Self:
-        self._undo = seams.set(Seams(self, self.clock, self._watch))
+        self._undo = seams.set(Seams(self, self.clock, self._watch, self._run_command))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
@@ -215,6 +228,15 @@ class FakeNetwork:
     def fail(self, url: str | None = None, *, times: int = 1, error: BitsError | None = None) -> None:
         """Let the next `times` requests (for `url`, or for any) fail with `error`, by default a broken connection."""
         self._failures.append(_Failure(url, times, error or NetworkError("the fake connection broke", transient=True)))
+
+    def fail_command(self, status: int = 1, *, times: int = 1) -> None:
+        """Let the next `times` notification commands end with `status`; all others end with 0."""
+        self._statuses += [status] * times
+
+    async def _run_command(self, token: Token, program: str, parameters: Sequence[str], variables: Mapping[str, str]) -> int:
+        await asyncio.sleep(0)
+        self.commands.append(FakeCommand(program, tuple(parameters), token.name, dict(variables)))
+        return self._statuses.pop(0) if self._statuses else 0
 
     def disconnect(self) -> None:
         """The network is lost: jobs wait for it (BG_E_NETWORK_DISCONNECTED) until `reconnect()`. Their managers notice at once."""

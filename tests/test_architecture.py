@@ -37,7 +37,7 @@ RANKS_OF_JOBS = (
     {"model"},
     {"store", "secrets", "policies"},
     {"scheduler"},
-    {"transfer", "notify", "certificates", "conditions"},
+    {"transfer", "notify", "certificates", "conditions", "callbacks"},
     {"engine"},
     {"arguments", "door", "parties", "places"},
     {"handles"},

@@ -12,6 +12,7 @@ AuthCredentials
 AuthFailed
 AuthScheme
 AuthTarget
+BackgroundCopyCallback
 BitsError
 BitsManager
 Cancellation
@@ -44,6 +45,8 @@ LocalFileError
 ManagerClosed
 NetworkError
 NotFound
+NotifyCmdLine
+NotifyFlags
 Progress
 ProxySettings
 ProxyUsage

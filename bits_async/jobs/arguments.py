@@ -16,7 +16,7 @@ from ..identity.tokens import HelperTokenFlags
 from ..transport.answers import MAX_URL, check_url
 from ..transport.digests import Digests
 from ..transport.ranges import FileRange
-from .model import FileRecord
+from .model import FileRecord, NotifyFlags
 
 if TYPE_CHECKING:
     from yarl import URL
@@ -108,6 +108,33 @@ def checked_helper_flags(flags: HelperTokenFlags) -> HelperTokenFlags:
     if not isinstance(flags, HelperTokenFlags):
         raise InvalidArgument(f"helper flags are HelperTokenFlags, not {flags!r}")
     return flags
+
+
+def checked_notify_flags(flags: NotifyFlags) -> NotifyFlags:
+    """At least one flag, or DISABLE alone.
+
+    Raises:
+        InvalidArgument: no NotifyFlags; a combination that means nothing (E_NOTIMPL).
+    """
+    if not isinstance(flags, NotifyFlags):
+        raise InvalidArgument(f"notify flags are NotifyFlags, not {flags!r}")
+    if not flags or (NotifyFlags.DISABLE in flags and flags is not NotifyFlags.DISABLE):
+        message = "notify flags name what to tell of, or are DISABLE alone"
+        raise InvalidArgument(message, code=ErrorCode.E_NOTIMPL, advice="use NotifyFlags.DISABLE to be told of nothing")
+    return flags
+
+
+def checked_text(name: str, text: str, most: int) -> str:
+    """Text of so many characters at most.
+
+    Raises:
+        InvalidArgument: no text; too long (BG_E_STRING_TOO_LONG).
+    """
+    if not isinstance(text, str):
+        raise InvalidArgument(f"{name} takes text, not {type(text).__name__}")
+    if len(text) > most:
+        raise InvalidArgument(f"{name} takes at most {most} characters", code=ErrorCode.BG_E_STRING_TOO_LONG)
+    return text
 
 
 def checked_seconds(name: str, value: float) -> float:

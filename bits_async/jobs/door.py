@@ -63,6 +63,20 @@ class Door:
         if token.elevated and not caller.elevated:
             raise AccessDenied("an elevated helper token may be set by an elevated caller only", identity=token.name)
 
+    def check_commander(self, token: Token) -> None:
+        """Whether a job's notification command may run as this token.
+
+        A token that is somebody on the network only has no user of this machine whom a program could run as; it would be the process's
+        own, who has shown nobody that he is the one whom the token names.
+
+        Raises:
+            AccessDenied: it has no local user of its own. Otherwise as `usable`.
+        """
+        self.usable(token)
+        if token.local.is_process and token.has_credentials:
+            message = f"the token of {token.name} has no user of this machine whom a command could run as"
+            raise AccessDenied(message, identity=token.name, advice="set the command as a local user, or outside impersonate()")
+
     def owner_key(self, token: Token) -> OwnerKey:
         """What the journal keeps of an owner."""
         return OwnerKey(
@@ -98,8 +112,12 @@ class Door:
         """The access check.
 
         Raises:
-            AccessDenied: the caller is neither the owner nor elevated.
+            AccessDenied: the caller is neither the owner nor elevated, or is the owner, who was elevated when he made the job and is no
+                longer.
         """
         self.refuse_fake(caller)
         if not (self.is_owner(caller, job.owner) or self.is_elevated(caller)):
             raise AccessDenied(f"the job belongs to {job.owner.name}", job_id=job.id, identity=caller.name)
+        if job.owner.elevated and not caller.elevated:
+            message = f"the job was made by {job.owner.name} as an administrator"
+            raise AccessDenied(message, job_id=job.id, identity=caller.name, advice="open it with an elevated identity")

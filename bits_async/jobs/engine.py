@@ -43,9 +43,12 @@ from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
 from ..transport.lane import Party
 from ..transport.options import SecurityFlags
+from ..transport.ranges import durable, without
+from .callbacks import Notifier, Outbox, RunCommand, commander
 from .certificates import CertificateJudge
 from .conditions import Conditions, Hindrance, network_lost
 from .model import (
+    NOTHING,
     Cancellation,
     Change,
     Command,
@@ -57,12 +60,14 @@ from .model import (
     JobRecord,
     JobRemoved,
     JobState,
+    NotifyFlags,
     Outcome,
     OwnerKey,
     StoredJob,
     Waiting,
     WaitingReason,
     advance,
+    owed_in,
 )
 from .notify import Event, EventStream, FileRestarted, FileTransferred, JobChanged, Progress, Retrying
 from .scheduler import TIME_SLICE, Candidate, Limits, choose, may_retry, retry_delay
@@ -100,6 +105,7 @@ class Entry:
     restored: bool = False  # from the journal: a process that died may have left a part file that is not in it yet
     judge: CertificateJudge | None = None  # the application's own say about servers' certificates
     answers: dict[int, tuple[tuple[str, str], ...]] = field(default_factory=dict, repr=False)  # last response headers, by file
+    outbox: Outbox = field(default_factory=Outbox)  # what it has to tell, and to whom
 
     def __post_init__(self) -> None:
         for file in self.files:
@@ -159,10 +165,15 @@ class _Report:
         return self._entry.files
 
     async def keep(self, file: FileRecord) -> None:
+        if file.transferred and not self._entry.files[file.index].transferred:
+            file = replace(file, owed=NotifyFlags.FILE_TRANSFERRED in self._entry.job.notify_flags)
         await self._engine.save(file, then=partial(self._kept, file))
 
     def _kept(self, file: FileRecord) -> None:
-        before, self._entry.files[file.index] = self._entry.files[file.index], file
+        entry = self._entry
+        before, entry.files[file.index] = entry.files[file.index], file
+        if entry.job.on_demand_mode:
+            self._engine.notifier.arrived(entry, file.index, without(durable(file.slices), durable(before.slices)))
         if file.transferred and not before.transferred:
             self._transferred(file)
 
@@ -177,6 +188,7 @@ class _Report:
             entry.farthest[index] = position
             entry.touched = self._engine.clock.now()
         entry.positions[index] = position
+        self._engine.notifier.modified(entry)
         self._engine.publish_progress(entry)
 
     def restarted(self, index: int, reason: str, *, changed: bool) -> None:
@@ -195,6 +207,8 @@ class _Report:
         entry.positions[file.index] = file.size or 0
         now, url, size = self._engine.clock.now(), show_url(file.url), file.size or 0
         self._engine.publish(FileTransferred(time=now, job_id=entry.job.id, url=url, path=file.path, size=size))
+        entry.outbox.turns[file.index] += 1
+        self._engine.notifier.look(entry)
 
 
 class Engine:
@@ -208,6 +222,7 @@ class Engine:
         run: False: jobs can be edited, nothing is transferred.
         party: the network side of a job's file, for the token that acts there and its security threads.
         find_owner: asks for the token of a job whose owner has none in this process; None: not to be had now.
+        run_command: how notification commands are run.
     """
 
     def __init__(
@@ -220,6 +235,7 @@ class Engine:
         run: bool,
         party: Callable[[Entry, Token, TokenExecutor, int], Awaitable[Party]],
         find_owner: Callable[[Entry], Awaitable[Token | None]],
+        run_command: RunCommand,
         time_slice: float = TIME_SLICE,
     ) -> None:
         self.entries: dict[UUID, Entry] = {}
@@ -242,6 +258,7 @@ class Engine:
         self._turns = 0
         self._loop_task: asyncio.Task[None] | None = None
         self._searches: dict[str, asyncio.Task[None]] = {}
+        self.notifier = Notifier(clock=self.clock, task=self.task, told=self._told, changed=self.announce, run_command=run_command)
 
     @property
     def executors(self) -> TokenExecutors:
@@ -250,7 +267,7 @@ class Engine:
 
     # -- life -----------------------------------------------------------------------------------------------------------------------
 
-    async def start(self, adopt: Callable[[StoredJob], Awaitable[Token | None]], *, hold: bool = False) -> None:
+    async def start(self, adopt: Callable[[OwnerKey], Awaitable[Token | None]], *, hold: bool = False) -> None:
         """Put the jobs of the journal back in the queue, or with `hold` let them wait for a resume.
 
         `adopt` says for whom the process may stand in.
@@ -258,13 +275,18 @@ class Engine:
         Raises:
             StoreError: the journal cannot be read.
         """
+        self.notifier.commands = self._run and not hold
         for stored in await self._store.load():
-            await self._restore(stored, await adopt(stored), hold=hold)
+            entry = await self._restore(stored, await adopt(stored.job.owner), hold=hold)
+            if stored.job.notify_setter is not None:
+                setter = await adopt(stored.job.notify_setter)
+                entry.outbox.commander = None if setter is None else (stored.job.notify_setter, setter)
+            self.notifier.look(entry)
         if self._run:
             await self._conditions.open(self._wake.set, self._network_back)
             self._loop_task = self.task(self._loop(), "bits-engine")
 
-    async def _restore(self, stored: StoredJob, owner: Token | None, *, hold: bool) -> None:
+    async def _restore(self, stored: StoredJob, owner: Token | None, *, hold: bool) -> Entry:
         """After a restart: running jobs are queued again, and a job that needs a helper token has lost it (BG_E_TOKEN_REQUIRED)."""
         job = stored.job
         entry = Entry(job, list(stored.files), list(stored.grants), owner=owner, restored=True)
@@ -285,10 +307,12 @@ class Engine:
             longest = job.minimum_retry_delay if job.error is None else retry_delay(job.minimum_retry_delay, job.error)
             entry.retry_due = self.clock.monotonic() + min(max(left, 0.0), longest)  # the wall clock may have been changed
             entry.failing_since = self.clock.monotonic() - job.stalled
+        return entry
 
     async def _refuse_restored(self, entry: Entry, error: BitsError) -> None:
         job = entry.job
-        entry.job = replace(job, state=JobState.ERROR, error=error, error_count=job.error_count + 1, retry_at=None)
+        owed = owed_in(JobState.ERROR, job.notify_flags)
+        entry.job = replace(job, state=JobState.ERROR, error=error, error_count=job.error_count + 1, retry_at=None, owed=owed)
         await self._store.save(entry.job)
 
     async def stop(self, grace: float) -> None:
@@ -302,6 +326,7 @@ class Engine:
             await asyncio.wait({self._loop_task})
         for task in self._searches.values():
             task.cancel()
+        telling = self.task(self.notifier.stop(grace), "bits-notifier-end")
         supervisors = {entry.supervisor for entry in self.entries.values() if entry.supervisor is not None}
         for entry in self.entries.values():
             entry.stop()
@@ -312,6 +337,7 @@ class Engine:
                 log.warning("an attempt or a command did not end within %.1f s", grace)
                 each.cancel()
         await self._conditions.aclose()
+        await asyncio.wait({telling})
         self._stopped = True
         for stream in list(self._streams):
             stream.finish(self.failure)
@@ -322,6 +348,7 @@ class Engine:
         if self.failure is None:
             self.failure = error
             log.error("the engine has stopped: %s", error)
+            self.notifier.halt()
             for entry in self.entries.values():
                 entry.stop()
         self._wake.set()
@@ -369,6 +396,8 @@ class Engine:
         """Journal new values of a job (and of files of it), then show them."""
         async with entry.changing:
             fields["modified"] = self.clock.now()
+            if "state" in fields:
+                fields["owed"] = owed_in(fields["state"], entry.job.notify_flags)
             await self.save(replace(entry.job, **fields), *files, then=partial(self._show, entry, files, fields))
 
     def _show(self, entry: Entry, files: Sequence[FileRecord], fields: dict[str, Any]) -> None:
@@ -376,20 +405,40 @@ class Engine:
         entry.job = replace(entry.job, **fields)  # a server may have answered in the meantime
         for file in files:
             entry.files[file.index : file.index + 1] = [file]
+        if "state" in fields:
+            entry.outbox.turns[None] += 1
         if entry.job.state is not before or "retry_at" in fields:
             self.announce(entry)
+        if entry.job.state not in (JobState.TRANSFERRED, JobState.ERROR) or entry.job.state is before:
+            self.notifier.modified(entry)
         self._wake.set()
+
+    async def _told(self, entry: Entry, index: int | None, turn: int) -> None:
+        """The application was told of a file, or (None) of the job's end. That is no change of the job: its time stays."""
+        async with entry.lock, entry.changing:
+            if entry.outbox.turns[index] != turn or entry.job.state.is_final:
+                return  # it has happened again since, or a command has taken the job out of the queue
+
+            def show() -> None:
+                if index is None:
+                    entry.job = replace(entry.job, owed=NOTHING)
+                else:
+                    entry.files[index] = replace(entry.files[index], owed=False)
+
+            await self.save(replace(entry.job, owed=NOTHING) if index is None else replace(entry.files[index], owed=False), then=show)
 
     def move_in_memory(self, entry: Entry, event: Outcome) -> None:
         """A change of state that need not be journalled, because a restart maps both states to QUEUED."""
         entry.job = replace(entry.job, state=advance(entry.job.state, event))
         self.announce(entry)
+        self.notifier.modified(entry)
 
     def announce(self, entry: Entry) -> None:
         """Tell everybody how the job stands."""
         log.info("job %s (%s): %s", entry.job.id, show_text(entry.job.display_name, 80), entry.job.state.name)
         self.publish(self.snapshot(entry))
         self._tell_waiters()
+        self.notifier.look(entry)
 
     def snapshot(self, entry: Entry) -> JobChanged:
         """The job as it is."""
@@ -441,7 +490,7 @@ class Engine:
         if job.state is JobState.SUSPENDED:
             return Waiting(WaitingReason.SUSPENDED)
         if job.state is not JobState.QUEUED:
-            return None
+            return self.notifier.waiting(entry)
         if not self._run:
             return Waiting(WaitingReason.MANAGER_CLOSED)
         if entry.owner is None:
@@ -693,7 +742,8 @@ class Engine:
         async with entry.changing:
             # the new owner looks at what the old one chose (destinations, proxy), and then resumes it or not
             http = replace(entry.job.http, headers=(), header_origins=None, flags=SecurityFlags(0), crl_source=None)
-            job = replace(entry.job, owner=key, state=JobState.SUSPENDED, http=http, error=None, retry_at=None, modified=self.clock.now())
+            fields: dict[str, Any] = {"error": None, "retry_at": None, "notify_cmd_line": None, "notify_setter": None, "owed": NOTHING}
+            job = replace(entry.job, owner=key, state=JobState.SUSPENDED, http=http, modified=self.clock.now(), **fields)
             files = [
                 file if file.committed else replace(file, part=None, slices=(), validator=None, transferred=False) for file in entry.files
             ]
@@ -840,7 +890,8 @@ class Engine:
     def _search_owners(self) -> None:
         """Ask once per owner for the token of queued jobs that have none."""
         for entry in self.entries.values():
-            if entry.job.state is JobState.QUEUED and entry.owner is None and entry.job.owner.sid not in self._searches:
+            wanted = entry.job.state is JobState.QUEUED or self.notifier.waits_for_owner(entry)
+            if wanted and entry.owner is None and entry.job.owner.sid not in self._searches:
                 self._searches[entry.job.owner.sid] = self.task(self._search(entry), "bits-owner")
 
     async def _search(self, entry: Entry) -> None:
@@ -863,7 +914,15 @@ class Engine:
             if other.owner is None and other.job.owner == entry.job.owner:
                 other.owner, other.paused_by = token, None
                 self.announce(other)
+        self.setter_found(entry.job.owner, token)
         self._wake.set()
+
+    def setter_found(self, key: OwnerKey, token: Token) -> None:
+        """A token that matches the key of whoever set commands: those that wait for it are run."""
+        for entry in self.entries.values():
+            if entry.job.notify_setter == key and commander(entry) is None:
+                entry.outbox.commander = key, token
+                self.announce(entry)
 
     def _schedule(self) -> None:
         now = self.clock.monotonic()

@@ -5,6 +5,7 @@ The ambient identity is read at the call itself, by the functions that say so an
 """
 
 import asyncio
+import contextvars
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from ..errors import (
     make_error,
 )
 from ..identity.ambient import current_token, impersonation
+from ..identity.processes import command_arguments
 from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.answers import check_url
 from ..transport.options import SecurityFlags, checked_flags, checked_headers, checked_method
@@ -38,10 +40,13 @@ from .arguments import (
     checked_bool,
     checked_file,
     checked_helper_flags,
+    checked_notify_flags,
     checked_seconds,
+    checked_text,
     file_record,
     replaced_prefix,
 )
+from .callbacks import Listener
 from .certificates import CertificateJudge
 from .door import Door
 from .engine import Engine, Entry
@@ -57,6 +62,8 @@ from .model import (
     JobRecord,
     JobState,
     JobTimes,
+    NotifyCmdLine,
+    NotifyFlags,
     Waiting,
 )
 from .notify import EventStream
@@ -68,6 +75,8 @@ if TYPE_CHECKING:
 
 DISPLAY_NAME_LENGTH: Final = 256
 DESCRIPTION_LENGTH: Final = 1024
+STORED: Final = (AuthTarget.PROXY, AuthScheme.NEGOTIATE)  # the grant that BITS_JOB_PROPERTY_USE_STORED_CREDENTIALS stands for
+MAX_NOTIFICATION_INTERVAL: Final = (2**32 - 1) / 1000
 
 
 @final
@@ -288,7 +297,6 @@ class Job:
         self._desk = desk
         self._entry = entry
         self.id: Final[UUID] = entry.job.id
-        self.display_name: Final[str] = entry.job.display_name
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Job) and other.id == self.id
@@ -300,6 +308,11 @@ class Job:
         return f"<Job {self.id} {self.display_name!r} {self.state.name}>"
 
     @property
+    def display_name(self) -> str:
+        """For people; several jobs may have the same."""
+        return self._entry.job.display_name
+
+    @property
     def owner(self) -> str:
         """The owner's sid."""
         return self._entry.job.owner.sid
@@ -308,6 +321,19 @@ class Job:
     def owner_name(self) -> str:
         """The owner's name, for people."""
         return self._entry.job.owner.name
+
+    @property
+    def owner_elevation_state(self) -> bool:
+        """The owner was elevated when the job was made: then only elevated identities may open it."""
+        return self._entry.job.owner.elevated
+
+    @property
+    def owner_integrity_level(self) -> int:
+        """SECURITY_MANDATORY_HIGH_RID (0x3000) of an elevated owner, else SECURITY_MANDATORY_MEDIUM_RID (0x2000).
+
+        It says what `owner_elevation_state` says, in Windows' terms: labels of its own no other system has.
+        """
+        return 0x3000 if self.owner_elevation_state else 0x2000
 
     # -- how it stands ------------------------------------------------------------------------------------------------------------------
 
@@ -318,7 +344,7 @@ class Job:
 
     @property
     def waiting(self) -> Waiting | None:
-        """Why nothing moves; None when something does, or nothing will."""
+        """Why nothing moves, or why the application was not told of the job's end; None when something does, or nothing will."""
         return self._desk.engine.waiting(self._entry)
 
     @property
@@ -392,6 +418,28 @@ class Job:
     def high_performance(self) -> bool:
         """Nothing is journalled while a file is fetched."""
         return self._entry.job.high_performance
+
+    @property
+    def notify_interface(self) -> "BackgroundCopyCallback | None":
+        """What is told what becomes of the job."""
+        listener = self._entry.outbox.listener
+        callback: BackgroundCopyCallback | None = None if listener is None else listener.callback
+        return callback
+
+    @property
+    def notify_flags(self) -> NotifyFlags:
+        """What the callback and the command are told of."""
+        return self._entry.job.notify_flags
+
+    @property
+    def notify_cmd_line(self) -> NotifyCmdLine | None:
+        """What is run when the job is transferred or in error."""
+        return self._entry.job.notify_cmd_line
+
+    @property
+    def minimum_notification_interval(self) -> float:
+        """Seconds between two modifications, or two portions of ranges, that the callback is told of."""
+        return self._entry.job.minimum_notification_interval
 
     @property
     def proxy_settings(self) -> ProxySettings:
@@ -523,10 +571,11 @@ class Job:
         """Which jobs go first.
 
         Raises:
+            InvalidArgument: no JobPriority (E_NOTIMPL).
             InvalidState: a job with another method than GET stays FOREGROUND (BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD).
         """
         if not isinstance(priority, JobPriority):
-            raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
+            raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}", code=ErrorCode.E_NOTIMPL)
         engine, entry = self._desk.ready(), self._entry
         async with engine.command(entry):
             if priority is not JobPriority.FOREGROUND and not entry.job.http.plain:
@@ -536,18 +585,23 @@ class Job:
                 await engine.halt(entry)
             await engine.change(entry, priority=priority)
 
+    async def set_display_name(self, display_name: str) -> None:
+        """For people, 1 to 256 characters.
+
+        Raises:
+            InvalidArgument: no text, or empty; too long (BG_E_STRING_TOO_LONG).
+        """
+        if display_name == "":
+            raise InvalidArgument("a job has a display name")
+        await self._set(display_name=checked_text("display_name", display_name, DISPLAY_NAME_LENGTH))
+
     async def set_description(self, description: str) -> None:
         """For people, at most 1024 characters.
 
         Raises:
             InvalidArgument: no text, or too long (BG_E_STRING_TOO_LONG).
         """
-        if not isinstance(description, str):
-            raise InvalidArgument("a description is text")
-        if len(description) > DESCRIPTION_LENGTH:
-            message = f"a description has at most {DESCRIPTION_LENGTH} characters"
-            raise InvalidArgument(message, code=ErrorCode.BG_E_STRING_TOO_LONG)
-        await self._set(description=description)
+        await self._set(description=checked_text("description", description, DESCRIPTION_LENGTH))
 
     async def set_maximum_download_size(self, size: int | None) -> None:
         """Bytes that the files of the job may have together, before the first resume. A job that would get more fails.
@@ -750,6 +804,79 @@ class Job:
             await self._change_http(validates_certificates=judge is not None)
             entry.judge = judge
 
+    def set_notify_interface(self, callback: "BackgroundCopyCallback | None") -> Coroutine[Any, Any, None]:
+        """Tell this callback what becomes of the job, in place of the one set before; None: none.
+
+        Its methods are called in the context of this call, on the event loop, one after the other; of one user's callbacks at most four
+        are at work at a time. What the notify flags name and has happened before, in an earlier process too, is told at once. A callback
+        does not survive a restart; that something is owed does. A job that is taken over by another owner has none.
+        """
+        return self._set_notify_interface(callback, contextvars.copy_context(), current_token().sid)
+
+    async def _set_notify_interface(self, callback: "BackgroundCopyCallback | None", context: contextvars.Context, user: str) -> None:
+        if callback is not None and not isinstance(callback, BackgroundCopyCallback):
+            raise InvalidArgument(f"a callback is a BackgroundCopyCallback, not {type(callback).__name__}")
+        engine, entry = self._desk.ready(), self._entry
+        async with engine.command(entry):
+            file = partial(JobFile, self._desk, entry)
+            engine.notifier.listen(entry, None if callback is None else Listener(callback, self, file, user, context))
+
+    async def set_notify_flags(self, flags: NotifyFlags) -> None:
+        """What the callback and the command are told of, of all that happens from now on; DISABLE: of nothing.
+
+        Raises:
+            InvalidArgument: no NotifyFlags; no flag, or DISABLE with others (E_NOTIMPL).
+        """
+        await self._set(notify_flags=checked_notify_flags(flags))
+
+    async def set_minimum_notification_interval(self, seconds: float) -> None:
+        """Seconds that pass at least between two calls of the callback's `job_modification` and `file_ranges_transferred` together.
+
+        Raises:
+            InvalidArgument: not from 0 to 4,294,967 (BITS counts milliseconds in 32 bits).
+        """
+        checked = checked_seconds("minimum_notification_interval", seconds)
+        if checked > MAX_NOTIFICATION_INTERVAL:
+            raise InvalidArgument(f"minimum_notification_interval takes at most {MAX_NOTIFICATION_INTERVAL:,.0f} seconds")
+        await self._set(minimum_notification_interval=checked)
+
+    def set_notify_cmd_line(self, program: str | None, parameters: Sequence[str] | str | None = None) -> Coroutine[Any, Any, None]:
+        """Run a program when the job is TRANSFERRED or in ERROR, as the ambient identity at this call; durable when it returns.
+
+        It runs where there is no callback, or the callback failed, and again after `minimum_retry_delay` until it ends with status 0
+        or the job leaves that state. It is told BITS_JOB_ID, BITS_JOB_STATE and BITS_JOB_ERROR (a code in hexadecimal) by its
+        environment, which holds nothing else of this process; it has no capability, no terminal and no time limit. After a restart it
+        waits for the token of that identity, if the process may not stand in for it: `waiting` says so, `BitsManager.get_job` brings
+        it. A job that is taken over by another owner has no command.
+
+        Args:
+            program: the full path, at most 260 characters; nothing is searched or expanded. None, None: no command.
+            parameters: the whole argv, or BITS's string; its first word is the program. At most 4,000 characters, which every user of the
+                machine can read while the program runs.
+
+        Raises:
+            InvalidArgument: no full path, parameters that do not begin with the program, parameters without a program; too long
+                (BG_E_STRING_TOO_LONG). AccessDenied: the identity is somebody on the network only (`Token.for_network`).
+        """
+        return self._set_notify_cmd_line(program, parameters, current_token())
+
+    async def _set_notify_cmd_line(self, program: str | None, parameters: Sequence[str] | str | None, setter: Token) -> None:
+        desk, entry = self._desk, self._entry
+        engine = desk.ready()
+        if program is None:
+            if parameters is not None:
+                raise InvalidArgument("parameters belong to a program")
+            line, key = None, None
+        else:
+            line = NotifyCmdLine(program, tuple(command_arguments(program, parameters)))
+            desk.door.check_commander(setter)
+            key = desk.door.owner_key(setter)
+        async with engine.command(entry):
+            if key is not None:
+                entry.outbox.commander = key, setter  # first: the token counts for commands of this setter only
+            await engine.change(entry, notify_cmd_line=line, notify_setter=key)
+            engine.notifier.commanded(entry)
+
     async def _change_http(self, *, stop: bool = False, **fields: Any) -> None:
         """For a command; with `stop` a running attempt begins again with the new values."""
         engine, entry = self._desk.ready(), self._entry
@@ -771,6 +898,30 @@ class Job:
         async with engine.command(self._entry):
             await self._desk.parties.save_grants(engine, self._entry, [checked])
 
+    @property
+    def use_stored_credentials(self) -> AuthTarget | None:
+        """PROXY: the proxy is answered with the acting token's own credentials; None: it is not."""
+        own = (grant for grant in self._entry.grants if (grant.target, grant.scheme) == STORED and grant.user_name is None)
+        return AuthTarget.PROXY if any(own) else None
+
+    async def set_use_stored_credentials(self, target: AuthTarget | None) -> None:
+        """Answer the proxy with the own credentials of the owner's token, or of the helper's where it acts on the network; None: no longer.
+
+        That is `set_credentials(PROXY, NEGOTIATE, None, None)`, and replaces what was set for these two. Which proxies may see them is
+        said there: those that the job names itself.
+
+        Raises:
+            InvalidArgument: SERVER, or something else (BG_E_USE_STORED_CREDENTIALS_NOT_SUPPORTED).
+        """
+        if target is None:
+            if self.use_stored_credentials:
+                await self.remove_credentials(*STORED)
+            return
+        if target is not AuthTarget.PROXY:
+            code = ErrorCode.BG_E_USE_STORED_CREDENTIALS_NOT_SUPPORTED
+            raise InvalidArgument("stored credentials are used for the proxy only", code=code)
+        await self.set_credentials(*STORED, None, None)
+
     async def remove_credentials(self, target: AuthTarget, scheme: AuthScheme) -> bool:
         """Forget what was set; its connections are closed at once. False: nothing was set."""
         engine, entry = self._desk.ready(), self._entry
@@ -783,9 +934,9 @@ class Job:
             return True
 
     def take_ownership(self) -> Coroutine[Any, Any, None]:
-        """Make the ambient identity at this call the owner. What the old owner entrusted to the job is dropped: its credentials and its
-        helper token; what was fetched is fetched anew, because the part files are the old owner's. Other handles on the job lead nowhere
-        from now on (for them it is CANCELLED): get a new one by `get_job`.
+        """Make the ambient identity at this call the owner. What was entrusted to the job is dropped: its credentials, its helper token,
+        its notification command and its callback; what was fetched is fetched anew, because the part files are the old owner's. Other
+        handles on the job lead nowhere from now on (for them it is CANCELLED): get a new one by `get_job`.
 
         Raises:
             AccessDenied: the caller is not elevated.
@@ -888,6 +1039,37 @@ class Job:
         stream = engine.stream(lambda job_id: job_id == self.id, ends)
         stream.publish(engine.snapshot(self._entry))
         return stream
+
+
+class BackgroundCopyCallback:
+    """What is told what becomes of a job (IBackgroundCopyCallback): derive a class from it and override what it wants to hear of.
+
+    A method may be a function or a coroutine function; a plain function must not block. What one raises is logged by its type alone. A
+    file, a job transferred and a job in error are told of again then, after 5 seconds, twice as long each time up to
+    `minimum_retry_delay`, until the method returns; the rest is not. Whoever is told may complete or cancel the job. The notify flags say
+    which methods are called: without `Job.set_notify_flags` it is `job_transferred` and `job_error`.
+    """
+
+    def job_transferred(self, job: Job) -> Awaitable[None] | None:
+        """Every file is transferred, and was told of before, if the flags wanted that."""
+        return None
+
+    def job_error(self, job: Job, error: BitsError) -> Awaitable[None] | None:
+        """The job went to ERROR. Transient errors are not told of."""
+        return None
+
+    def job_modification(self, job: Job) -> Awaitable[None] | None:
+        """A property, the state (except to TRANSFERRED and ERROR) or the progress of the job changed: once for all that happened within
+        `minimum_notification_interval`."""
+        return None
+
+    def file_transferred(self, job: Job, file: JobFile) -> Awaitable[None] | None:
+        """A file is whole, in its `temporary_name`. The next one is told of when this returns."""
+        return None
+
+    def file_ranges_transferred(self, job: Job, file: JobFile, ranges: Sequence[FileRange]) -> Awaitable[None] | None:
+        """In on-demand mode: these bytes of the file are there for good, in the order of the file; told once."""
+        return None
 
 
 @final

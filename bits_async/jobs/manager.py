@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..clock import Clock, SystemClock
 from ..errors import AccessDenied, BitsError, InvalidArgument, NotFound
 from ..identity import native
 from ..identity.ambient import current_token
+from ..identity.processes import run_command
 from ..identity.threads import TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.lane import Lanes, Network
@@ -26,11 +27,12 @@ from ..transport.proxies import ProxySettings
 from ..transport.timeouts import Timeouts
 from ..transport.tls import TlsSettings
 from .arguments import FileInfo, StrPath
+from .callbacks import RunCommand, commander
 from .conditions import Conditions
 from .door import Door, identity_of
 from .engine import Engine, Entry
 from .handles import Desk, Job, JobFile
-from .model import JobPriority, JobState, StoredJob
+from .model import JobPriority, JobState, OwnerKey
 from .notify import EventStream, Progress
 from .orders import Order, carry_out
 from .parties import Parties
@@ -45,11 +47,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Seams:
-    """What `bits_async.testing` puts in place of the network and the time."""
+    """What `bits_async.testing` puts in place of the network, the time and other programs."""
 
     network: Network
     clock: Clock
     connectivity: Callable[[], Connectivity]
+    run_command: RunCommand
+
+
+async def _run_command(token: Token, program: str, parameters: Sequence[str], variables: Mapping[str, str]) -> int:
+    """Without a time limit, as BITS runs commands."""
+    return await run_command(token, program, parameters, timeout=None, environment=variables)
 
 
 seams: contextvars.ContextVar[Seams | None] = contextvars.ContextVar("bits_async_seams", default=None)
@@ -139,6 +147,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             run=self._run,
             party=parties.party,
             find_owner=self._find_owner,
+            run_command=self._seams.run_command if self._seams else _run_command,
         )
         door = Door(self._store.fingerprint_key, fakes=self._seams is not None)
         self._desk = Desk(engine, asyncio.get_running_loop(), door, parties, self._limits)  # the first attempts and logon() need it
@@ -220,7 +229,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
     def get_job(self, job_id: UUID | str) -> Coroutine[Any, Any, Job]:
         """The access check: a handle on an unfinished job, for the ambient identity at this call.
 
-        From the owner, the job has its owner's token again.
+        From the owner, the job has its owner's token again; from whoever set its notification command, the command has that token.
 
         Raises:
             NotFound: no such job, or it has left the queue. AccessDenied: this identity may not open it. InvalidArgument: not an id.
@@ -239,6 +248,9 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         desk.door.admit(caller, entry.job)
         if entry.owner is None and desk.door.is_owner(caller, entry.job.owner):
             desk.engine.owner_found(entry, desk.door.usable(caller))
+        setter = entry.job.notify_setter
+        if setter is not None and commander(entry) is None and desk.door.is_owner(caller, setter):
+            desk.engine.setter_found(setter, desk.door.usable(caller))
         return Job(desk, entry)
 
     def enum_jobs(self, *, all_users: bool = False) -> AsyncIterator[Job]:
@@ -283,9 +295,9 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
 
     # -- who may ------------------------------------------------------------------------------------------------------------------------
 
-    async def _adopt(self, stored: StoredJob) -> Token | None:
-        """The token of an owner for whom the process may stand in after a restart (T13), else None."""
-        key, process = stored.job.owner, Token.for_process()
+    async def _adopt(self, key: OwnerKey) -> Token | None:
+        """The token of an owner, or of who set a command, for whom the process may stand in after a restart (T13), else None."""
+        process = Token.for_process()
         if key.process:
             return process if key.local == process.local.key else None
         if key.principal is not None or key.proof is not None or process.local.key not in ("uid:0", key.local):

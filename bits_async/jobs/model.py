@@ -280,6 +280,16 @@ def advance(state: JobState, event: Command | Outcome) -> JobState:
         raise InvalidState(f"a job in state {state.name} cannot be told: {event.value}") from None
 
 
+JOB_ENDS: Final = NotifyFlags.JOB_TRANSFERRED | NotifyFlags.JOB_ERROR
+
+
+def owed_in(state: JobState, flags: NotifyFlags) -> NotifyFlags:
+    """What the application is owed to hear when a job has come to this state: of its end, if the flags name it. What was owed before is
+    over."""
+    end = {JobState.TRANSFERRED: NotifyFlags.JOB_TRANSFERRED, JobState.ERROR: NotifyFlags.JOB_ERROR}.get(state, NOTHING)
+    return end & flags
+
+
 def mermaid() -> str:
     """The life cycle as a Mermaid state diagram, drawn from `NEXT`; loops that keep the state are left out, and rows that say the same."""
     rows = [

@@ -240,6 +240,7 @@ SCHEMA: Final = (
     ALTER TABLE files ADD COLUMN media_type TEXT;
     ALTER TABLE files ADD COLUMN refetches INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE files ADD COLUMN wrong_digest TEXT;
+    CREATE INDEX jobs_owing ON jobs (number) WHERE owed <> 0 AND notify_program IS NOT NULL;
     """,
 )
 """`SCHEMA[n]` takes a journal from version n to n + 1. Entries that were released are never edited."""
@@ -344,6 +345,9 @@ class Store(Protocol):
 
     async def with_destination(self, path: Path, *, owner_sid: str) -> list[UUID]:
         """Jobs of that owner with a file for that path, oldest first."""
+
+    async def owing(self) -> list[UUID]:
+        """Jobs whose end a notification command has not been told of, oldest first."""
 
     async def save(self, *changes: Change) -> None:
         """All changes, in this order, or none of them; durable when it returns. Cancelled, it is finished first.
@@ -636,6 +640,10 @@ class SqliteStore:
         """See `Store.with_destination`."""
         return [UUID(row["id"]) for row in await self._ask(_WITH_DESTINATION, path=path, owner_sid=owner_sid)]
 
+    async def owing(self) -> list[UUID]:
+        """See `Store.owing`."""
+        return [UUID(row["id"]) for row in await self._ask(_OWING)]
+
     async def _ask(self, sql: str, **values: Any) -> list[Row]:
         return await finish(self._asked(sql, _columns(**values)))
 
@@ -882,6 +890,7 @@ _NUMBERED_OF_OWNER: Final = "SELECT number, id FROM jobs WHERE owner_sid = :owne
 _LAST_NUMBER: Final = "SELECT ifnull(max(number), 0) AS number FROM jobs"
 _COUNT: Final = "SELECT count(*) AS jobs FROM (SELECT 1 FROM jobs LIMIT :most)"
 _COUNT_OF_OWNER: Final = "SELECT count(*) AS jobs FROM (SELECT 1 FROM jobs WHERE owner_sid = :owner_sid LIMIT :most)"
+_OWING: Final = "SELECT id FROM jobs WHERE owed <> 0 AND notify_program IS NOT NULL ORDER BY number"
 _WITH_DESTINATION: Final = """
     SELECT DISTINCT jobs.number, jobs.id FROM files CROSS JOIN jobs ON jobs.id = files.job_id
     WHERE files.path = :path AND jobs.owner_sid = :owner_sid ORDER BY jobs.number"""
@@ -893,7 +902,8 @@ _RECOVERY: Final = (
     WHERE state = 5 AND retry_at - :now > 1000000 * max(minimum_retry_delay, :floor, ifnull(error_retry_after, 0))""",
 )
 _LOST_HELPERS: Final = """
-    UPDATE jobs SET state = 4, {error}, error_job_id = id, error_count = error_count + 1, retry_at = NULL
+    UPDATE jobs SET state = 4, {error}, error_job_id = id, error_count = error_count + 1, retry_at = NULL,
+        owed = notify_flags & 2
     WHERE helper_flags <> 0 AND state IN (0, 3, 5)"""
 
 

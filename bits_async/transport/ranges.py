@@ -362,6 +362,27 @@ def joined(ranges: Iterable[FileRange]) -> tuple[FileRange, ...]:
     return tuple(result)
 
 
+def durable(slices: Iterable[Slice]) -> tuple[FileRange, ...]:
+    """What of the slices is there for good, in the order of the file."""
+    return joined(FileRange(each.start, each.durable - each.start) for each in slices if each.durable > each.start)
+
+
+def without(ranges: Iterable[FileRange], others: Iterable[FileRange]) -> tuple[FileRange, ...]:
+    """The bytes of the ranges that are in none of the others, in the order of the file; all of them of known length."""
+    left: list[FileRange] = []
+    there = [(each.initial_offset, each.initial_offset + (each.length or 0)) for each in joined(others)]
+    for each in joined(ranges):
+        start, end = each.initial_offset, each.initial_offset + (each.length or 0)
+        for first, last in there:
+            if first < end and last > start:
+                if first > start:
+                    left.append(FileRange(start, first - start))
+                start = last
+        if start < end:
+            left.append(FileRange(start, end - start))
+    return tuple(left)
+
+
 def filled(slices: Iterable[Slice]) -> tuple[Slice, ...]:
     """What is written of the slices, in the order of the file; neighbours that are durable are one."""
     return merge(Slice(each.start, each.written, each.written, each.durable) for each in slices if each.written > each.start)
