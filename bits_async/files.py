@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar, TypeVarTuple, cast
 from uuid import UUID
 
 import aiofiles.os
@@ -113,6 +113,16 @@ class Stop(Protocol):
     """What `threading.Event` offers a reader."""
 
     def is_set(self) -> bool: ...
+
+
+class Source(Protocol):
+    """What a `socket.socket` offers whoever receives from it. One that is none deciphers what comes over the wire."""
+
+    def fileno(self) -> int: ...
+
+    def recv_into(self, buffer: memoryview, nbytes: int = 0, flags: int = 0, /) -> int:
+        """Raises BlockingIOError when nothing is there; 0: the end."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -841,14 +851,12 @@ class _Intake:
         self._keep(memoryview(detached.already)[:total])
         if self.moved >= total or self._stopped:
             return self.moved
-        connection = detached.socket
-        assert isinstance(connection, socket.socket)
         splicer = None if self._splice is None else native.splicer()
         if splicer is None:
-            self._copy_through(connection, total, idle)
+            self._copy_through(cast(Source, detached.socket), total, idle)
         else:
             try:
-                self._splice_through(splicer, connection, total, idle)
+                self._splice_through(splicer, cast(socket.socket, detached.socket), total, idle)
             finally:
                 splicer.close()
         return self.moved
@@ -867,11 +875,11 @@ class _Intake:
                 self._piece.advance(count)
                 self.moved += count
 
-    def _copy_through(self, connection: socket.socket, total: int, idle: float) -> None:
+    def _copy_through(self, connection: Source, total: int, idle: float) -> None:
         size = min(total - self.moved, _RECEIVE if self._limiter is None else _RECEIVE_LIMITED)
         buffer = memoryview(bytearray(size))
         with selectors.DefaultSelector() as selector:
-            selector.register(connection, selectors.EVENT_READ)
+            selector.register(connection.fileno(), selectors.EVENT_READ)
 
             def take() -> int:
                 return connection.recv_into(buffer[: total - self.moved], 0, _DONTWAIT)
@@ -1064,7 +1072,7 @@ class PartFile:
         caller's.
 
         Args:
-            detached: a plain socket, the bytes already read from it, and the length of both together.
+            detached: a socket (or `Source`), the bytes already read from it, and the length of both together.
             piece: where they go.
             limiter: asked after each read how long to rest; None: no limit.
             stop: looked at several times a second; None: only a cancel stops it.
@@ -1079,8 +1087,8 @@ class PartFile:
         """
         handles = self._handles
         hashed = self._digests.position is not None or self._content.position is not None
-        whole = limiter is None and not hashed  # nobody has to see the bytes
-        splice = partial(self._splice, handles) if whole else None
+        unseen = limiter is None and not hashed and isinstance(detached.socket, socket.socket)
+        splice = partial(self._splice, handles) if unseen else None  # else somebody has to see the bytes
         intake = _Intake(lambda offset, chunks: self._store(handles, offset, chunks), splice, piece, limiter, stop)
         call = _Call(handles, lambda: intake.run(detached, idle))
         with _local_errors(self._files, self.destination, "write"):

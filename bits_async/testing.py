@@ -378,7 +378,7 @@ class _FakeBody:
     def url(self) -> str:
         return self.asked.url
 
-    def detach(self) -> Detached | None:
+    async def detach(self) -> Detached | None:
         return None
 
     def reattach(self, moved: int) -> None:

@@ -401,7 +401,7 @@ class Attempt:
             first = await self._across_the_seam(download, body, seam)
             content, before = body.content.one(), piece.written - len(first)
             download.part.start_content_digest(content.names, piece.written)
-            detached = None if first else body.detach()
+            detached = None if first else await body.detach()
             if detached is None:
                 await self._pump(download, body, first)
             else:

@@ -12,7 +12,7 @@ import asyncio
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -38,7 +38,7 @@ from ..errors import (
 )
 from .answers import HeaderFields, Headers, authority, connect_target, retry_after
 from .timeouts import Timeouts
-from .tls import SHUTDOWN_TIMEOUT, TlsSettings, peer_certificate
+from .tls import SHUTDOWN_TIMEOUT, Deciphered, TappedContext, TlsSettings, peer_certificate
 
 if TYPE_CHECKING:
     from aiohttp.client import ClientTimeout
@@ -398,7 +398,12 @@ class LaneConnector(aiohttp.TCPConnector):
         self._proxy_login = proxy_login
         self._current: ResponseHandler | None = None
         self._wire: asyncio.Transport | None = None  # TCP itself, under all TLS: to abort it always works
+        self._taps: list[TappedContext] = []  # of this connection's TLS, the outer first
         self._fresh = False
+        self._lent: Deciphered | None = None
+        self._line: socket.socket | None = None  # another descriptor of the connection, while somebody else reads it
+        self._at_home = asyncio.Event()
+        self._at_home.set()
 
     # -- for the lane
 
@@ -416,6 +421,7 @@ class LaneConnector(aiohttp.TCPConnector):
             AuthFailed: the proxy wants a login that may not be given, or refused it.
         """
         self.drop()
+        self._taps.clear()
         self.peer_certificate = self.proxy_certificate = None
         try:
             if self.route.tunnelled:
@@ -429,11 +435,63 @@ class LaneConnector(aiohttp.TCPConnector):
         self._fresh = True
 
     def drop(self) -> None:
-        """Closes the connection at once; without the farewell of TLS, which a peer may draw out."""
+        """Closes the connection at once; without the farewell of TLS, which a peer may draw out.
+
+        A lent one is cut, which its reader notices, and closed when it comes back: until then only the reader touches its TLS.
+        """
         self._current, self._fresh = None, False
-        if self._wire is not None:
+        if self._line is not None:
+            with suppress(OSError):  # the peer was quicker
+                self._line.shutdown(socket.SHUT_RDWR)  # closing our descriptor would not end it
+        elif self._wire is not None:
             self._wire.abort()
             self._wire = None
+
+    # -- lending
+
+    @property
+    def lendable(self) -> bool:
+        """The connection has one descriptor and at most one TLS, with nothing left to send."""
+        wire = self._wire
+        return wire is not None and not wire.is_closing() and not wire.get_write_buffer_size() and len(self._taps) < 2
+
+    async def lend(self) -> socket.socket | Deciphered:
+        """What the rest of a body can be read from, in any one thread, until `take_back`. The transport above is paused already.
+
+        Reading that was asked for before the pause is begun by the loop in its next round, so it is paused once more.
+        """
+        assert self._wire is not None, "only what is lendable is lent"
+        self._wire.pause_reading()
+        raw: socket.socket = self._wire.get_extra_info("socket")
+        self._line = socket.fromfd(raw.fileno(), raw.family, raw.type)
+        self._line.setblocking(False)
+        self._at_home.clear()
+        await asyncio.sleep(0)
+        self._wire.pause_reading()
+        if not self._taps:
+            return self._line
+        assert self._taps[0].last is not None, "the handshake is over"
+        self._lent = Deciphered(self._line, *self._taps[0].last)
+        return self._lent
+
+    def take_back(self, *, whole: bool) -> bool:
+        """Nobody else reads it any more. True: all was read (`whole`) and nothing has come behind it, so it may serve again (T26)."""
+        line, lent = self._line, self._lent
+        if line is None:
+            return False
+        quiet = whole and (_is_quiet(line) if lent is None else lent.quiet())
+        line.close()
+        self._line = self._lent = None
+        self._at_home.set()
+        if self._current is None:
+            self.drop()
+        elif self._wire is not None:
+            self._wire.resume_reading()
+        return quiet
+
+    async def home(self) -> None:
+        """Waits until nobody else reads the connection."""
+        await self._at_home.wait()
 
     # -- opening
 
@@ -511,11 +569,13 @@ class LaneConnector(aiohttp.TCPConnector):
         self, transport: asyncio.Transport, protocol: asyncio.Protocol, url: str, settings: TlsSettings
     ) -> asyncio.Transport:
         """TLS over what stands already, with the host of the URL. The deadline is the caller's."""
+        tap = TappedContext(settings.effective())
+        self._taps.append(tap)
         host = authority(url)[0].removesuffix(".")  # a trailing dot is the resolver's affair
         inner = await asyncio.get_running_loop().start_tls(
             transport,
             protocol,
-            settings.effective(),
+            tap,
             server_hostname=host,
             ssl_shutdown_timeout=SHUTDOWN_TIMEOUT,
         )
@@ -534,6 +594,16 @@ class LaneConnector(aiohttp.TCPConnector):
             raise aiohttp.ServerDisconnectedError
         self._fresh = False
         return current
+
+
+def _is_quiet(connection: socket.socket) -> bool:
+    """Whether nothing lies in a non-blocking socket that nobody asked for; its end is nothing."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    except OSError:  # the connection is gone
+        return True
 
 
 async def _connected_socket(host: str, port: int) -> socket.socket:

@@ -11,12 +11,11 @@ with the old one. This module knows no job and no local file, and decides nothin
 
 import asyncio
 import contextvars
-import socket
 import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
@@ -141,7 +140,7 @@ class Body(Protocol):
 
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
-    def detach(self) -> Detached | None:
+    async def detach(self) -> Detached | None:
         """The socket with the rest of the body on it; None: iterate instead. Whoever takes it gives it back by `reattach`."""
         ...
 
@@ -233,7 +232,6 @@ class LaneBody:
         self._silent = False
         self._waiting_since: float | None = None
         self._watch: asyncio.TimerHandle | None = None
-        self._detached: socket.socket | None = None
 
     def __aiter__(self) -> "LaneBody":
         return self
@@ -287,8 +285,8 @@ class LaneBody:
         if self._left:
             throw(error_from_network(EOFError(), url=self.url, doing="receive the whole file"))
 
-    def detach(self) -> Detached | None:
-        """Plain HTTP with a known length, and enough of it left to be worth a thread; None otherwise, then iterate.
+    async def detach(self) -> Detached | None:
+        """With a known length, and enough of it left to be worth a thread; None otherwise, then iterate.
 
         Between here and `reattach` nobody reads this connection but the holder of the socket.
         """
@@ -297,30 +295,19 @@ class LaneBody:
             return None
         if response.content_length != left:
             return None  # in chunks: a range tells its length, but between the bytes there is framing
-        connection = response.connection
-        transport = connection.transport if connection is not None else None
-        if connection is None or transport is None or transport.get_extra_info("sslcontext") is not None:
-            return None
-        protocol = connection.protocol
-        raw = transport.get_extra_info("socket")
-        if protocol is None or raw is None or response.content.exception() is not None or response.content.is_eof():
+        protocol = response.connection.protocol if response.connection is not None else None
+        if protocol is None or response.content.exception() is not None or response.content.is_eof() or not self._lane.connector.lendable:
             return None
         already = rest_of(response.content)  # no await until reading is paused: nothing can come in between
         protocol.pause_reading()
-        self._detached = socket.fromfd(raw.fileno(), raw.family, raw.type)
-        self._lane.detached = self._detached
-        return Detached(self._detached, already, left)
+        return Detached(await self._lane.connector.lend(), already, left)
 
     def reattach(self, moved: int) -> None:
         """The holder has put `moved` bytes away and does not use the socket any more. A body that is whole frees its connection."""
         assert self._left is not None, "detach gives nothing without a length"
         self._left -= moved
-        self._lane.detached = None
-        if self._detached is not None:
-            if self._left == 0 and _something_waits(self._detached):
-                self._lane.drop()  # more than was framed: aiohttp did not see this body, and would take it for the next answer (T26)
-            self._detached.close()
-            self._detached = None
+        if not self._lane.connector.take_back(whole=self._left == 0):
+            self._lane.drop()  # more than was framed: aiohttp did not see this body, and would take it for the next answer (T26)
         connection = self._response.connection
         if self._left == 0 and connection is not None and connection.protocol is not None:
             connection.protocol.resume_reading()
@@ -332,17 +319,10 @@ class LaneBody:
         if self._watch is not None:
             self._watch.cancel()
         if not self._response.content.at_eof() or self._left:
+            self._lane.connector.take_back(whole=False)  # lent to nobody in the end
             self._response.close()
             self._lane.drop()
         self._ended = True
-
-
-def _something_waits(connection: socket.socket) -> bool:
-    """Whether bytes lie in a non-blocking socket that nobody asked for; its end is none."""
-    try:
-        return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-    except OSError:  # BlockingIOError: nothing; or the connection is gone
-        return False
 
 
 def rest_of(content: aiohttp.StreamReader) -> bytes:
@@ -375,7 +355,6 @@ class Lane:
         self.key = key
         self.identity = party.token.name
         self.withdrawn = False
-        self.detached: socket.socket | None = None  # another descriptor of the connection, while somebody else reads it
         self.failed = False
         """A request had no answer: whatever state its logins are in, they are not tried again."""
         self._offers = offers
@@ -386,9 +365,9 @@ class Lane:
         proxy = Login(Seat.PROXY, self._make_flow)
         origin = Login(Seat.ORIGIN, self._make_flow)
         self._logins = (proxy, origin) if self._route.forwarded else (origin,)
-        self._connector = LaneConnector(self._route, party.tls, proxy)
+        self.connector = LaneConnector(self._route, party.tls, proxy)
         self._session = aiohttp.ClientSession(
-            connector=self._connector,
+            connector=self.connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
             auto_decompress=False,
@@ -409,12 +388,12 @@ class Lane:
     @property
     def connected(self) -> bool:
         """The next request needs no new connection."""
-        return self._connector.ready
+        return self.connector.ready
 
     @property
     def opened(self) -> int:
         """Connections made so far."""
-        return self._connector.opened
+        return self.connector.opened
 
     # -- asking
 
@@ -481,7 +460,7 @@ class Lane:
         A kept connection may have been closed by the peer at the very moment it is used again; then, and only then, the request
         is made once more on a new one. A GET only: asking twice does no harm, and the logins know that the connection changed.
         """
-        if self._connector.ready:
+        if self.connector.ready:
             try:
                 return await self._send(asked)
             except NetworkError as error:
@@ -499,11 +478,11 @@ class Lane:
 
     async def _connect(self, url: str) -> None:
         self.check(url)
-        await self._connector.open(url, self.timeouts)
+        await self.connector.open(url, self.timeouts)
         for login in self._logins:
             proxy = login.seat is Seat.PROXY
-            login.opened(self._connector.proxy_certificate if proxy else self._connector.peer_certificate)
-        judge, certificate = self._party.judge, self._connector.peer_certificate
+            login.opened(self.connector.proxy_certificate if proxy else self.connector.peer_certificate)
+        judge, certificate = self._party.judge, self.connector.peer_certificate
         if judge is not None and certificate is not None:
             await judge.ask(*authority(url), certificate)
 
@@ -549,10 +528,7 @@ class Lane:
 
     def drop(self) -> None:
         """Closes the connection at once; the next request opens another."""
-        if self.detached is not None:
-            with suppress(OSError):  # the peer was quicker
-                self.detached.shutdown(socket.SHUT_RDWR)  # another descriptor of the same connection: closing ours would not end it
-        self._connector.drop()
+        self.connector.drop()
 
     def withdraw(self) -> None:
         """The identity was taken away: nothing more leaves on this lane, whoever still holds it."""
@@ -561,6 +537,7 @@ class Lane:
 
     async def aclose(self) -> None:
         self.drop()
+        await self.connector.home()  # the farewell of TLS must not race its reader
         await self._session.close()
 
     # -- logins

@@ -181,7 +181,8 @@ class Detached:
     """The rest of a body that has left HTTP: what a lane gives up and a part file takes.
 
     Attributes:
-        socket: a connected socket that nobody else reads (typed loosely: this module knows no sockets).
+        socket: a connected socket that nobody else reads, or what deciphers one and reads like it (typed loosely: this module knows
+            no sockets).
         already: bytes of the body that were read before.
         length: bytes of the body in all, `already` included.
     """

@@ -11,6 +11,7 @@ import asyncio
 import functools
 import os
 import re
+import socket
 import ssl
 import stat
 import tempfile
@@ -18,7 +19,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NoReturn, cast
 
 from ..errors import BitsError, ErrorCode, ErrorContext, make_error, scrub
 from .certificates import LeafRules, check_leaf, prepare
@@ -124,6 +125,116 @@ def peer_certificate(transport: asyncio.BaseTransport) -> bytes | None:
         return None
     certificate: bytes | None = connection.getpeercert(binary_form=True)
     return certificate
+
+
+# -- records read by somebody else -----------------------------------------------------------------------------------------------
+
+_WIRE: Final = 256 << 10  # bytes taken from the socket at once; a record has 16 KiB
+
+
+class TappedContext(ssl.SSLContext):
+    """A context as it stands, which also hands out the two buffers between a connection's TLS and its socket.
+
+    asyncio and uvloop give them to `wrap_bio` and to nobody else. Everything but that call is the original's.
+    """
+
+    def __new__(cls, original: ssl.SSLContext) -> "TappedContext":
+        return super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
+
+    def __init__(self, original: ssl.SSLContext) -> None:
+        self._original = original
+        self.last: tuple[ssl.SSLObject, ssl.MemoryBIO, ssl.MemoryBIO] | None = None
+        """Of the connection made last: its TLS, what comes in for it, what goes out."""
+
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        connection = self._original.wrap_bio(incoming, outgoing, server_side, server_hostname, session)
+        self.last = connection, incoming, outgoing
+        return connection
+
+
+class Deciphered:
+    """The bytes that come over a TLS connection, read from its own socket by one thread, while nobody else touches the connection.
+
+    Reads like a non-blocking socket, which `wire` has to be. Tickets and key updates are dealt with on the way; what was read too
+    far stays where the transport finds it again.
+    """
+
+    def __init__(self, wire: socket.socket, tls: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
+        self._wire = wire
+        self._tls = tls
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._raw = memoryview(bytearray(_WIRE))
+        self._ended = False
+
+    def fileno(self) -> int:
+        """Of the socket: something may be there when that is readable."""
+        return self._wire.fileno()
+
+    def recv_into(self, buffer: memoryview, nbytes: int = 0, flags: int = 0, /) -> int:
+        """As many bytes as are there and fit.
+
+        Returns:
+            0: the peer said goodbye, or only hung up; who knows the length knows whether that was early.
+
+        Raises:
+            BlockingIOError: there is none yet.
+            ConnectionError: the connection broke, or what comes is not TLS.
+        """
+        count = 0
+        while count < len(buffer):
+            try:
+                taken = cast(int, self._tls.read(len(buffer) - count, cast(bytearray, buffer[count:])))  # typed as without a buffer
+            except ssl.SSLWantReadError:
+                if not self._feed():
+                    break
+            except ssl.SSLError:
+                raise ConnectionAbortedError("what comes is not TLS") from None
+            else:
+                self._ended = self._ended or not taken
+                if not taken:
+                    break
+                count += taken
+        if not count and not self._ended:
+            raise BlockingIOError
+        return count
+
+    def _feed(self) -> bool:
+        """Records from the socket for TLS; False: none are there, or will be."""
+        if answer := self._outgoing.read():  # to a key update
+            self._send(answer)
+        try:
+            count = 0 if self._ended else self._wire.recv_into(self._raw)
+        except BlockingIOError:
+            return False
+        self._ended = not count
+        self._incoming.write(self._raw[:count])
+        return bool(count)
+
+    def _send(self, answer: bytes) -> None:
+        try:
+            if self._wire.send(answer) == len(answer):
+                return
+        except BlockingIOError:
+            pass
+        raise ConnectionAbortedError("the peer asks and does not listen")
+
+    def quiet(self) -> bool:
+        """Whether nothing but TLS's own messages has come behind what was read."""
+        try:
+            self.recv_into(self._raw[:1])
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            pass
+        return False
 
 
 # -- contexts for a job's security flags -------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ import asyncio
 import hashlib
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,7 +98,7 @@ async def test_a_file_is_fetched_whole_and_in_parts_over_one_connection(lanes: L
             assert body.validator.etag == '"v1"'
             assert body.url == f"{origin.base}/file"
             assert body.headers.get("etag") == '"v1"'
-            assert body.detach() is None
+            assert await body.detach() is None
             assert b"".join([chunk async for chunk in body]) == CONTENT[1000:3000]
         first, second = origin.log
         assert first.connection == second.connection == 1
@@ -728,12 +730,17 @@ async def test_permissions_for_others_do_not_tell_lanes_apart(lanes: Lanes, part
         assert len(origin.connections) == 1
 
 
-async def test_t26_bytes_behind_a_detached_body_cost_the_connection(lanes: Lanes, party: MakeParty) -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+async def test_t26_bytes_behind_a_detached_body_cost_the_connection(
+    lanes: Lanes, party: MakeParty, tls: bool, server_tls: ssl.SSLContext
+) -> None:
     body = bytes(DETACH_FROM)
-    async with scripted(whole(body), whole(body) + b"HTTP/1.1 200 OK") as origin:
+    origin = scripted(whole(body), whole(body) + b"HTTP/1.1 200 OK")
+    origin.tls = server_tls if tls else None
+    async with origin:
         for _ in range(3):
             async with lanes.get(party(), Asked(f"{origin.base}/file")) as got:
-                detached = got.detach()
+                detached = await got.detach()
                 assert detached is not None
                 await drained(detached, len(body))
                 await asyncio.sleep(0.05)  # what is sent behind it has come too
@@ -741,12 +748,105 @@ async def test_t26_bytes_behind_a_detached_body_cost_the_connection(lanes: Lanes
         assert [request.connection for request in origin.log] == [1, 1, 2]
 
 
+async def test_a_server_that_says_goodbye_behind_a_detached_body_is_not_asked_on_that_connection(
+    lanes: Lanes, party: MakeParty, server_tls: ssl.SSLContext
+) -> None:
+    body = bytes(DETACH_FROM)
+
+    async def last(connection: Connection) -> None:
+        await connection.send(whole(body))
+        connection.writer.close()
+
+    origin = scripted(last)
+    origin.tls = server_tls
+    async with origin:
+        for _ in range(2):
+            async with lanes.get(party(), Asked(f"{origin.base}/file")) as got:
+                detached = await got.detach()
+                assert detached is not None
+                await drained(detached, len(body))
+                got.reattach(len(body))
+        assert [request.connection for request in origin.log] == [1, 2]
+
+
+async def test_a_lane_closed_while_its_body_is_read_elsewhere_ends_when_the_reader_does(
+    lanes: Lanes, party: MakeParty, server_tls: ssl.SSLContext
+) -> None:
+    """Until then nobody else touches its TLS."""
+    origin = scripted(whole(bytes(DETACH_FROM)))
+    origin.tls = server_tls
+    async with origin, lanes.get(party(), Asked(f"{origin.base}/file")) as got:
+        detached = await got.detach()
+        assert detached is not None
+        closing = asyncio.ensure_future(lanes.aclose())
+        with pytest.raises((EOFError, ConnectionError)):
+            await drained(detached, DETACH_FROM)  # the connection was cut at once
+        assert not closing.done()
+        got.reattach(0)
+        await closing
+
+
+@pytest.fixture
+async def interactive_server(tmp_path: Path, ca: trustme.CA) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
+    """openssl's own server, which sends what it is given and renews its keys on a line with K."""
+    pem = tmp_path / "server.pem"
+    ca.issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pem))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    command = ["stdbuf", "-o0", "openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-cert", str(pem), "-key", str(pem), "-naccept", "1"]
+    pipe = asyncio.subprocess.PIPE
+    server = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.STDOUT)
+    assert server.stdout is not None
+    await asyncio.wait_for(server.stdout.readuntil(b"ACCEPT"), 10)
+    yield server, port
+    server.kill()
+    await server.communicate()
+
+
+async def test_keys_renewed_in_the_middle_of_a_detached_body(
+    lanes: Lanes, party: MakeParty, interactive_server: tuple[asyncio.subprocess.Process, int]
+) -> None:
+    server, port = interactive_server
+    assert server.stdin is not None
+    assert server.stdout is not None
+    half = DETACH_FROM
+    head = whole(b"").replace(b"Content-Length: 0", b"Content-Length: %d" % (2 * half))
+
+    async def answer() -> None:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        await server.stdout.readuntil(b"\r\n\r\n")
+        server.stdin.write(head + b"a" * 10)
+
+    answering = asyncio.ensure_future(answer())
+    for last in (False, True):
+        async with lanes.get(party(), Asked(f"https://localhost:{port}/file")) as got:
+            await answering
+            detached = await got.detach()
+            assert detached is not None
+            server.stdin.write(b"a" * (half - 10))
+            await drained(detached, half)
+            server.stdin.write(b"K\n")  # and the answer is asked for
+            await asyncio.wait_for(server.stdout.readuntil(b"SSL_do_handshake"), 10)
+            server.stdin.write(b"b" * half)
+            await drained(replace(detached, already=b""), half)
+            if not last:  # the next request is read with the keys that we answered with
+                answering = asyncio.ensure_future(answer())
+            got.reattach(2 * half)
+
+
 async def drained(detached: Detached, length: int) -> None:
     connection, left = detached.socket, length - len(detached.already)
-    assert isinstance(connection, socket.socket)
-    connection.setblocking(False)
+    buffer = memoryview(bytearray(1 << 20))
     while left:
-        left -= len(await asyncio.get_running_loop().sock_recv(connection, min(left, 1 << 20)))
+        try:
+            count = connection.recv_into(buffer[:left])  # type: ignore[attr-defined]
+        except BlockingIOError:
+            await asyncio.sleep(0.001)
+            continue
+        if not count:
+            raise EOFError
+        left -= count
 
 
 async def test_t25_nothing_leaves_as_a_token_that_was_closed(lanes: Lanes, party: MakeParty) -> None:
