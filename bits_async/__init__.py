@@ -12,7 +12,9 @@ The map of the package; imports point from a lower line to a higher one only:
     identity/           WHO
       tokens.py         Token, TokenPair, flags, levels
       ambient.py        the identity that surrounds a call: impersonate(), current_token(), revert_to_self(), carry()
-      logon.py          how tokens are made
+      kerberos.py       what a realm's KDC is asked, and what its answers mean
+      pam.py            the program that asks PAM; handed over as text
+      logon.py          how tokens are made: logon_user(), s4u_logon(), Token.for_*
       threads.py        TokenExecutor: threads born in a token
       processes.py      a child process as a token, every id and capability dropped
       launcher.py       the program that becomes that child; handed over as text
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from .errors import InvalidState as InvalidState
     from .errors import JobCancelled as JobCancelled
     from .errors import LocalFileError as LocalFileError
+    from .errors import LogonFailed as LogonFailed
     from .errors import ManagerClosed as ManagerClosed
     from .errors import NetworkError as NetworkError
     from .errors import NotFound as NotFound
@@ -95,9 +98,14 @@ if TYPE_CHECKING:
     from .identity.ambient import impersonate as impersonate
     from .identity.ambient import revert_to_self as revert_to_self
     from .identity.ambient import set_token_flow as set_token_flow
+    from .identity.logon import LogonType as LogonType
+    from .identity.logon import logon_user as logon_user
+    from .identity.logon import s4u_logon as s4u_logon
     from .identity.threads import run_as as run_as
+    from .identity.tokens import DelegationTarget as DelegationTarget
     from .identity.tokens import HelperTokenFlags as HelperTokenFlags
     from .identity.tokens import ImpersonationLevel as ImpersonationLevel
+    from .identity.tokens import LocalUser as LocalUser
     from .identity.tokens import Token as Token
     from .jobs.arguments import FileInfo as FileInfo
     from .jobs.handles import BackgroundCopyCallback as BackgroundCopyCallback
@@ -145,6 +153,7 @@ _HOMES: Final = {
         "InvalidState",
         "JobCancelled",
         "LocalFileError",
+        "LogonFailed",
         "ManagerClosed",
         "NetworkError",
         "NotFound",
@@ -154,8 +163,9 @@ _HOMES: Final = {
         "ValidationFailed",
     ),
     "identity.ambient": ("TokenFlow", "carry", "current_token", "impersonate", "revert_to_self", "set_token_flow"),
+    "identity.logon": ("LogonType", "logon_user", "s4u_logon"),
     "identity.threads": ("run_as",),
-    "identity.tokens": ("HelperTokenFlags", "ImpersonationLevel", "Token"),
+    "identity.tokens": ("DelegationTarget", "LocalUser", "HelperTokenFlags", "ImpersonationLevel", "Token"),
     "jobs.arguments": ("FileInfo",),
     "jobs.handles": ("BackgroundCopyCallback", "Job", "JobFile", "TokenOptions"),
     "jobs.manager": ("BitsManager", "download"),

@@ -144,6 +144,16 @@ class ErrorCode(enum.IntEnum):
     ERROR_FILENAME_EXCED_RANGE = 0x800700CE
     ERROR_SERVICE_NOT_ACTIVE = 0x80070426
     ERROR_NOT_LOGGED_ON = 0x800704DD
+    ERROR_NO_LOGON_SERVERS = 0x8007051F
+    ERROR_NO_SUCH_USER = 0x80070525
+    ERROR_LOGON_FAILURE = 0x8007052E
+    ERROR_ACCOUNT_RESTRICTION = 0x8007052F
+    ERROR_PASSWORD_EXPIRED = 0x80070532
+    ERROR_ACCOUNT_DISABLED = 0x80070533
+    ERROR_TIME_SKEW = 0x80070576
+    ERROR_TRUSTED_RELATIONSHIP_FAILURE = 0x800706FD
+    ERROR_ACCOUNT_EXPIRED = 0x80070701
+    ERROR_ACCOUNT_LOCKED_OUT = 0x80070775
     ERROR_WINHTTP_TIMEOUT = 0x80072EE2
     ERROR_WINHTTP_NAME_NOT_RESOLVED = 0x80072EE7
     ERROR_WINHTTP_CLIENT_AUTH_CERT_NEEDED = 0x80072F0C
@@ -156,6 +166,7 @@ class ErrorCode(enum.IntEnum):
     SEC_E_WRONG_PRINCIPAL = 0x80090322
     SEC_E_BAD_BINDINGS = 0x80090346
     SEC_E_NO_CREDENTIALS = 0x8009030E
+    SEC_E_DELEGATION_POLICY = 0x8009035E
 
 
 HTTP_ERROR = 0x80190000  # BG_E_HTTP_ERROR_nnn = this | nnn
@@ -235,6 +246,17 @@ _ADVICE: Mapping[int, str] = MappingProxyType(
         ErrorCode.SEC_E_NO_CREDENTIALS: "give the identity a credential for this scheme with set_credentials, then resume the job",
         ErrorCode.SEC_E_WRONG_PRINCIPAL: "check the name of the host in the URL and the realm's service principals",
         ErrorCode.SEC_E_BAD_BINDINGS: "TLS may be intercepted on the way; check who issued the certificate",
+        ErrorCode.ERROR_TIME_SKEW: "set this machine's clock; a realm allows five minutes",
+        ErrorCode.SEC_E_DELEGATION_POLICY: "the realm's administrator keeps the list of services that an account may delegate to",
+        ErrorCode.ERROR_NO_LOGON_SERVERS: "check krb5.conf, the realm's DNS records and the way to its KDC",
+        ErrorCode.ERROR_NO_SUCH_USER: "check the user's name and realm",
+        ErrorCode.ERROR_LOGON_FAILURE: "check the user's name and the password or key; too many tries may lock the account",
+        ErrorCode.ERROR_ACCOUNT_RESTRICTION: "ask the administrator whether the account is disabled, locked or expired",
+        ErrorCode.ERROR_PASSWORD_EXPIRED: "change the password, then log on with the new one",
+        ErrorCode.ERROR_ACCOUNT_DISABLED: "ask the administrator to enable the account",
+        ErrorCode.ERROR_TRUSTED_RELATIONSHIP_FAILURE: "check the way to the realm's KDC, and that the keytab is current",
+        ErrorCode.ERROR_ACCOUNT_EXPIRED: "ask the administrator to extend the account",
+        ErrorCode.ERROR_ACCOUNT_LOCKED_OUT: "wait, or ask the administrator to unlock the account",
         HTTP_ERROR | 401: "set credentials for the server, then resume the job",
         HTTP_ERROR | 403: "ask the server's administrator for access with this identity",
         HTTP_ERROR | 404: "check the URL",
@@ -401,6 +423,13 @@ class ImpersonationFailed(BitsError):
     default_context = ErrorContext.GENERAL_QUEUE_MANAGER
 
 
+class LogonFailed(BitsError):
+    """The user could not be logged on."""
+
+    default_code = ErrorCode.ERROR_LOGON_FAILURE
+    default_context = ErrorContext.GENERAL_QUEUE_MANAGER
+
+
 class TokenRequired(BitsError):
     """The job acts as an identity whose token is gone."""
 
@@ -479,6 +508,16 @@ _CLASS_OF_CODE: Mapping[int, type[BitsError]] = MappingProxyType(
         ErrorCode.BG_E_NOT_FOUND: NotFound,
         ErrorCode.E_ABORT: JobCancelled,
         ErrorCode.ERROR_SERVICE_NOT_ACTIVE: ManagerClosed,
+        ErrorCode.ERROR_NO_LOGON_SERVERS: LogonFailed,
+        ErrorCode.ERROR_NO_SUCH_USER: LogonFailed,
+        ErrorCode.ERROR_LOGON_FAILURE: LogonFailed,
+        ErrorCode.ERROR_ACCOUNT_RESTRICTION: LogonFailed,
+        ErrorCode.ERROR_PASSWORD_EXPIRED: LogonFailed,
+        ErrorCode.ERROR_ACCOUNT_DISABLED: LogonFailed,
+        ErrorCode.ERROR_TRUSTED_RELATIONSHIP_FAILURE: LogonFailed,
+        ErrorCode.ERROR_ACCOUNT_EXPIRED: LogonFailed,
+        ErrorCode.ERROR_ACCOUNT_LOCKED_OUT: LogonFailed,
+        ErrorCode.ERROR_TIME_SKEW: LogonFailed,
         ErrorCode.BG_E_DATABASE_CORRUPT: StoreError,
         ErrorCode.CO_E_FAILEDTOIMPERSONATE: ImpersonationFailed,
         ErrorCode.BG_E_TOKEN_REQUIRED: TokenRequired,
@@ -486,6 +525,7 @@ _CLASS_OF_CODE: Mapping[int, type[BitsError]] = MappingProxyType(
         ErrorCode.SEC_E_NO_CREDENTIALS: AuthFailed,
         ErrorCode.SEC_E_WRONG_PRINCIPAL: AuthFailed,
         ErrorCode.SEC_E_BAD_BINDINGS: AuthFailed,
+        ErrorCode.SEC_E_DELEGATION_POLICY: AuthFailed,
         HTTP_ERROR | 401: AuthFailed,
         HTTP_ERROR | 407: AuthFailed,
         ErrorCode.BG_E_INVALID_CREDENTIALS: AuthFailed,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from ..errors import ErrorCode, ErrorContext, InvalidArgument, make_error
+from ..identity.kerberos import is_own_cache
 
 if TYPE_CHECKING:
     from ..identity.tokens import Token
@@ -334,7 +335,7 @@ def _unfit(scheme: AuthScheme, credential: object, process: bool) -> str:
         return "only the process's own token may use the credentials it is logged on with"
     if scheme is AuthScheme.NTLM and kind in (CredentialKind.CACHE, CredentialKind.KEYTAB):
         return "the token's credential is a Kerberos one"
-    if kind is CredentialKind.CACHE and not process and cache_type(credential) != "FILE":
+    if kind is CredentialKind.CACHE and not process and cache_type(credential) != "FILE" and not is_own_cache(_cache_name(credential)):
         return "only FILE: ticket caches are guarded by the token's user id"  # T4
     return ""
 
@@ -367,9 +368,13 @@ def kind_of(credential: object | None) -> CredentialKind:
 
 def cache_type(credential: object) -> str:
     """FILE, MEMORY, KCM, ... of a KerberosCCache; a name without a type is a file."""
-    name: str = getattr(credential, "ccache", "")
-    kind, colon, _ = name.partition(":")
+    kind, colon, _ = _cache_name(credential).partition(":")
     return kind.upper() if colon and re.fullmatch(r"[A-Za-z0-9_]+", kind) else "FILE"
+
+
+def _cache_name(credential: object) -> str:
+    name: str = getattr(credential, "ccache", "")
+    return name
 
 
 def mechanisms(offer: Offer, rules: AuthRules) -> tuple[str, ...]:

@@ -21,13 +21,15 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 from urllib.parse import quote as percent
 
 from ..errors import HTTP_ERROR, AuthFailed, BitsError, ErrorCode, ErrorContext, NetworkError, show_text
+from ..identity.kerberos import explain, kerberos, silent_kdc, translated, unable
 from .challenge import Challenge, parse_challenges, parse_params, quote
 from .policy import AuthRules, AuthScheme, Offer, Origin, Refusals, Seat, mechanisms
-from .tickets import Tickets, credential_of, descend, kerberos, silent_kdc, target_of, translated, unable
+from .tickets import Tickets, credential_of, descend, target_of
 
 MAX_LEGS: Final = 6  # answers per request or CONNECT
 MAX_RESTARTS: Final = 2  # handshakes begun anew because the connection broke
@@ -406,9 +408,16 @@ def _begin_kerberos(tickets: Tickets, offer: Offer, host: str, binding: bytes | 
             context = spnego.client(credential, hostname=host, service="HTTP", protocol="kerberos", channel_bindings=_bindings(binding))
             return context, context.step() or b""
 
-    context, token = kerberos(begin)
+    context, token = translated(partial(_explain_kerberos, host), begin)
     _check_target(token, host)
     return context, token
+
+
+def _explain_kerberos(host: str, exc: Exception) -> BitsError:
+    failure = explain(exc)
+    if failure.code == ErrorCode.SEC_E_DELEGATION_POLICY:
+        return AuthFailed(f"the realm does not let this account act for others with HTTP/{host}", code=failure.code)
+    return failure
 
 
 def _check_target(token: bytes, host: str) -> None:

@@ -11,17 +11,26 @@ credentials pass unchanged. This module also reads a ticket's target out of a to
 """
 
 import os
-import re
-import secrets
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
-from ..errors import AuthFailed, BitsError, ErrorCode, ErrorContext, make_error, scrub, show_text
+from ..errors import AuthFailed, BitsError, ErrorCode, show_text
+from ..identity.kerberos import (
+    KINIT,
+    Cache,
+    is_own_cache,
+    kerberos,
+    require_kerberos,
+    silent_kdc,
+    text_of,
+    ticket_by_keytab,
+    ticket_by_password,
+    unable,
+)
 from .policy import CredentialKind, Offer, Refusals, cache_type, kind_of
 
 if TYPE_CHECKING:
@@ -30,7 +39,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 KDC_DEADLINE: Final = 10.0  # seconds one thread waits for another that asks the KDC for the same ticket
-RENEW_BEFORE: Final = 300.0  # seconds before a ticket's end (the clock skew that realms allow)
 KDC: Final = "kdc"  # the realm under which a KDC's own refusal is remembered
 
 
@@ -99,7 +107,7 @@ class Tickets:
             while self._entries:
                 self._entries.popitem()[1].close()
 
-    def _granted(self, offer: Offer, credential: object) -> "_Cache":
+    def _granted(self, offer: Offer, credential: object) -> Cache:
         entry = self._entry(offer)
         # The KDC is asked once, however many lanes want the ticket; but none waits longer for another's question than its own.
         if not entry.asking.acquire(timeout=KDC_DEADLINE):
@@ -126,7 +134,7 @@ class Tickets:
                     self._entries.pop(key).close()
             return self._entries.setdefault(mine, _Entry())
 
-    def _ask(self, offer: Offer, credential: object) -> "_Cache":
+    def _ask(self, offer: Offer, credential: object) -> Cache:
         revision = self.revision(offer)
         if self._refusals.refused(offer.fingerprint, KDC, None, revision):
             raise AuthFailed(
@@ -141,43 +149,19 @@ class Tickets:
             raise
 
 
-@dataclass(slots=True)
-class _Cache:
-    """A cache of ours: its name, whose tickets are in it, and the handles that destroy it."""
-
-    name: str
-    principal: str
-    starts: float
-    ends: float
-    context: Any
-    handle: Any
-
-    def worn(self, now: float) -> bool:
-        """Near enough to its end to be renewed."""
-        return now > self.ends - min(RENEW_BEFORE, (self.ends - self.starts) / 10)
-
-    def destroy(self) -> None:
-        import krb5
-
-        try:
-            krb5.cc_destroy(self.context, self.handle)
-        except Exception:
-            pass  # gone already; there is nothing left that could leak
-
-
 class _Entry:
     """One credential's ticket. All but `asking` is guarded by the lock of `Tickets`."""
 
     def __init__(self) -> None:
         self.asking = threading.Lock()
-        self.cache: _Cache | None = None
-        self._previous: _Cache | None = None  # until the next renewal, because a context may be on its way to it
+        self.cache: Cache | None = None
+        self._previous: Cache | None = None  # until the next renewal, because a context may be on its way to it
         self._closed = False
 
     def ended(self, now: float) -> bool:
         return self.cache is not None and self.cache.ends < now and not self.asking.locked()
 
-    def replace(self, cache: _Cache) -> None:
+    def replace(self, cache: Cache) -> None:
         if self._closed:  # forgotten while the KDC was asked
             cache.destroy()
             raise unable("the identity was closed")
@@ -205,22 +189,6 @@ def credential_of(offer: Offer) -> "spnego.Credential":
     return cast("spnego.Credential", offer.credential) or spnego.CredentialCache()
 
 
-def require_kerberos() -> None:
-    """Raises: AuthFailed that names the extra, when Kerberos is not installed."""
-    try:
-        import gssapi  # noqa: F401
-        import krb5  # noqa: F401
-    except ImportError:
-        missing = True
-    else:
-        missing = False
-    if missing:
-        raise unable(
-            "Kerberos is not installed here: the Python packages gssapi and krb5 are missing",
-            advice="install bits-async[kerberos] (Debian needs libkrb5-dev to build it), or permit another scheme",
-        )
-
-
 def _existing_cache(credential: object, offer: Offer) -> str:
     """The full name of a cache that somebody else filled."""
     if kind_of(credential) is not CredentialKind.CACHE:
@@ -228,7 +196,7 @@ def _existing_cache(credential: object, offer: Offer) -> str:
             raise unable("only the process's own token may use the credentials it is logged on with")
         return kerberos(_default_cache, getattr(credential, "username", None))
     kind, name = cache_type(credential), str(getattr(credential, "ccache", ""))
-    if kind != "FILE" and not offer.process:
+    if kind != "FILE" and not offer.process and not is_own_cache(name):
         raise unable(f"a {kind}: ticket cache is not guarded by the user id of the token; use a FILE: cache")  # T4
     return name if kind != "FILE" or name.upper().startswith("FILE:") else f"FILE:{name}"
 
@@ -265,8 +233,8 @@ def _principal_of_cache(name: str) -> str:
 
     principal = krb5.cc_resolve(krb5.init_context(), name.encode()).principal
     if principal is None:
-        raise unable("there are no tickets in the cache", advice=_KINIT)
-    return _text(principal.name)
+        raise unable("there are no tickets in the cache", advice=KINIT)
+    return text_of(principal.name)
 
 
 def _default_cache(user: str | None) -> str:
@@ -275,118 +243,14 @@ def _default_cache(user: str | None) -> str:
     context = krb5.init_context()
     named = krb5.parse_name_flags(context, user.encode()) if user else None
     cache = krb5.cc_cache_match(context, named) if named else krb5.cc_default(context)
-    return f"{_text(cache.cache_type)}:{_text(cache.name)}"
+    return f"{text_of(cache.cache_type)}:{text_of(cache.name)}"
 
 
-def _first_ticket(credential: object) -> _Cache:
+def _first_ticket(credential: object) -> Cache:
     """Ask the KDC, and keep the answer in a new cache."""
-    import krb5
-
-    context = krb5.init_context()
-    options = krb5.get_init_creds_opt_alloc(context)
     if kind_of(credential) is CredentialKind.KEYTAB:
-        keytab = krb5.kt_resolve(context, str(getattr(credential, "keytab", "")).encode())
-        entries = list(keytab)  # before the KDC is asked: is there a keytab? An iteration left half-way would keep the file open
-        if not entries:
-            raise unable("the keytab is empty", advice="export the keytab again")
-        wanted = getattr(credential, "principal", None) or _text(entries[0].principal.name)  # lives no longer than its entry
-        client = krb5.parse_name_flags(context, wanted.encode())
-        ticket = krb5.get_init_creds_keytab(context, client, options, keytab=keytab)
-    else:
-        client = krb5.parse_name_flags(context, str(getattr(credential, "username", "")).encode())
-        # A password of random 16-bit units (a managed service account) may hold lone surrogates; Windows hashes them as U+FFFD.
-        password = re.sub("[\ud800-\udfff]", "\ufffd", str(getattr(credential, "password", ""))).encode()
-        ticket = krb5.get_init_creds_password(context, client, options, password=password)
-    name = f"MEMORY:bits-{secrets.token_hex(16)}"
-    cache = krb5.cc_resolve(context, name.encode())
-    krb5.cc_initialize(context, cache, ticket.client)
-    krb5.cc_store_cred(context, cache, ticket)
-    return _Cache(name, _text(ticket.client.name), ticket.times.authtime, ticket.times.endtime, context, cache)
-
-
-def _text(raw: bytes | None) -> str:
-    return (raw or b"").decode("utf-8", "replace")
-
-
-# -- what went wrong, in words ---------------------------------------------------------------------------------------------------
-
-_KINIT = "renew the ticket cache (kinit), then resume the job"
-_DENIED, _UNABLE, _SILENT = "denied", "unable", "silent"
-_CODES: Final[dict[int, tuple[str, str, str]]] = {
-    -1765328353: (_DENIED, "the KDC says that the password or key is wrong", ""),
-    -1765328360: (_DENIED, "the KDC says that the password or key is wrong", ""),
-    -1765328378: (_DENIED, "the realm does not know this principal", ""),
-    -1765328366: (_DENIED, "the account is disabled or locked", "ask the realm's administrator"),
-    -1765328361: (_DENIED, "the password has expired", "change the password, set the credentials again, then resume the job"),
-    -1765328383: (_DENIED, "the account has expired", "ask the realm's administrator"),
-    -1765328228: (_SILENT, "no KDC of the realm answers", ""),
-    -1765328164: (_SILENT, "the name of the realm's KDC is not known", ""),
-    -1765328230: (_UNABLE, "no KDC is configured for the realm", "check krb5.conf and the realm's DNS records"),
-    -1765328160: (_UNABLE, "there is no default realm", "name the principal with its realm, or set default_realm in krb5.conf"),
-    -1765328377: (
-        _UNABLE,
-        "the realm knows no such service",
-        "use the host's full name in the URL, or register its HTTP service",
-    ),
-    -1765328347: (_UNABLE, "the clocks of this machine and of the realm differ too much", "set the clock"),
-    -1765328352: (_UNABLE, "the tickets have expired", _KINIT),
-    -1765328243: (_UNABLE, "there are no tickets in the cache", _KINIT),
-    -1765328189: (_UNABLE, "there is no such ticket cache", _KINIT),
-    -1765328190: (_UNABLE, "the ticket cache may not be read by this identity", "give the identity a cache of its own"),
-    -1765328203: (_UNABLE, "the keytab has no key for this principal", "export the keytab again"),
-    2: (_UNABLE, "the keytab or ticket cache does not exist", ""),
-    13: (_UNABLE, "the keytab or ticket cache may not be read by this identity", "give the identity a file of its own"),
-}
-
-
-def unable(message: str, *, advice: str | None = None) -> AuthFailed:
-    """No Kerberos for now, and nothing was shown to anybody: another scheme may be tried."""
-    return AuthFailed(message, code=ErrorCode.SEC_E_NO_CREDENTIALS, advice=advice)
-
-
-def silent_kdc(message: str = "the KDC did not answer in time") -> BitsError:
-    """The realm is out of reach; the job tries again by itself."""
-    return make_error(
-        ErrorCode.ERROR_WINHTTP_TIMEOUT,
-        ErrorContext.GENERAL_TRANSPORT,
-        message,
-        advice="the job tries again by itself; check the way to the realm's KDC",
-    )
-
-
-def translated(explain: Callable[[Exception], BitsError], function: Callable[..., T], *args: Any) -> T:
-    """Call it; what other libraries raise comes out as ours, with nothing of theirs but the name of the class (T14)."""
-    try:
-        return function(*args)
-    except BitsError:
-        raise
-    except Exception as exc:
-        ours = explain(exc)
-        ours.__cause__ = scrub(exc)
-    raise ours  # outside the handler, so that the original does not stay behind as the context
-
-
-def kerberos(function: Callable[..., T], *args: Any) -> T:
-    """`translated` for calls of krb5 and GSSAPI."""
-    return translated(explain, function, *args)
-
-
-def explain(exc: Exception) -> BitsError:
-    """The error for what krb5, GSSAPI or pyspnego raised: by the number of the mechanism, where it has one."""
-    base = getattr(exc, "base_error", None) or exc
-    number = getattr(base, "err_code", None) or getattr(base, "min_code", None) or getattr(base, "errno", None) or 0
-    number = number - 2**32 if number >= 2**31 else number
-    if getattr(base, "maj_code", None) == _BAD_BINDINGS:
-        return AuthFailed("the peer's channel binding is wrong", code=ErrorCode.SEC_E_BAD_BINDINGS)
-    kind, sentence, advice = _CODES.get(number, (_UNABLE, f"{type(base).__name__} {number or ''}".rstrip(), ""))
-    if kind == _SILENT:
-        return silent_kdc(sentence)
-    if kind == _DENIED:
-        return AuthFailed(sentence, advice=advice or None)
-    return unable(f"Kerberos is not possible: {sentence}", advice=advice or None)
-
-
-_BAD_BINDINGS: Final = 0x40000
+        return ticket_by_keytab(cast("spnego.KerberosKeytab", credential))
+    return ticket_by_password(cast("spnego.Password", credential))
 
 
 # -- what a token says (DER) -----------------------------------------------------------------------------------------------------

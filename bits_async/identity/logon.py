@@ -1,21 +1,46 @@
-"""How tokens are made: from the process, from the user database, from a network credential.
+"""How tokens are made: from the process, the user database, a network credential, a password, a service's right to act for others.
 
 Here stands which credential a token may carry: only what the kernel guards by the thread's own identity is accepted for
-another user (T4). A credential's principal is what it claims, not what was proved (T7); who it opens doors for is decided
-elsewhere.
+another user (T4). The principal of a credential is what it claims; that of a logon was proved, where a key of ours could tell the
+realm's own KDC from another (T7). Whoever comes from the network is nobody on this machine until `local_user` says who (T9). A
+logon asks the KDC in a thread of the ambient identity, which is who may read the keytab it names (T27), and gives up at a deadline.
+Who a token opens doors for is decided elsewhere.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, get_args
+import enum
+import importlib.util
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
 
-from ..errors import ImpersonationFailed, InvalidArgument, scrub, show_text
-from . import native
-from .threads import in_own_thread, prepare, wear, wearing
-from .tokens import LocalIdentity, Token
+from ..errors import (
+    BitsError,
+    ErrorCode,
+    ErrorContext,
+    ImpersonationFailed,
+    InvalidArgument,
+    LogonFailed,
+    make_error,
+    scrub,
+    show_text,
+)
+from . import kerberos, native
+from .ambient import current_token
+from .threads import TokenExecutor, in_own_thread, prepare, wear, wearing
+from .tokens import DelegationTarget, ImpersonationLevel, LocalIdentity, LocalUser, Token
 
 if TYPE_CHECKING:
     import spnego
+
+T = TypeVar("T")
+
+LOGON_DEADLINE: Final = 10.0  # seconds for all that one logon asks the KDC
+PAM_DEADLINE: Final = 30.0  # seconds for PAM, whose modules may ask a network too
 
 # Of the places for tickets and keys only files are guarded by the thread's fsuid; what is in memory was put there by this
 # process.
@@ -58,7 +83,10 @@ async def for_user(user: str | int, network: "spnego.Credential | None") -> Toke
 
 
 def _find(user: str | int) -> LocalIdentity:
-    local: LocalIdentity = native.user_identity(user)
+    return _prepared(native.user_identity(user))
+
+
+def _prepared(local: LocalIdentity) -> LocalIdentity:
     if not local.is_process:
         prepare()  # here, because it takes half a second and this thread is nobody else's
     return local
@@ -72,6 +100,431 @@ def for_network(network: "spnego.Credential") -> Token:
     local = for_process().local
     principal = _principal(credential)
     return Token._make(local, name=principal, network=_named(credential, principal), principal=principal)
+
+
+# -- somebody of the network ------------------------------------------------------------------------------------------
+
+
+class LogonType(enum.Enum):
+    """LOGON32_LOGON: what a logon is for.
+
+    On Linux they differ in two things only. NETWORK has no credentials for other machines, all others have. NEW_CREDENTIALS keeps
+    the caller's local identity, and asks nobody: a wrong password shows when it is first used. All others leave who acts on this
+    machine to the account: a local one is itself, a principal of a realm is nobody until `local_user` says who.
+    """
+
+    INTERACTIVE = 2
+    NETWORK = 3
+    BATCH = 4
+    SERVICE = 5
+    NETWORK_CLEARTEXT = 8
+    NEW_CREDENTIALS = 9
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NetworkOnly:
+    """Somebody who is nobody on this machine: no thread becomes him (T9)."""
+
+    name: str
+    key: str = "network"
+    elevated: bool = False
+    is_process: bool = False
+
+    def assume(self) -> None:
+        raise ImpersonationFailed(
+            f"{self.name} is nobody on this machine",
+            identity=self.name,
+            advice="let the job's owner act on local files, or say with local_user= which user of this machine it is",
+        )
+
+    def check(self) -> None:
+        self.assume()
+
+    def fresh(self) -> "NetworkOnly":
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+async def logon_user(
+    user: str,
+    password: str | None = None,
+    *,
+    domain: str | None = None,
+    keytab: str | os.PathLike[str] | None = None,
+    logon_type: LogonType = LogonType.INTERACTIVE,
+    local_user: LocalUser | str | int | None = None,
+    delegate_to: Iterable[DelegationTarget | str] = (),
+) -> Token:
+    """Logs a user on (LogonUser): checks the password or key, and makes a token of it.
+
+    "alice@REALM", or `domain="REALM"`, is a principal of a Kerberos realm and goes to its KDC. A name alone, or with `domain="."`, is
+    an account of this machine and goes to PAM (the rules of /etc/pam.d/bits-async, else those of "login"), in a process of its own; it
+    has no credentials on the network. The process needs root's privileges to ask for others than itself.
+
+    Args:
+        password: Kept in the token, where it has network credentials, to get tickets with. It is in no log, repr or error.
+        keytab: With a password: keys of this machine, to verify the KDC's answer with, so that nobody who stands in for the KDC logs
+            anyone on. Without it the machine's default keytab is used, if this identity can read it. A token whose answer could not
+            be verified is not `proved`: it opens only jobs that were made with the same password. Without a password: the user's
+            own keys to log on with.
+        logon_type: See `LogonType`.
+        local_user: Who a principal is on this machine; else nobody: the token acts on the network only. See `LocalUser`.
+        delegate_to: Origins that may be handed a forwarded ticket, and act as this user wherever they like; the token's level is
+            DELEGATE then. See `DelegationTarget`.
+
+    Raises:
+        LogonFailed: The code says why: ERROR_LOGON_FAILURE (wrong password or key), ERROR_NO_SUCH_USER, ERROR_PASSWORD_EXPIRED,
+            ERROR_ACCOUNT_EXPIRED, ERROR_ACCOUNT_LOCKED_OUT, ERROR_ACCOUNT_DISABLED, ERROR_ACCOUNT_RESTRICTION (one of these three,
+            the KDC does not say which), ERROR_NO_LOGON_SERVERS (no KDC, or none that answers within 10 seconds), ERROR_TIME_SKEW,
+            ERROR_TRUSTED_RELATIONSHIP_FAILURE (the KDC is not the realm's own).
+        ImpersonationFailed: The local user cannot be taken, or `local_user` is refused.
+        InvalidArgument: The arguments do not go together.
+    """
+    request = _request_of(user, password, domain, keytab, logon_type)
+    del password  # from here on in an object that does not show it
+    targets = _targets(delegate_to)
+    if logon_type is LogonType.NEW_CREDENTIALS:
+        return _with_new_credentials(request, targets)
+    if not request.realm:
+        return await _local_logon(request)
+    return await _domain_logon(request, logon_type, local_user, targets)
+
+
+async def s4u_logon(
+    user: str,
+    *,
+    service: "str | os.PathLike[str] | spnego.KerberosKeytab",
+    local_user: LocalUser | str | int | None = None,
+) -> Token:
+    """A token for somebody whose password nobody here knows: by the right of a service to act for others (S4U, [MS-SFU]).
+
+    Its level is IMPERSONATE when the KDC lets the service take the user elsewhere: it then gets tickets for those services that the
+    realm's administrator has listed for it, and no others (constrained delegation with protocol transition). Otherwise it is
+    IDENTIFY: it says who the user is, and every use of it fails. The ticket is not renewed: log the user on again before it ends,
+    usually after ten hours.
+
+    Args:
+        user: "bob@REALM".
+        service: The keytab of the service's own account; the first principal in it, or the one that a `spnego.KerberosKeytab` names.
+        local_user: As in `logon_user`.
+
+    Raises:
+        LogonFailed: As in `logon_user`, for the user and for the service.
+        ImpersonationFailed: `local_user` is refused.
+    """
+    _require_posix()
+    caller = current_token()
+    principal = _principal_in_realm(user)
+    own = _keytab_of(service)
+    evidence = await _at_the_kdc(caller, principal, _stand_in, principal, own)
+    level = ImpersonationLevel.IMPERSONATE if evidence.forwardable else ImpersonationLevel.IDENTIFY
+    return await _ticketed(evidence.cache, caller, level, local_user, ())
+
+
+async def from_delegated(context: object, local_user: LocalUser | str | int | None, delegate_to: Iterable[DelegationTarget | str]) -> Token:
+    """See `Token.from_delegated`."""
+    _require_posix()
+    if not (hasattr(context, "delegated_creds") and hasattr(context, "initiator_name")):
+        raise TypeError(f"a gssapi.SecurityContext is needed, not {type(context).__name__}")
+    targets = _targets(delegate_to)
+    caller = current_token()
+    cache = await _at_the_kdc(caller, None, _delegated, context)
+    level = ImpersonationLevel.DELEGATE if targets else ImpersonationLevel.IMPERSONATE
+    return await _ticketed(cache, caller, level, local_user, targets)
+
+
+async def _ticketed(
+    cache: kerberos.Cache,
+    caller: Token,
+    level: ImpersonationLevel,
+    local_user: LocalUser | str | int | None,
+    targets: tuple[DelegationTarget, ...],
+) -> Token:
+    """A token that lives on the tickets in a cache of ours, and destroys it in the end."""
+    import spnego
+
+    local = await _local_of(local_user, cache.principal)
+    acts = level is not ImpersonationLevel.IDENTIFY
+    return Token._make(
+        local,
+        name=cache.principal,
+        network=spnego.KerberosCCache(cache.name, cache.principal) if acts else None,
+        principal=cache.principal,
+        proved=True,
+        level=level,
+        security=caller.security,
+        delegates=targets,
+        release=cache.destroy,
+    )
+
+
+# -- what was asked for
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Request:
+    """The arguments of a logon, checked. `credential` does not show its password."""
+
+    name: str  # as the account's database knows it: "alice", "alice@REALM"
+    realm: str
+    credential: "spnego.Password | spnego.KerberosKeytab"
+    verify_with: str | None
+
+
+def _request_of(
+    user: str, password: str | None, domain: str | None, keytab: str | os.PathLike[str] | None, logon_type: LogonType
+) -> _Request:
+    import spnego
+
+    if not isinstance(logon_type, LogonType):
+        raise InvalidArgument("logon_type is no LogonType")
+    if password is None and keytab is None:
+        raise InvalidArgument("a logon needs a password or a keytab")
+    _require_posix()
+    name, realm = _account(user, domain, anywhere=logon_type is LogonType.NEW_CREDENTIALS)
+    if not realm and keytab is not None:
+        raise InvalidArgument("an account of this machine has no keytab", advice="name the realm: alice@REALM")
+    place = None if keytab is None else os.fspath(keytab)
+    if password is None:
+        return _Request(name, realm, spnego.KerberosKeytab(str(place), name), None)
+    return _Request(name, realm, spnego.Password(name, password), place)
+
+
+def _account(user: str, domain: str | None, *, anywhere: bool) -> tuple[str, str]:
+    """The full name, and the realm in it ("": this machine)."""
+    name = _plain(user)
+    if domain not in (None, "."):
+        if "@" in name or "\\" in name:
+            raise InvalidArgument("the user's name already has a domain in it")
+        name = f"{name}@{_plain(domain)}"
+    if "\\" in name and not anywhere:
+        raise InvalidArgument("DOMAIN\\user names no Kerberos realm", advice="write alice@REALM, or use LogonType.NEW_CREDENTIALS for NTLM")
+    return name, name.rpartition("@")[2] if "@" in name else ""
+
+
+def _principal_in_realm(user: str) -> str:
+    name, realm = _account(user, None, anywhere=False)
+    if not realm:
+        raise InvalidArgument("a principal has a realm: bob@REALM")
+    return name
+
+
+def _keytab_of(service: "str | os.PathLike[str] | spnego.KerberosKeytab") -> "spnego.KerberosKeytab":
+    import spnego
+
+    return service if isinstance(service, spnego.KerberosKeytab) else spnego.KerberosKeytab(os.fspath(service))
+
+
+def _targets(delegate_to: Iterable[DelegationTarget | str]) -> tuple[DelegationTarget, ...]:
+    if isinstance(delegate_to, str):
+        raise TypeError("delegate_to is a list of origins")
+    return tuple(each if isinstance(each, DelegationTarget) else DelegationTarget(each) for each in delegate_to)
+
+
+def _require_posix() -> None:
+    if sys.platform == "win32":
+        raise make_error(ErrorCode.E_NOTIMPL, ErrorContext.NONE, "users are logged on by this version on POSIX systems only")
+
+
+# -- by Kerberos
+
+
+def _with_new_credentials(request: _Request, targets: tuple[DelegationTarget, ...]) -> Token:
+    caller = current_token()
+    level = ImpersonationLevel.DELEGATE if targets else caller.level
+    return Token._make(caller.local, name=request.name, network=request.credential, principal=request.name, level=level, delegates=targets)
+
+
+async def _domain_logon(
+    request: _Request, logon_type: LogonType, local_user: LocalUser | str | int | None, targets: tuple[DelegationTarget, ...]
+) -> Token:
+    caller = current_token()
+    proved = await _at_the_kdc(caller, request.name, _prove, request)
+    local = await _local_of(local_user, request.name)
+    return Token._make(
+        local,
+        name=request.name,
+        network=None if logon_type is LogonType.NETWORK else request.credential,
+        principal=request.name,
+        proved=proved,
+        level=ImpersonationLevel.DELEGATE if targets else ImpersonationLevel.IMPERSONATE,
+        security=caller.security,
+        delegates=targets,
+    )
+
+
+async def _at_the_kdc(caller: Token, identity: str | None, func: Callable[..., T], *args: Any) -> T:
+    """Runs it in a thread of the caller; whatever it raises comes out as ours."""
+    executor = TokenExecutor(caller, threads=1, name="logon", local=caller.security)
+    try:
+        return await executor.run_security(_explained, func, *args, deadline=LOGON_DEADLINE)
+    except TimeoutError:
+        failure: BitsError = LogonFailed("no KDC of the realm answered in time", code=ErrorCode.ERROR_NO_LOGON_SERVERS)
+    except BitsError as exc:
+        failure = exc
+    finally:
+        await executor.aclose()
+    raise failure if identity is None else failure.located(identity=show_text(identity))
+
+
+def _explained(func: Callable[..., T], *args: Any) -> T:
+    kerberos.require_kerberos()
+    return kerberos.translated(kerberos.explain_logon, func, *args)
+
+
+def _prove(request: _Request) -> bool:
+    """Asks the KDC; whether it is certain that it was the realm's own."""
+    cache = _first_ticket(request.credential)
+    try:
+        if abs(kerberos.clock_difference(cache)) > kerberos.CLOCK_SKEW:
+            raise LogonFailed(kerberos.SKEW, code=ErrorCode.ERROR_TIME_SKEW)
+        if not hasattr(request.credential, "password"):
+            return True
+        keytab = request.verify_with or kerberos.default_keytab()
+        if keytab is not None:
+            kerberos.verify(cache, keytab)
+        return keytab is not None
+    finally:
+        cache.destroy()
+
+
+def _first_ticket(credential: "spnego.Password | spnego.KerberosKeytab", *, forwardable: bool = False) -> kerberos.Cache:
+    import spnego
+
+    if isinstance(credential, spnego.KerberosKeytab):
+        return kerberos.ticket_by_keytab(credential, forwardable=forwardable)
+    return kerberos.ticket_by_password(credential, forwardable=forwardable)
+
+
+def _stand_in(user: str, service: "spnego.KerberosKeytab") -> kerberos.Evidence:
+    cache = _first_ticket(service, forwardable=True)
+    try:
+        return kerberos.act_for(user, cache)
+    finally:
+        cache.destroy()
+
+
+def _delegated(context: Any) -> kerberos.Cache:
+    """The tickets that came with an accepted login, in a cache of ours."""
+    if context.locally_initiated or not context.complete:
+        raise ImpersonationFailed("this is no login that was accepted", advice="pass the acceptor's own context, after its last step")
+    client = str(context.initiator_name)
+    if context.delegated_creds is None:
+        raise ImpersonationFailed(
+            "the client delegated nothing",
+            identity=show_text(client),
+            advice="let it ask for delegation and its realm trust this service, or allow the service's account constrained delegation",
+        )
+    cache = kerberos.keep(context.delegated_creds)
+    if cache.principal != client:
+        cache.destroy()
+        raise ImpersonationFailed(
+            f"the tickets are {show_text(cache.principal)}'s, but {show_text(client)} logged on", code=ErrorCode.SEC_E_WRONG_PRINCIPAL
+        )
+    return cache
+
+
+# -- who that is on this machine
+
+
+async def _local_of(local_user: LocalUser | str | int | None, principal: str) -> LocalIdentity:
+    if local_user is None:
+        return NetworkOnly(principal)
+    mapping = local_user if isinstance(local_user, LocalUser) else LocalUser(local_user)
+    local = await in_own_thread(_mapped, mapping, principal)
+    await wear(local, _nothing)  # what would fail at the first file fails here
+    return local
+
+
+def _mapped(mapping: LocalUser, principal: str) -> LocalIdentity:
+    """Blocks: asks the user database (T9)."""
+    realm = principal.rpartition("@")[2]
+    if realm not in (mapping.realms or {_default_realm()}):
+        raise ImpersonationFailed(
+            f"principals of the realm {show_text(realm)} are nobody on this machine",
+            identity=show_text(principal),
+            advice='name the realms whose principals may be users of it: LocalUser("alice", realms=frozenset({"REALM"}))',
+        )
+    local = native.user_identity(mapping.user)
+    if native.is_system_account(local) and not mapping.system:
+        raise ImpersonationFailed(
+            f"{show_text(principal)} cannot be {local.name}, an account of the system",
+            identity=show_text(principal),
+            advice="map it to an ordinary user, or say LocalUser(..., system=True)",
+        )
+    return _prepared(local)
+
+
+def _default_realm() -> str:
+    import krb5
+
+    return kerberos.text_of(krb5.get_default_realm(krb5.init_context()))
+
+
+def _nothing() -> None:
+    pass
+
+
+# -- accounts of this machine -----------------------------------------------------------------------------------------
+
+_PAM: Final = (pkgutil.get_data(__package__, "pam.py") or b"").decode()
+_WHY_NOT: Final = {  # PAM's numbers (_pam_types.h)
+    6: ("PAM does not permit it", ErrorCode.ERROR_ACCOUNT_RESTRICTION),
+    7: ("the password is wrong", ErrorCode.ERROR_LOGON_FAILURE),
+    10: ("this machine has no such user", ErrorCode.ERROR_NO_SUCH_USER),
+    11: ("the account is locked: too many tries", ErrorCode.ERROR_ACCOUNT_LOCKED_OUT),
+    12: ("the password has expired", ErrorCode.ERROR_PASSWORD_EXPIRED),
+    13: ("the account has expired", ErrorCode.ERROR_ACCOUNT_EXPIRED),
+}
+
+
+async def _local_logon(request: _Request) -> Token:
+    if failure := await in_own_thread(_ask_pam, request):
+        raise failure
+    return await for_user(request.name, None)
+
+
+def _ask_pam(request: _Request) -> LogonFailed | None:
+    """In a thread of its own; why not, or None."""
+    name = show_text(request.name)
+    found = importlib.util.find_spec("pam")
+    if found is None or found.origin is None:
+        return LogonFailed("PAM cannot be asked: python-pam is not installed", identity=name, advice="install bits-async[pam]")
+    place = os.path.dirname(os.path.dirname(found.origin))
+    try:
+        told = json.loads(_converse(request, place))
+        code, reason, locked = int(told["code"]), show_text(told["reason"], 200), told["locked"] is True
+    except (OSError, LookupError, TypeError, ValueError):
+        return LogonFailed("PAM did not answer", identity=name, advice="look at the system's log for what its modules say")
+    if code == 0:
+        return None
+    if locked:
+        return LogonFailed("the account is locked", code=ErrorCode.ERROR_ACCOUNT_LOCKED_OUT, identity=name)
+    sentence, number = _WHY_NOT.get(code, (f"PAM says: {reason}", ErrorCode.ERROR_LOGON_FAILURE))
+    return LogonFailed(sentence, code=number, identity=name)
+
+
+def _converse(request: _Request, place: str) -> bytes:
+    """Nothing leaves this frame but the answer: it holds the password."""
+    process = subprocess.Popen(  # noqa: S603 - the interpreter that runs this, and a text of ours
+        [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _PAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={name: value for name in ("LD_LIBRARY_PATH",) if (value := os.environ.get(name)) is not None},
+        cwd="/",
+        start_new_session=True,
+    )
+    try:
+        question = {"user": request.name, "password": request.credential.password, "place": place}  # type: ignore[union-attr]  # no keytab here
+        return process.communicate(json.dumps(question).encode(), PAM_DEADLINE)[0]
+    except (subprocess.SubprocessError, OSError):
+        return b""
+    finally:
+        process.kill()
+        process.wait()
 
 
 # -- credentials ------------------------------------------------------------------------------------------------------

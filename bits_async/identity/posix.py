@@ -209,6 +209,20 @@ def user_identity(user: str | int) -> ProcessIdentity | UserIdentity:
     return UserIdentity(account, is_elevated(account))
 
 
+def is_system_account(local: ProcessIdentity | UserIdentity) -> bool:
+    """Root and the accounts of services: those below UID_MIN of login.defs, 1000 where it names none."""
+    return local.account.uid < _first_uid_of_people()
+
+
+def _first_uid_of_people() -> int:
+    try:
+        with open("/etc/login.defs", encoding="utf-8", errors="replace") as file:
+            words = [line.split() for line in file]
+    except OSError:
+        words = []
+    return next((int(line[1]) for line in words if len(line) > 1 and line[0] == "UID_MIN" and line[1].isdecimal()), 1000)
+
+
 def _require_capabilities(name: str) -> None:
     if sys.platform != "linux":
         raise ImpersonationFailed(f"cannot become {name}: only Linux gives one thread another user's identity", identity=name)

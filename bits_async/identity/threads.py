@@ -26,7 +26,7 @@ from typing import Any, Final, Literal, ParamSpec, TypeVar
 
 from ..errors import ImpersonationFailed, ManagerClosed, TokenRequired, scrub
 from .ambient import worn_by_thread
-from .tokens import LocalIdentity, Token
+from .tokens import ImpersonationLevel, LocalIdentity, Token
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -519,11 +519,11 @@ async def run_as(token: Token, func: Callable[P, T], /, *args: P.args, **kwargs:
     A cancel waits for the callable, at most 10 seconds. In a thread of another user no process and no thread can be started.
 
     Raises:
-        ImpersonationFailed: The identity could not be taken, or was not kept: then nothing that the callable returned is
-            handed out.
+        ImpersonationFailed: The token's level is below IMPERSONATE; the identity could not be taken, or was not kept: then nothing
+            that the callable returned is handed out.
         TokenRequired: The token was closed.
     """
-    _refuse_closed(token)
+    _refuse(token)
 
     def as_token() -> T:
         with worn_by_thread(token):
@@ -536,23 +536,29 @@ def _gone(token: Token) -> TokenRequired:
     return TokenRequired(f"the token of {token.name} is gone", identity=token.name)
 
 
-def _refuse_closed(token: Token) -> None:
+def _refuse(token: Token) -> None:
+    """The two things that a token itself may say against its use."""
     if token.closed:
         raise _gone(token)
+    if token.level.value < ImpersonationLevel.IMPERSONATE.value:
+        raise ImpersonationFailed(f"a token of level {token.level.name} cannot act", identity=token.name, advice=_IDENTIFIED)
+
+
+_IDENTIFIED: Final = "it names somebody and no more: log the user on, or have the realm trust this service to act for him"
 
 
 class TokenExecutor:
-    """A few threads born in a token, used from one event loop.
+    """A few threads born in a token, used from one event loop; `local`: in another identity than `token.local`.
 
     Its threads start with the first call. A broken one (the identity was not taken or kept, a cancelled file call never
     returned) stays so.
     """
 
-    def __init__(self, token: Token, *, threads: int = 4, name: str = "files") -> None:
-        _refuse_closed(token)
+    def __init__(self, token: Token, *, threads: int = 4, name: str = "files", local: LocalIdentity | None = None) -> None:
+        _refuse(token)
         self.token = token
         self.retired = 0  # threads given up on
-        self._crew = _Crew(token.local, f"bits-{name}", threads, partial(_refuse_closed, token))
+        self._crew = _Crew(local or token.local, f"bits-{name}", threads, partial(_refuse, token))
         weakref.finalize(self, self._crew.stop, _closed, drop=False).atexit = False
 
     @property
@@ -668,7 +674,7 @@ class TokenExecutors:
         """
         if self._closed:
             raise ManagerClosed()
-        _refuse_closed(token)
+        _refuse(token)
         entry = self._enter(token, kind)
         try:
             yield entry.executor
@@ -697,7 +703,9 @@ class TokenExecutors:
             self._close(self._entries.pop((token, kind)))
             entry = None
         if entry is None:
-            entry = self._entries[token, kind] = _Entry(TokenExecutor(token, name=kind))
+            entry = self._entries[token, kind] = _Entry(
+                TokenExecutor(token, name=kind, local=token.security if kind == "security" else None)
+            )
         if entry.timer is not None:
             entry.timer.cancel()
             entry.timer = None

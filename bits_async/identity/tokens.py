@@ -7,11 +7,11 @@ system for nothing.
 
 import enum
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol, Self, final
 
-from ..errors import TokenRequired, show_text
+from ..errors import InvalidArgument, TokenRequired, show_text
 
 if TYPE_CHECKING:
     import spnego
@@ -68,15 +68,20 @@ class LocalIdentity(Protocol):
 
 @final
 class Token:
-    """Someone who can act. Made by `for_process`, `for_user` and `for_network`; never changed, stored or sent.
+    """Someone who can act. Made by `for_process`, `for_user`, `for_network`, `from_delegated`, `logon_user()` and `s4u_logon()`;
+    never changed, stored or sent.
 
     Attributes:
-        name: For people: the local user's name, or the principal of a token made by `for_network`.
-        sid: Who this is: "uid:1000", with network credentials "uid:1000:alice@REALM"; on Windows a SID.
+        name: For people: the local user's name, or the principal of a token that has one.
+        sid: Who this is: "uid:1000", with a principal "uid:1000:alice@REALM", "network:alice@REALM" for somebody who is nobody on
+            this machine; on Windows a SID.
         elevated: An administrator, or the process itself where it has an administrator's powers.
         level: How far the holder may go.
         local: How a thread becomes it.
-        principal: The name its network credential claims; None without one, or when it is whoever the process is.
+        security: Whose threads make its security contexts: `local`, or the process where it is nobody on this machine.
+        principal: Who it is on the network; None without a name there, or when it is whoever the process is.
+        proved: A KDC or an acceptor vouched for the principal, and a key of ours for them; otherwise it is a mere claim.
+        delegates: Whom it may hand its ticket-granting ticket.
         has_credentials: Its maker gave it network credentials of its own.
         session: The logon session it ends with; None: it is not tied to one.
         fake: Made for tests; a real manager refuses it.
@@ -88,6 +93,7 @@ class Token:
         "_network",
         "_release",
         "_shared",
+        "delegates",
         "elevated",
         "fake",
         "has_credentials",
@@ -95,6 +101,8 @@ class Token:
         "local",
         "name",
         "principal",
+        "proved",
+        "security",
         "session",
         "sid",
     )
@@ -104,7 +112,10 @@ class Token:
     elevated: bool
     level: ImpersonationLevel
     local: LocalIdentity
+    security: LocalIdentity
     principal: str | None
+    proved: bool
+    delegates: "tuple[DelegationTarget, ...]"
     has_credentials: bool
     session: str | None
     fake: bool
@@ -114,7 +125,7 @@ class Token:
     _release: "weakref.finalize[[], Token]"
 
     def __init__(self) -> None:
-        raise TypeError("a Token is made by Token.for_process(), Token.for_user() or Token.for_network()")
+        raise TypeError("a Token is made by Token.for_process(), Token.for_user(), Token.for_network(), logon_user() and their like")
 
     def __init_subclass__(cls) -> NoReturn:
         raise TypeError("Token is final")
@@ -128,13 +139,18 @@ class Token:
         network: "spnego.Credential | None" = None,
         default_network: "Callable[[], spnego.Credential] | None" = None,
         principal: str | None = None,
+        proved: bool = False,
         level: ImpersonationLevel = ImpersonationLevel.IMPERSONATE,
         session: str | None = None,
         fake: bool = False,
+        security: LocalIdentity | None = None,
+        delegates: "tuple[DelegationTarget, ...]" = (),
+        release: Callable[[], None] | None = None,
     ) -> "Token":
         """For the makers in `logon` and `testing`.
 
         `default_network` makes it the token that everybody shares; it is asked at the first use, because it loads spnego.
+        `release` gives back what the credential holds, once nobody has the token any more or it is closed.
         """
         self = object.__new__(cls)
         values = {
@@ -143,14 +159,17 @@ class Token:
             "elevated": local.elevated,
             "level": level,
             "local": local,
+            "security": security or local,
             "principal": principal,
+            "proved": proved,
+            "delegates": delegates,
             "has_credentials": network is not None,
             "session": session,
             "fake": fake,
             "_network": default_network if network is None else lambda: network,
             "_closed": False,
             "_shared": default_network is not None,
-            "_release": weakref.finalize(self, local.close),
+            "_release": weakref.finalize(self, _release_all, local.close, release),
         }
         for attribute, value in values.items():
             object.__setattr__(self, attribute, value)
@@ -198,6 +217,31 @@ class Token:
 
         return for_network(network)
 
+    @classmethod
+    async def from_delegated(
+        cls,
+        context: object,
+        *,
+        local_user: "LocalUser | str | int | None" = None,
+        delegate_to: "Iterable[DelegationTarget | str]" = (),
+    ) -> "Token":
+        """Whoever logged on to this service by Kerberos and let it act for him.
+
+        Args:
+            context: The service's own side of the login: a `gssapi.SecurityContext` with usage "accept", complete. The client
+                delegated to it (a forwarded ticket), or the service's account may act for its callers (constrained delegation: its
+                credentials have usage "both").
+            local_user: Who he is on this machine; else nobody: he acts on the network only. See `LocalUser`.
+            delegate_to: Origins that may be handed his forwarded ticket in turn. See `DelegationTarget`.
+
+        Raises:
+            ImpersonationFailed: It is no accepted login, nothing was delegated, the tickets are somebody else's, or `local_user`
+                is refused.
+        """
+        from .logon import from_delegated
+
+        return await from_delegated(context, local_user, delegate_to)
+
     def close(self) -> None:
         """Gives the token up early.
 
@@ -226,6 +270,49 @@ class Token:
 
     def __repr__(self) -> str:
         return f"<Token {show_text(self.name)}>"
+
+
+def _release_all(close: Callable[[], None], release: Callable[[], None] | None) -> None:
+    try:
+        close()
+    finally:
+        if release is not None:
+            release()
+
+
+@dataclass(frozen=True, slots=True)
+class DelegationTarget:
+    """Somebody who may be handed a ticket-granting ticket, and with it everything its user can do on the network (T20).
+
+    Attributes:
+        url: The origin, https: scheme, host and port.
+        ok_as_delegate_only: Only while the realm itself marks the host's account as trusted for delegation.
+
+    Raises:
+        InvalidArgument: It is not https.
+    """
+
+    url: str
+    ok_as_delegate_only: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.url, str) or not self.url.lower().startswith("https://"):
+            raise InvalidArgument("a ticket-granting ticket is handed to https origins only", url=str(self.url))
+
+
+@dataclass(frozen=True, slots=True)
+class LocalUser:
+    """Which user of this machine somebody from the network is: never guessed, always said (T9).
+
+    Attributes:
+        user: A name or a uid.
+        realms: Whose principals may be mapped at all. Empty: those of the machine's default realm.
+        system: Accounts below UID_MIN, root included, may be taken too.
+    """
+
+    user: str | int
+    realms: frozenset[str] = frozenset()
+    system: bool = False
 
 
 @dataclass(slots=True)

@@ -93,6 +93,11 @@ def user_identity(user: str | int) -> ProcessIdentity:
     )
 
 
+def is_system_account(local: ProcessIdentity) -> bool:
+    """LocalSystem, LocalService, NetworkService, and a machine's or domain's own Administrator ([MS-DTYP] 2.4.2.4)."""
+    return local.account.sid in ("S-1-5-18", "S-1-5-19", "S-1-5-20") or local.account.sid.endswith("-500")
+
+
 def _names_of(account: Account) -> frozenset[str]:
     return frozenset({account.sid.casefold(), account.name.casefold(), account.name.rpartition("\\")[2].casefold()})
 

@@ -10,12 +10,17 @@ from ..errors import AccessDenied, ImpersonationFailed, InvalidArgument
 from ..identity.tokens import ImpersonationLevel, Token
 from .model import JobRecord, OwnerKey
 
+PROVED = "proved"  # no fingerprint, which is hexadecimal
 Identity = tuple[str, str | None, str | None]  # local user, principal, the proof of that
 
 
 def identity_of(key: OwnerKey) -> Identity:
     """Of an owner, as `Door.identity` is of a token."""
     return key.local, key.principal, key.proof
+
+
+def _may_act(token: Token) -> bool:
+    return token.level.value >= ImpersonationLevel.IMPERSONATE.value
 
 
 @final
@@ -90,14 +95,16 @@ class Door:
         )
 
     def _proof(self, token: Token) -> str | None:
-        """The keyed fingerprint of the secret behind a token's principal: nobody else checked that name (T7)."""
+        """That the principal was proved, else the keyed fingerprint of the secret behind it: nobody else checked that name (T7)."""
+        if token.proved:
+            return PROVED
         if not token.has_credentials or token.network is None:
             return None
         return credential_fingerprint(token.network, self._fingerprint_key)
 
     def identity(self, token: Token) -> Identity | None:
-        """What must be the same in an owner key; None: nobody's (ANONYMOUS opens nothing)."""
-        return None if token.level is ImpersonationLevel.ANONYMOUS else (token.local.key, token.principal, self._proof(token))
+        """What must be the same in an owner key; None: nobody's (a token below IMPERSONATE opens nothing)."""
+        return (token.local.key, token.principal, self._proof(token)) if _may_act(token) else None
 
     def is_owner(self, token: Token, key: OwnerKey) -> bool:
         """Exactly the identity that made the job: the same local user, the same principal, proved by the same secret."""
@@ -106,7 +113,7 @@ class Door:
     def is_elevated(self, token: Token) -> bool:
         """Whether it opens every door. Not with a principal that nobody proved: the powers beside it are those of the process, which
         whoever merely names a principal has not shown to be his (T7)."""
-        return token.elevated and token.principal is None and token.level is not ImpersonationLevel.ANONYMOUS
+        return token.elevated and token.principal is None and _may_act(token)
 
     def admit(self, caller: Token, job: JobRecord) -> None:
         """The access check.

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from bits_async.auth import tickets as module
 from bits_async.auth.policy import AuthScheme, Offer, Refusals, account_fingerprint, credential_fingerprint
-from bits_async.auth.tickets import KDC, Tickets, credential_of, descend, explain, kerberos, target_of
+from bits_async.auth.tickets import KDC, Tickets, credential_of, descend, target_of
 from bits_async.errors import AuthFailed, ErrorCode, NetworkError
+from bits_async.identity.kerberos import explain, kerberos
 from tests.realms import MitKdc, free_port, write_krb5_conf
 
 NEGOTIATE = AuthScheme.NEGOTIATE
