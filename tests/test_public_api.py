@@ -17,6 +17,7 @@ BitsError
 BitsManager
 Cancellation
 Completion
+DelegationTarget
 ErrorCode
 ErrorContext
 Event
@@ -42,6 +43,9 @@ JobState
 JobTimes
 Limits
 LocalFileError
+LocalUser
+LogonFailed
+LogonType
 ManagerClosed
 NetworkError
 NotFound
@@ -66,8 +70,10 @@ carry
 current_token
 download
 impersonate
+logon_user
 revert_to_self
 run_as
+s4u_logon
 set_token_flow
 """
 

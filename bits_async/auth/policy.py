@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from ..errors import ErrorCode, ErrorContext, InvalidArgument, make_error
-from ..identity.kerberos import is_own_cache
+from ..identity.tokens import is_own_cache
 
 if TYPE_CHECKING:
     from ..identity.tokens import Token

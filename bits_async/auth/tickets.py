@@ -22,7 +22,6 @@ from ..errors import AuthFailed, BitsError, ErrorCode, show_text
 from ..identity.kerberos import (
     KINIT,
     Cache,
-    is_own_cache,
     kerberos,
     require_kerberos,
     silent_kdc,
@@ -31,6 +30,7 @@ from ..identity.kerberos import (
     ticket_by_password,
     unable,
 )
+from ..identity.tokens import is_own_cache
 from .policy import CredentialKind, Offer, Refusals, cache_type, kind_of
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from ..errors import AuthFailed, BitsError, ErrorCode, ErrorContext, LogonFailed, make_error, scrub, show_text
+from .tokens import OWN_CACHES
 
 if TYPE_CHECKING:
     import spnego
@@ -21,13 +22,6 @@ T = TypeVar("T")
 RENEW_BEFORE: Final = 300.0  # seconds before a ticket's end (the clock skew that realms allow)
 CLOCK_SKEW: Final = 300  # seconds that a realm's clock and this machine's may differ
 TRIED_KEYS: Final = 4  # principals of a keytab that an answer is verified with, one after the other
-
-_OWN: Final = re.compile(r"MEMORY:bits-[0-9a-f]{32}")
-
-
-def is_own_cache(name: str) -> bool:
-    """Whether a cache's name is one that was made here: nobody can guess it, so whoever has it was given it (T4)."""
-    return _OWN.fullmatch(name) is not None
 
 
 def require_kerberos() -> None:
@@ -75,7 +69,7 @@ class Cache:
 
 def new_name() -> str:
     """For a cache that nobody else can name."""
-    return f"MEMORY:bits-{secrets.token_hex(16)}"
+    return f"{OWN_CACHES}{secrets.token_hex(16)}"
 
 
 def _kept(context: Any, ticket: Any) -> Cache:

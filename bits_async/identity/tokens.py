@@ -6,15 +6,24 @@ system for nothing.
 """
 
 import enum
+import re
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, Protocol, Self, final
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol, Self, final
 
 from ..errors import InvalidArgument, TokenRequired, show_text
 
 if TYPE_CHECKING:
     import spnego
+
+
+OWN_CACHES: Final = "MEMORY:bits-"
+
+
+def is_own_cache(name: str) -> bool:
+    """Whether a ticket cache's name is one that the package made: nobody can guess it, so whoever has it was given it (T4)."""
+    return re.fullmatch(re.escape(OWN_CACHES) + "[0-9a-f]{32}", name) is not None
 
 
 class ImpersonationLevel(enum.Enum):
