@@ -72,8 +72,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .auth.policy import AuthCredentials as AuthCredentials
+    from .auth.policy import AuthRules as AuthRules
     from .auth.policy import AuthScheme as AuthScheme
     from .auth.policy import AuthTarget as AuthTarget
+    from .auth.policy import AutologonLevel as AutologonLevel
+    from .auth.policy import Hosts as Hosts
+    from .auth.policy import ImplicitCredentials as ImplicitCredentials
     from .errors import AccessDenied as AccessDenied
     from .errors import AuthFailed as AuthFailed
     from .errors import BitsError as BitsError
@@ -141,7 +145,7 @@ if TYPE_CHECKING:
     from .transport.timeouts import Timeouts as Timeouts
 
 _HOMES: Final = {
-    "auth.policy": ("AuthCredentials", "AuthScheme", "AuthTarget"),
+    "auth.policy": ("AuthCredentials", "AuthRules", "AuthScheme", "AuthTarget", "AutologonLevel", "Hosts", "ImplicitCredentials"),
     "errors": (
         "AccessDenied",
         "AuthFailed",

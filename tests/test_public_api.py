@@ -10,8 +10,10 @@ PUBLIC = """
 AccessDenied
 AuthCredentials
 AuthFailed
+AuthRules
 AuthScheme
 AuthTarget
+AutologonLevel
 BackgroundCopyCallback
 BitsError
 BitsManager
@@ -29,8 +31,10 @@ FileRange
 FileRestarted
 FileTransferred
 HelperTokenFlags
+Hosts
 ImpersonationFailed
 ImpersonationLevel
+ImplicitCredentials
 InvalidArgument
 InvalidState
 Job

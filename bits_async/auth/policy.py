@@ -13,9 +13,9 @@ import hmac
 import ipaddress
 import re
 import secrets
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Final, final
 from urllib.parse import urlsplit
 
 from ..errors import ErrorCode, ErrorContext, InvalidArgument, make_error
@@ -202,6 +202,7 @@ class Grant:
     user_name: str | None
     password: str | None = field(repr=False)
     origins: frozenset[Origin] = frozenset()
+    asked: bool = True  # the job did; else a rule makes it
 
     @property
     def implicit(self) -> bool:
@@ -209,17 +210,166 @@ class Grant:
         return self.user_name is None
 
 
-@dataclass(frozen=True, slots=True)
-class AuthRules:
-    """Decisions that weaken something, each off until asked for.
+class ImplicitCredentials(enum.IntEnum):
+    """When a token's own credentials may answer a challenge: BITS's registry value UseLMCompat, with its numbers."""
 
-    Attributes:
-        basic_over_http: BASIC may be sent over a hop that TLS does not protect.
-        ntlm_in_negotiate: where Kerberos was meant and is not possible, NEGOTIATE may go on with NTLM.
+    ON_ANY_CHALLENGE = 0
+    IF_NTLMV2 = 1
+    """BITS: if LmCompatibilityLevel is 2 or more. NTLMv1 is never spoken here, so it is as ON_ANY_CHALLENGE."""
+    WHEN_SET = 2
+    """Only after `set_credentials(target, scheme, None, None)`."""
+
+
+class AutologonLevel(enum.Enum):
+    """Whom a token's own credentials may be shown to (WinHTTP's autologon security levels)."""
+
+    ANY_HOST = "low"
+    INTRANET = "medium"
+    NEVER = "high"
+
+
+@final
+class Hosts:
+    """A list of peers, each entry normalised as origins are (case, IDNA, trailing dot).
+
+    An entry is `host`, `.suffix` (the domain and all below it), an IP address, a network (`10.0.0.0/8`), or a service principal
+    (`HTTP/host`: Kerberos only). A scheme before it (`https://host`) and a port behind it (`host:8443`) narrow it down.
+
+    Raises:
+        InvalidArgument: an entry is none of these.
     """
 
-    basic_over_http: bool = False
+    __slots__ = ("_entries",)
+
+    def __init__(self, entries: Iterable[str] = ()) -> None:
+        if isinstance(entries, str):
+            raise InvalidArgument("a list of hosts is a list, not one text")
+        self._entries = frozenset(_Entry.read(each) for each in entries)
+
+    def __contains__(self, origin: object) -> bool:
+        return isinstance(origin, Origin) and any(each.covers(origin) for each in self._entries)
+
+    def by_principal_only(self, origin: Origin) -> bool:
+        """Every entry that covers it is a service principal."""
+        return origin in self and all(each.principal for each in self._entries if each.covers(origin))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hosts) and other._entries == self._entries
+
+    def __hash__(self) -> int:
+        return hash(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Hosts({sorted(map(str, self._entries))})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One entry of `Hosts`."""
+
+    host: str  # "" with `network`
+    below: bool = False  # what is below it, too
+    scheme: str | None = None
+    port: int | None = None
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
+    principal: bool = False
+
+    @classmethod
+    def read(cls, text: str) -> "_Entry":
+        try:
+            if text.upper().startswith("HTTP/") and not text.lower().startswith(("http://", "https://")):
+                return cls(_normal_host(text[5:].partition("@")[0]), principal=True)
+            scheme, separator, rest = text.rpartition("://")
+            if separator and scheme.lower() not in _DEFAULT_PORTS:
+                raise ValueError("another scheme")
+            narrowed = scheme.lower() or None
+            if "/" in rest:
+                return cls("", scheme=narrowed, network=ipaddress.ip_network(rest))
+            if rest.count(":") > 1 and not rest.startswith("["):
+                rest = f"[{rest}]"
+            parts = urlsplit(f"//{rest}")
+            if parts.username is not None or parts.path or parts.query or parts.fragment or not parts.hostname or parts.port == 0:
+                raise ValueError("more than a host")
+            below = parts.hostname.startswith((".", "*."))
+            return cls(_normal_host(parts.hostname.lstrip("*").lstrip(".")), below, narrowed, parts.port)
+        except (AttributeError, TypeError, ValueError):
+            raise InvalidArgument(f"this is no entry of a list of hosts: {str(text)[:80]!r}") from None
+
+    def covers(self, origin: Origin) -> bool:
+        if (self.scheme or origin.scheme) != origin.scheme or (self.port or origin.port) != origin.port:
+            return False
+        if self.network is not None:
+            address = _address(origin.host)
+            return address is not None and address in self.network
+        return origin.host == self.host or (self.below and origin.host.endswith(f".{self.host}"))
+
+    def __str__(self) -> str:
+        shown = str(self.network) if self.network else ("." if self.below else "") + self.host
+        return ("HTTP/" if self.principal else f"{self.scheme}://" if self.scheme else "") + shown + (f":{self.port}" if self.port else "")
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class AuthRules:
+    """What may be shown to whom, whatever a job says. Each default is the strict one.
+
+    Attributes:
+        basic_over_http: at these targets BASIC may be sent over a hop that TLS does not protect.
+        ntlm_in_negotiate: where Kerberos was meant and is not possible, NEGOTIATE may go on with NTLM.
+        ntlm: only these peers are answered with NTLM; None: all. NTLMv1 is never spoken.
+        ntlm_over_http: servers that are answered with NTLM although TLS does not protect the hop (proxies are, where `ntlm` has them).
+        implicit: when a token's own credentials may answer.
+        autologon: whom they may be shown to; None: any host where the job asks for it (`set_credentials` with None, None), the intranet
+            where `implicit` does.
+        intranet: the intranet. A name without a dot is not in it by itself.
+        allow: they are shown to these peers only; None: to all that the other rules leave. Loopback and IP addresses must be listed here
+            to be shown the process's own.
+    """
+
+    basic_over_http: frozenset[AuthTarget] = frozenset()
     ntlm_in_negotiate: bool = False
+    ntlm: Hosts | None = None
+    ntlm_over_http: Hosts = Hosts()  # noqa: RUF009 - a frozen value
+    implicit: ImplicitCredentials = ImplicitCredentials.WHEN_SET
+    autologon: AutologonLevel | None = None
+    intranet: Hosts = Hosts()  # noqa: RUF009
+    allow: Hosts | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.basic_over_http, frozenset) or not all(isinstance(each, AuthTarget) for each in self.basic_over_http):
+            raise InvalidArgument("basic_over_http is a frozenset of AuthTarget")
+
+    def listed(self, origin: Origin) -> bool:
+        """The peer stands in `allow`."""
+        return self.allow is not None and origin in self.allow
+
+    def no_ntlm(self, seat: Seat, origin: Origin) -> str:
+        """Which rule keeps NTLM from this peer; "": none does."""
+        if self.ntlm is not None and origin not in self.ntlm:
+            return f"the rule ntlm does not list {origin}"
+        if seat is Seat.ORIGIN and origin.scheme == "http" and origin not in self.ntlm_over_http:
+            return f"the rule ntlm_over_http does not list {origin}"
+        return ""
+
+    def no_implicit(self, origin: Origin, *, asked: bool) -> str:
+        """Which rule keeps a token's own credentials from this peer, for which the job asked or not; "": none does."""
+        level = self.autologon or (AutologonLevel.ANY_HOST if asked else AutologonLevel.INTRANET)
+        if level is AutologonLevel.NEVER:
+            return "the rule autologon is NEVER"
+        if level is AutologonLevel.INTRANET and origin not in self.intranet:
+            return f"by the rule autologon they stay in the intranet, where {origin} is not"
+        if self.allow is not None and origin not in self.allow:
+            return f"the rule allow does not list {origin}"
+        return ""
+
+
+STRICT: Final = AuthRules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +385,8 @@ class Offer:
         principal: the Kerberos principal the token claims to be, if it says one (T4).
         holder: what tickets got for this offer belong to: the token.
         process: the holder acts locally as the process itself.
+        ntlm: NTLM may be spoken with this peer.
+        guarded: not for a peer that turns out to be near (`is_near`): a local listener that wants tokens to relay.
     """
 
     scheme: AuthScheme
@@ -246,6 +398,8 @@ class Offer:
     principal: str | None = field(default=None, repr=False)
     holder: object | None = field(default=None, repr=False, compare=False)
     process: bool = field(default=True, repr=False)
+    ntlm: bool = field(default=True, repr=False)
+    guarded: bool = field(default=False, repr=False)
 
     @property
     def user(self) -> str | None:
@@ -271,12 +425,45 @@ class Offers(tuple[Offer, ...]):
         return self
 
 
-def choose_offers(seat: Seat, origin: Origin, grants: Iterable[Grant], token: "Token") -> Offers:
+def implied(rules: AuthRules, grants: Iterable[Grant], origins: Mapping[AuthTarget, frozenset[Origin]]) -> tuple[Grant, ...]:
+    """What `AuthRules.implicit` adds to a job's grants: the token's own credentials at each target for which the job has set none."""
+    if rules.implicit is ImplicitCredentials.WHEN_SET:
+        return ()
+    open_targets = set(AuthTarget) - {grant.target for grant in grants}
+    schemes = (AuthScheme.NEGOTIATE, AuthScheme.NTLM)
+    return tuple(
+        Grant(target, scheme, None, None, origins[target], asked=False)
+        for target in sorted(open_targets, key=lambda target: target.value)
+        for scheme in schemes
+    )
+
+
+def is_near(peer: str, local: str) -> bool:
+    """Whether a connection leads to this machine: the peer is a loopback or unspecified address, mapped into IPv6 or not, or the address
+    that the connection comes from."""
+    address = _address(peer.partition("%")[0])
+    if address is None:
+        return True  # no internet socket: whoever listens there is on this machine
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified or peer == local
+
+
+def without_guarded(offers: Offers, peer: str) -> Offers:
+    """The offers for a peer that turned out to be near."""
+    kept = [offer for offer in offers if not offer.guarded]
+    reason = f"the process's own credentials are not sent to this machine ({peer}) unless the rule allow lists the host"
+    dropped = [f"{offer.scheme.name}: {reason}" for offer in offers if offer.guarded]
+    return Offers.of(kept, [*offers.withheld, *dropped])
+
+
+def choose_offers(seat: Seat, origin: Origin, grants: Iterable[Grant], token: "Token", rules: AuthRules = STRICT) -> Offers:
     """What this peer may see of this token's and this job's credentials, strongest first; empty: nothing may go there."""
     chosen: list[Offer] = []
     withheld: list[str] = []
     for grant in sorted(grants, key=lambda grant: _STRONGEST_FIRST.index(grant.scheme)):
-        offer = _decide(seat, origin, grant, token)
+        offer = _decide(seat, origin, grant, token, rules)
+        if isinstance(offer, Offer):
+            offer = _as_ruled(seat, origin, offer, rules)
         if isinstance(offer, Offer):
             chosen.append(offer)
         elif offer:
@@ -284,7 +471,18 @@ def choose_offers(seat: Seat, origin: Origin, grants: Iterable[Grant], token: "T
     return Offers.of(chosen, withheld)
 
 
-def _decide(seat: Seat, origin: Origin, grant: Grant, token: "Token") -> Offer | str:
+def _as_ruled(seat: Seat, origin: Origin, offer: Offer, rules: AuthRules) -> Offer | str:
+    """The offer as the rules leave it, or which of them withholds it."""
+    if offer.scheme not in (AuthScheme.NTLM, AuthScheme.NEGOTIATE):
+        return offer
+    why = rules.no_ntlm(seat, origin)
+    if not why and offer.implicit and rules.allow is not None and rules.allow.by_principal_only(origin):
+        why = f"the rule allow lists {origin} by its service principal, which is for Kerberos"
+    offer = replace(offer, ntlm=not why)
+    return offer if mechanisms(offer, rules) else why
+
+
+def _decide(seat: Seat, origin: Origin, grant: Grant, token: "Token", rules: AuthRules) -> Offer | str:
     """The offer a grant makes, or why it makes none ("": it is about somebody else)."""
     if grant.target is not seat.target:
         return ""
@@ -301,13 +499,15 @@ def _decide(seat: Seat, origin: Origin, grant: Grant, token: "Token") -> Offer |
             holder=token,
             process=token.local.is_process,
         )
-    return _implicit(origin, grant, token)
+    return _implicit(origin, grant, token, rules)
 
 
-def _implicit(origin: Origin, grant: Grant, token: "Token") -> Offer | str:
+def _implicit(origin: Origin, grant: Grant, token: "Token", rules: AuthRules) -> Offer | str:
     process = token.local.is_process
     if grant.scheme not in (AuthScheme.NEGOTIATE, AuthScheme.NTLM):
         return "needs a user name and a password"
+    if why := rules.no_implicit(origin, asked=grant.asked):
+        return f"the token's own credentials are not sent: {why}"
     credential: object | None = None
     if token.has_credentials:
         credential = token.network
@@ -315,11 +515,12 @@ def _implicit(origin: Origin, grant: Grant, token: "Token") -> Offer | str:
             return why
     elif not process:
         return f"the token {token.name} has no network credentials"
-    elif origin.needs_listing:
-        return f"the process's own credentials are not sent to loopback and IP addresses ({origin.host})"
+    elif origin.needs_listing and not rules.listed(origin):
+        return f"the process's own credentials are not sent to loopback and IP addresses unless the rule allow lists them ({origin.host})"
     return Offer(
         grant.scheme,
         credential,
+        guarded=process and not token.has_credentials and not rules.listed(origin),
         implicit=True,
         fingerprint=_fingerprint_of(credential),
         principal=token.principal,
@@ -384,6 +585,10 @@ def mechanisms(offer: Offer, rules: AuthRules) -> tuple[str, ...]:
     (DOM\\alice) or without one can only be NTLM. Going on with NTLM where Kerberos was meant is a rule's decision, never
     silent.
     """
+    return tuple(each for each in _mechanisms(offer, rules) if each != "ntlm" or offer.ntlm)
+
+
+def _mechanisms(offer: Offer, rules: AuthRules) -> tuple[str, ...]:
     if offer.scheme is AuthScheme.NTLM:
         return ("ntlm",)
     kind = CredentialKind.PASSWORD if offer.user_name is not None else kind_of(offer.credential)

@@ -336,7 +336,19 @@ def _step_ntlm(context: Any, token: bytes) -> bytes:
         with _quietly():
             return context.step(token) or b""
 
-    return translated(_explain_ntlm, step)
+    return _never_ntlm_v1(translated(_explain_ntlm, step))
+
+
+def _never_ntlm_v1(token: bytes) -> bytes:
+    """The AUTHENTICATE message, unless what it answers the challenge with has the 24 bytes of NTLMv1 (MS-NLMP 2.2.1.3, 3.3.1).
+
+    Raises:
+        AuthFailed: it has; the machine's settings ask for it (LM_COMPAT_LEVEL, LmCompatibilityLevel).
+    """
+    if int.from_bytes(token[20:22], "little") == 24:
+        advice = "set LM_COMPAT_LEVEL (on Windows LmCompatibilityLevel) to 3 or more"
+        raise AuthFailed("the machine's settings ask for NTLMv1, which is never spoken", advice=advice)
+    return token
 
 
 def _explain_ntlm(exc: Exception) -> BitsError:
@@ -691,8 +703,8 @@ class AuthFlow:
         """Why an offer is not used now; "": it is."""
         if not asked:
             return f"not asked for by {self._seat.noun}"
-        if offer.scheme is AuthScheme.BASIC and not (self._encrypted or self._rules.basic_over_http):
-            return "not over a connection without TLS"
+        if offer.scheme is AuthScheme.BASIC and not (self._encrypted or self._seat.target in self._rules.basic_over_http):
+            return f"not over a connection without TLS (the rule basic_over_http does not list {self._seat.target.name})"
         realm = self._realm(asked)
         refused = self._refusals.revision(offer.fingerprint, realm, self._seat)
         if refused is not None and refused == await self._revision(offer):

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
-from ..auth.policy import AuthCredentials, Refusals
+from ..auth.policy import AuthCredentials, AuthRules, Refusals
 from ..clock import Clock, SystemClock
 from ..errors import AccessDenied, BitsError, InvalidArgument, NotFound
 from ..identity import native
@@ -73,6 +73,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         ssl: for every TLS connection; None: `ssl.create_default_context()`. Never modified, never stored.
         limits: how much may run at once.
         timeouts: seconds, of the connections.
+        auth_rules: what may be shown to whom, whatever a job says.
         run: False: jobs can be edited, nothing is transferred.
         logon: asked once per owner whose token a restart has lost; a token that does not match the job's owner is not used.
     """
@@ -84,6 +85,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         ssl: SSLContext | None = None,
         limits: Limits = Limits(),  # noqa: B008 - a frozen value
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - a frozen value
+        auth_rules: AuthRules = AuthRules(),  # noqa: B008 - a frozen value
         run: bool = True,
         logon: Callable[[Job], Awaitable[Token | None]] | None = None,
     ) -> None:
@@ -93,6 +95,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._tls = TlsSettings(ssl)
         self._limits = limits
         self._timeouts = timeouts
+        self._auth_rules = auth_rules
         self._run = run
         self._logon = logon
         self._seams = seams.get()
@@ -137,7 +140,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         await self._store.open()
         clock = self._seams.clock if self._seams else SystemClock()
         shop = Workshop(self._network, self._executors, clock, boot_id)
-        parties = Parties(self._tls, self._timeouts, self._executors, self._refusals, self._handles)
+        parties = Parties(self._tls, self._auth_rules, self._timeouts, self._executors, self._refusals, self._handles)
         connectivity = self._seams.connectivity() if self._seams else watch_network(clock=clock)
         engine = Engine(
             store=self._store,
@@ -375,6 +378,7 @@ async def download(
     retry_for: float = 300.0,
     store: StrPath | None = None,
     ssl: SSLContext | None = None,
+    auth_rules: AuthRules = AuthRules(),  # noqa: B008 - a frozen value
 ) -> Path:
     """Fetch one file and return its path; an existing file is replaced at once, when the new one is whole.
 
@@ -396,6 +400,7 @@ async def download(
         retry_for: seconds without a byte until a transient error is final; 0: the first error is.
         store: the journal's file instead of a private one; the lock on the destination stays in the user's state directory.
         ssl: None: `ssl.create_default_context()`.
+        auth_rules: what may be shown to whom; the default is strict.
 
     Raises:
         BitsError: the one that says what went wrong; `LocalFileError` with BG_E_DESTINATION_LOCKED when another transfer to the same path
@@ -403,7 +408,7 @@ async def download(
     """
     file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
     order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for)
-    manager = BitsManager(store=private_store(order.owner, order.file.path) if store is None else store, ssl=ssl)
+    manager = BitsManager(store=private_store(order.owner, order.file.path) if store is None else store, ssl=ssl, auth_rules=auth_rules)
     manager._one_shot = OneShot(order.file.path, private=store is None)
     async with manager:
         return await manager._download(order)

@@ -9,11 +9,13 @@ from ..auth.policy import (
     AuthCredentials,
     AuthRules,
     AuthTarget,
+    Grant,
     Origin,
     Refusals,
     Seat,
     account_fingerprint,
     choose_offers,
+    implied,
 )
 from ..errors import ErrorCode, ErrorContext, TokenRequired, make_error
 from ..identity.threads import TokenExecutor, TokenExecutors
@@ -55,6 +57,7 @@ class Parties:
 
     Args:
         tls: the manager's; a job's security flags are applied to it.
+        rules: what may be shown to whom, whatever a job says.
         timeouts: of the connections.
         executors: the threads that read certificates, as the tokens.
         refusals: what was refused is not offered again.
@@ -64,12 +67,14 @@ class Parties:
     def __init__(
         self,
         tls: TlsSettings,
+        rules: AuthRules,
         timeouts: Timeouts,
         executors: TokenExecutors,
         refusals: Refusals,
         handles: Callable[[Entry, int], tuple[Any, Any]],
     ) -> None:
         self._tls = tls
+        self._rules = rules
         self._timeouts = timeouts
         self._executors = executors
         self._refusals = refusals
@@ -87,13 +92,17 @@ class Parties:
             judge=Judge(entry.judge or entry, partial(self._judge, entry, file)) if http.validates_certificates else None,
             heard=partial(self._heard, entry, file),
             token=token,
-            grants=tuple(grant.grant() for grant in entry.grants),
+            grants=self._grants(entry),
             proxy=entry.job.proxy,
             tls=await self._tls_of(entry),
-            rules=AuthRules(),
+            rules=self._rules,
             timeouts=self._timeouts,
             security=security,
         )
+
+    def _grants(self, entry: Entry) -> tuple[Grant, ...]:
+        given = tuple(grant.grant() for grant in entry.grants)
+        return (*given, *implied(self._rules, given, {target: named_origins(entry, target) for target in AuthTarget}))
 
     async def _tls_of(self, entry: Entry) -> TlsSettings:
         """The manager's TLS as the job's security flags want it; read and made off the loop."""
@@ -165,7 +174,7 @@ class Parties:
             seat = Seat.PROXY if record.target is AuthTarget.PROXY else Seat.ORIGIN
             origins = record.origins or named_origins(entry, record.target)
             for origin in origins:
-                for offer in choose_offers(seat, origin, [replace(record, origins=origins).grant()], token):
+                for offer in choose_offers(seat, origin, [replace(record, origins=origins).grant()], token, self._rules):
                     self._refusals.forget(offer.fingerprint)
 
     async def forget_network(self, engine: Engine, entry: Entry) -> None:

@@ -22,7 +22,7 @@ import aiohappyeyeballs
 import aiohttp
 import h11
 
-from ..auth.policy import Origin, Seat
+from ..auth.policy import Origin, Seat, is_near
 from ..auth.schemes import AuthFlow, channel_binding
 from ..errors import (
     HTTP_ERROR,
@@ -127,8 +127,8 @@ class Route:
 
 _Protocol = TypeVar("_Protocol", bound=asyncio.Protocol)
 
-FlowMaker = Callable[[Seat, bytes | None, bool], AuthFlow]
-"""(seat, channel binding, only schemes that work request by request) -> a flow with fresh contexts."""
+FlowMaker = Callable[[Seat, bytes | None, str | None, bool], AuthFlow]
+"""(seat, channel binding, address of a peer on this machine, only schemes that work request by request) -> a flow with fresh contexts."""
 
 
 class Login:
@@ -143,22 +143,24 @@ class Login:
         self._make = make_flow
         self._flow: AuthFlow | None = None
         self._binding: bytes | None = None
+        self._near: str | None = None
         self._challenge: tuple[str, ...] = ()
         self._per_request = False
         self._asked = False
 
-    def opened(self, certificate: bytes | None) -> None:
-        """The next request leaves on a new connection, whose peer showed this certificate.
+    def opened(self, certificate: bytes | None, near: str | None = None) -> None:
+        """The next request leaves on a new connection, whose peer showed this certificate; `near`: it is on this machine, at this
+        address (T22).
 
         Raises:
             AuthFailed: connections keep being closed in the middle of this login.
         """
         binding = None if certificate is None else channel_binding(certificate)
-        if binding != self._binding:
-            self._flow = None  # what it holds was bound to another certificate
+        if binding != self._binding or near != self._near:
+            self._flow = None  # what it holds was bound to another certificate, or meant for another machine
         elif self._flow is not None:
             self._flow.new_connection()
-        self._binding = binding
+        self._binding, self._near = binding, near
 
     def challenged(self, lines: Sequence[str], *, per_request: bool = False) -> None:
         """The answer was a challenge of this seat. `per_request`: nothing may be shown that counts for the connection."""
@@ -178,7 +180,7 @@ class Login:
         if not self._asked:
             return None if self._flow is None else await self._flow.unasked(method=method, target=target)
         if self._flow is None:
-            self._flow = self._make(self.seat, self._binding, self._per_request)
+            self._flow = self._make(self.seat, self._binding, self._near, self._per_request)
         value = await self._flow.answer(self._challenge, method=method, target=target)
         self._asked = False
         return value
@@ -393,6 +395,8 @@ class LaneConnector(aiohttp.TCPConnector):
         """How many connections were made."""
         self.peer_certificate: bytes | None = None
         self.proxy_certificate: bytes | None = None
+        self.near: str | None = None
+        """The address of the peer of the socket, if that is on this machine."""
         self._tls = tls
         self._proxy_tls = tls.proxy or tls
         self._proxy_login = proxy_login
@@ -517,7 +521,7 @@ class LaneConnector(aiohttp.TCPConnector):
                 async with asyncio.timeout(timeouts.connect):
                     transport, link = await self._dial(proxy, Link, self._proxy_tls)
                 self.proxy_certificate = peer_certificate(transport)
-                self._proxy_login.opened(self.proxy_certificate)
+                self._proxy_login.opened(self.proxy_certificate, self.near)
                 stands = await self._connect_legs(link, url, timeouts)
             if stands:
                 await self._secure(transport, link, url, timeouts)
@@ -558,6 +562,8 @@ class LaneConnector(aiohttp.TCPConnector):
         connected = await _connected_socket(*authority(peer))
         protocol = factory()
         try:
+            there, here = connected.getpeername()[0], connected.getsockname()[0]
+            self.near = there if is_near(there, here) else None
             self._wire, _ = await loop.create_connection(asyncio.Protocol if tls else lambda: protocol, sock=connected)
         except BaseException:
             connected.close()

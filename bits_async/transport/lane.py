@@ -22,7 +22,19 @@ from typing import Any, Final, Protocol
 import aiohttp
 import yarl
 
-from ..auth.policy import AuthRules, AuthScheme, Grant, Offer, Offers, Origin, Refusals, Seat, choose_offers, mechanisms
+from ..auth.policy import (
+    AuthRules,
+    AuthScheme,
+    Grant,
+    Offer,
+    Offers,
+    Origin,
+    Refusals,
+    Seat,
+    choose_offers,
+    mechanisms,
+    without_guarded,
+)
 from ..auth.schemes import AuthFlow
 from ..auth.tickets import Tickets
 from ..errors import (
@@ -481,7 +493,8 @@ class Lane:
         await self.connector.open(url, self.timeouts)
         for login in self._logins:
             proxy = login.seat is Seat.PROXY
-            login.opened(self.connector.proxy_certificate if proxy else self.connector.peer_certificate)
+            near = self.connector.near if proxy or self._route.proxy is None else None  # through a proxy nobody knows where a server is
+            login.opened(self.connector.proxy_certificate if proxy else self.connector.peer_certificate, near)
         judge, certificate = self._party.judge, self.connector.peer_certificate
         if judge is not None and certificate is not None:
             await judge.ask(*authority(url), certificate)
@@ -542,10 +555,12 @@ class Lane:
 
     # -- logins
 
-    def _make_flow(self, seat: Seat, binding: bytes | None, per_request: bool) -> AuthFlow:
+    def _make_flow(self, seat: Seat, binding: bytes | None, near: str | None, per_request: bool) -> AuthFlow:
         peer = self._route.proxy_origin if seat is Seat.PROXY else self._route.origin
         assert peer is not None
         offers, rules = self._offers[seat], self._party.rules
+        if near is not None:
+            offers = without_guarded(offers, near)
         if per_request:
             rules = replace(rules, ntlm_in_negotiate=False)
             offers = _per_request(offers, rules)
@@ -728,9 +743,9 @@ class Lanes:
 
     def _key(self, party: Party, url: str) -> tuple[LaneKey, dict[Seat, Offers]]:
         origin, proxy = Origin.of(url), route(party.proxy, url)
-        offers = {Seat.ORIGIN: choose_offers(Seat.ORIGIN, origin, party.grants, party.token), Seat.PROXY: Offers()}
+        offers = {Seat.ORIGIN: choose_offers(Seat.ORIGIN, origin, party.grants, party.token, party.rules), Seat.PROXY: Offers()}
         if proxy is not None:
-            offers[Seat.PROXY] = choose_offers(Seat.PROXY, Origin.of(proxy), party.grants, party.token)
+            offers[Seat.PROXY] = choose_offers(Seat.PROXY, Origin.of(proxy), party.grants, party.token, party.rules)
         shown = tuple((seat, offer.scheme.word, offer.fingerprint, offer.implicit) for seat, given in offers.items() for offer in given)
         judge = None if party.judge is None else party.judge.key
         return LaneKey(party.token, shown, party.rules, party.tls.key, judge, origin, proxy), offers

@@ -29,6 +29,7 @@ from bits_async.jobs import transfer
 from bits_async.transport import lane
 from tests.peers import USERS, Authority, Door, Fault, Hold, Misbehaviour, Origin, Proxy
 from tests.realms import SILENT_REALM, write_krb5_conf
+from tests.rules import NTLM_OVER_HTTP
 
 BODY = os.urandom(400_000)
 HALF = 200_000
@@ -69,7 +70,7 @@ class Scene:
         return sorted(each.name for each in self.out.iterdir())
 
     def manager(self) -> bits.BitsManager:
-        return bits.BitsManager(store=self.store, ssl=self.tls)
+        return bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=self.store, ssl=self.tls)
 
     async def job(self, manager: bits.BitsManager) -> bits.Job:
         job = await manager.create_job("cancelled", priority=bits.JobPriority.FOREGROUND)
@@ -445,26 +446,26 @@ async def finish(scene: Scene, download: Awaitable[Path]) -> None:
 @every(PHASES | COMMITTING)
 async def test_a_cancelled_download_leaves_nothing_and_the_next_call_goes_on(no_leaks, scene, phase):
     async with phase(scene) as stuck:
-        task = asyncio.ensure_future(bits.download(scene.url, scene.path, ssl=scene.tls, **scene.options()))
+        task = asyncio.ensure_future(bits.download(scene.url, scene.path, ssl=scene.tls, auth_rules=NTLM_OVER_HTTP, **scene.options()))
         await stuck.reached()
         await cancelled(task, stuck)
         stuck.release()
         assert len(scene.left) <= 1
-        await finish(scene, bits.download(scene.url, scene.path, ssl=scene.tls, **scene.options()))
+        await finish(scene, bits.download(scene.url, scene.path, ssl=scene.tls, auth_rules=NTLM_OVER_HTTP, **scene.options()))
     assert [each for each in (scene.out.parent / "state").rglob("*") if each.is_file()] == []
 
 
 @every(PHASES | COMMITTING)
 async def test_a_download_that_is_cancelled_twice_leaves_nothing_and_the_next_call_goes_on(no_leaks, scene, phase):
     async with phase(scene) as stuck:
-        task = asyncio.ensure_future(bits.download(scene.url, scene.path, ssl=scene.tls, **scene.options()))
+        task = asyncio.ensure_future(bits.download(scene.url, scene.path, ssl=scene.tls, auth_rules=NTLM_OVER_HTTP, **scene.options()))
         await stuck.reached()
         task.cancel()
         for _ in range(5):
             await asyncio.sleep(0)
         await cancelled(task, stuck)
         stuck.release()
-        await finish(scene, bits.download(scene.url, scene.path, ssl=scene.tls, **scene.options()))
+        await finish(scene, bits.download(scene.url, scene.path, ssl=scene.tls, auth_rules=NTLM_OVER_HTTP, **scene.options()))
 
 
 @every(PHASES | COMMITTING)
@@ -589,7 +590,7 @@ async def test_a_command_cancelled_in_the_journal_has_happened_for_the_job_as_fo
             await cancelled(task, stuck)
         before = facts(job)
         remembered = [each.id async for each in manager.enum_jobs()]
-    async with bits.BitsManager(store=scene.store, ssl=scene.tls, run=False) as manager:
+    async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=scene.store, ssl=scene.tls, run=False) as manager:
         stored = [each async for each in manager.enum_jobs()]
         assert [each.id for each in stored] == remembered
         if stored:

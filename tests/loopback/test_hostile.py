@@ -14,6 +14,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import bits_async as bits
 from bits_async import AuthCredentials, AuthScheme, AuthTarget, ErrorCode, ErrorContext, JobPriority, JobState, Timeouts, Token
 from tests.peers import USERS, Door, Fault, Misbehaviour, Origin, Proxy, Server, ServerTls, answer, header_bomb, redirect
 from tests.realms import write_krb5_conf
+from tests.rules import NTLM_OVER_HTTP
 
 ALICE, HELPER = USERS
 BODY = os.urandom(100_000)
@@ -64,7 +66,7 @@ async def fetch(
     timeouts: Timeouts = Timeouts(),  # noqa: B008 - a frozen value
 ) -> bytes:
     """One attempt, by a queue's job."""
-    async with bits.BitsManager(store=tmp_path / "queue.db", ssl=ssl, timeouts=timeouts) as manager:
+    async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db", ssl=ssl, timeouts=timeouts) as manager:
         job = await manager.create_job("hostile", priority=JobPriority.FOREGROUND, owner=owner)
         await job.set_no_progress_timeout(0)
         await job.set_proxy_settings(bits.ProxySettings.override(proxy) if proxy else bits.ProxySettings.no_proxy())
@@ -220,7 +222,7 @@ async def test_t19_a_redirect_to_another_origin_gets_no_implicit_credentials(tmp
         second.serve("/f", BODY)
         first.always("/f", redirect(second.url("/f")))
         with pytest.raises(bits.AuthFailed, match="given for other hosts"):
-            await bits.download(first.url("/f"), tmp_path / "f", owner=owner)
+            await bits.download(first.url("/f"), tmp_path / "f", owner=owner, auth_rules=NTLM_OVER_HTTP)
         assert {seen.user for seen in first.passed} == {ALICE}
         assert shown(second) == []
 
@@ -674,7 +676,7 @@ async def test_t26_bytes_beyond_the_framed_body_are_not_of_the_file_nor_of_the_n
         while await connection.request():
             await connection.send(head("200 OK", "Content-Length: 5") + b"right" + poison)
 
-    async with Raw(talk) as peer, bits.BitsManager(store=tmp_path / "queue.db") as manager:
+    async with Raw(talk) as peer, bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db") as manager:
         job = await manager.create_job("two", priority=JobPriority.FOREGROUND)
         for number in range(3):
             await job.add_file(peer.url, tmp_path / f"{number}")
@@ -772,7 +774,7 @@ async def test_t25_cookies_never_come_back(tmp_path):
     """Set by a challenge, by a redirect and by the file itself, on the very connection that is used again."""
     cookie = ("Set-Cookie", "session=tracked; Path=/")
     door = Door("NTLM", misbehave=Misbehaviour(refusal_headers=(cookie,)))
-    async with Origin(door=door) as origin, bits.BitsManager(store=tmp_path / "queue.db") as manager:
+    async with Origin(door=door) as origin, bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db") as manager:
         for path in ("/a", "/b", "/c"):
             origin.serve(path, BODY)
             origin.always(path, Fault(headers=(cookie,)))
@@ -941,7 +943,7 @@ async def test_two_mirrors_with_one_etag_are_never_mixed(tmp_path: Path) -> None
 async def test_t19_a_proxy_set_after_the_first_resume_sees_no_login_to_a_plain_server(tmp_path: Path) -> None:
     async with Origin(door=Door("Digest")) as origin, Proxy() as proxy:
         url = origin.serve("/file", b"x" * 1000)
-        async with bits.BitsManager(store=tmp_path / "q.db") as manager:
+        async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "q.db") as manager:
             job = await manager.create_job("later proxy")
             await job.set_proxy_settings(bits.ProxySettings.no_proxy())
             await job.add_file(url, tmp_path / "one")
@@ -957,3 +959,51 @@ async def test_t19_a_proxy_set_after_the_first_resume_sees_no_login_to_a_plain_s
             await job.set_credentials(AuthTarget.SERVER, AuthScheme.DIGEST, *next(iter(USERS.items())))
             await job.resume()
             await job.wait()
+
+
+# -- thieves near by -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rebound_name(monkeypatch) -> str:
+    """A name of the intranet that leads to this machine."""
+    honest = socket.getaddrinfo
+    name = "files.corp.test"
+
+    def lie(host, *args, **kwargs):
+        return honest("127.0.0.1" if host == name else host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lie)
+    return name
+
+
+async def test_t22_a_name_that_leads_to_this_machine_does_not_get_the_processs_own_credentials(rebound_name, tmp_path):
+    async with Origin(door=Door("Negotiate")) as origin:
+        url = origin.serve("/f", BODY).replace("localhost", rebound_name)
+        own = [bits.AuthCredentials(SERVER, AuthScheme.NEGOTIATE, None, None)]
+        with pytest.raises(bits.AuthFailed, match="this machine"):
+            await bits.download(url, tmp_path / "f", credentials=own)
+        assert shown(origin) == []
+        with pytest.raises(bits.AuthFailed) as caught:
+            await bits.download(url, tmp_path / "f", credentials=own, auth_rules=bits.AuthRules(allow=bits.Hosts([rebound_name])))
+        assert "this machine" not in str(caught.value), "listed, it is tried; the process has no ticket here"
+        owner = Token.for_network(spnego.Password(ALICE, USERS[ALICE]))
+        assert await bits.download(url, tmp_path / "f", owner=owner, auth_rules=NTLM_OVER_HTTP)
+        assert {user for _, _, user in origin.door.logins} == {ALICE}
+
+
+async def test_without_set_credentials_a_rule_may_show_the_tokens_own_to_the_intranet_and_to_no_redirect(tmp_path):
+    owner = Token.for_network(spnego.Password(ALICE, USERS[ALICE]))
+    rules = replace(NTLM_OVER_HTTP, implicit=bits.ImplicitCredentials.ON_ANY_CHALLENGE, intranet=bits.Hosts(["localhost"]))
+    async with Origin(door=Door("NTLM")) as origin, Origin(door=Door("NTLM")) as second:
+        url = origin.serve("/f", BODY)
+        with pytest.raises(bits.AuthFailed):
+            await bits.download(url, tmp_path / "f", owner=owner, credentials=(), auth_rules=NTLM_OVER_HTTP)
+        assert shown(origin) == []
+        assert await bits.download(url, tmp_path / "f", owner=owner, credentials=(), auth_rules=rules)
+        assert {user for _, _, user in origin.door.logins} == {ALICE}
+        second.serve("/g", BODY)
+        origin.always("/g", redirect(second.url("/g")))
+        with pytest.raises(bits.AuthFailed, match="given for other hosts"):
+            await bits.download(origin.url("/g"), tmp_path / "g", owner=owner, credentials=(), auth_rules=rules)
+        assert shown(second) == []

@@ -19,6 +19,7 @@ from bits_async import SecurityFlags as F
 from bits_async.testing import FakeNetwork
 from tests.certificates import DAY, Authority, ServerTls
 from tests.peers import USERS, Door, Fault, Hold, Origin, Proxy, answer, redirect
+from tests.rules import NTLM_OVER_HTTP
 
 BODY = os.urandom(200_000)
 HALF = 90_000
@@ -40,7 +41,7 @@ class Place:
     tls: ssl.SSLContext | None = None
 
     def manager(self, **options: Any) -> bits.BitsManager:
-        return bits.BitsManager(store=self.directory / "queue.db", ssl=self.tls, **options)
+        return bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=self.directory / "queue.db", ssl=self.tls, **options)
 
     @property
     def path(self) -> Path:

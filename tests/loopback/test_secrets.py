@@ -15,6 +15,7 @@ import pytest
 import bits_async as bits
 from bits_async import AuthCredentials, AuthScheme, AuthTarget
 from tests.peers import USERS, Door, Fault, Misbehaviour, Origin, Proxy, answer, redirect
+from tests.rules import NTLM_OVER_HTTP
 
 ALICE, HELPER = r"LAB\alice", r"LAB\helper"
 QUERY = "signature=c0ffee-is-not-for-you"
@@ -111,7 +112,7 @@ async def test_t14_no_secret_is_in_logs_events_errors_or_tracebacks(scheme, faul
             origin.fault("/f", FAULTS[fault])
         elif fault != "whole":
             origin.always("/f", FAULTS[fault])
-        async with bits.BitsManager(store=tmp_path / "q.db", ssl=authority.client()) as manager:
+        async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "q.db", ssl=authority.client()) as manager:
             for password in (USERS[ALICE], "Wrong-password-of-alice"):
                 given = [AuthCredentials(AuthTarget.SERVER, kind, ALICE, password)]
                 texts.append(repr(given))
@@ -127,7 +128,7 @@ async def test_t14_no_secret_of_the_proxy_either(tls, authority, tmp_path, logs)
     texts: list[str] = []
     async with Origin(tls=authority.server if tls else None) as origin, Proxy(door=Door("NTLM", "Digest")) as proxy:
         url = origin.serve("/f", BODY) + "?" + QUERY
-        async with bits.BitsManager(store=tmp_path / "q.db", ssl=authority.client()) as manager:
+        async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "q.db", ssl=authority.client()) as manager:
             for password in (USERS[HELPER], "Wrong-password-of-helper"):
                 given = [AuthCredentials(AuthTarget.PROXY, AuthScheme.NTLM, HELPER, password)]
                 await attempt(manager, url, tmp_path / "out", texts, credentials=given, proxy=proxy.url)
@@ -142,7 +143,7 @@ async def test_t14_no_secret_is_in_the_journal_or_beside_it(authority, tmp_path)
     async with Origin(door=Door("NTLM")) as origin:
         url = origin.serve("/f", BODY) + "?" + QUERY
         origin.always("/f", answer(503))
-        async with bits.BitsManager(store=directory / "q.db") as manager:
+        async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=directory / "q.db") as manager:
             job = await manager.create_job("secrets")
             await job.add_file(url, tmp_path / "out")
             await job.set_credentials(AuthTarget.SERVER, AuthScheme.NTLM, ALICE, USERS[ALICE])
@@ -173,7 +174,7 @@ async def test_t14_no_object_that_an_application_holds_shows_a_secret(tmp_path):
     import spnego
 
     token = bits.Token.for_network(spnego.Password(ALICE, "Password-in-a-token"))
-    async with bits.BitsManager(store=tmp_path / "q.db") as manager:
+    async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "q.db") as manager:
         job = await manager.create_job("x", owner=token)
         file = await job.add_file("https://h.test/f?" + QUERY, tmp_path / "f")
         await job.set_credentials(AuthTarget.SERVER, AuthScheme.BASIC, "u", "Password-of-the-job")

@@ -16,6 +16,7 @@ import spnego
 import bits_async as bits
 from bits_async import AuthCredentials, AuthScheme, AuthTarget, ErrorCode, ErrorContext, HelperTokenFlags, JobPriority, JobState, Token
 from tests.peers import USERS, Authority, Door, Fault, Hold, Misbehaviour, Origin, Proxy, Seen, Server, answer
+from tests.rules import NTLM_OVER_HTTP
 
 ALICE, HELPER = USERS
 BODY = os.urandom(300_000)
@@ -51,7 +52,7 @@ async def make_job(manager, credentials: Iterable[AuthCredentials] = (), *, prox
 
 async def fetch(tmp_path: Path, urls: Iterable[str], credentials: Iterable[AuthCredentials] = (), *, proxy=None, owner=None, ssl=None):
     """The files of one job, one after the other; returns their bytes."""
-    async with bits.BitsManager(store=tmp_path / "queue.db", ssl=ssl) as manager:
+    async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db", ssl=ssl) as manager:
         job = await make_job(manager, credentials, proxy=proxy, owner=owner)
         for number, url in enumerate(urls):
             await job.add_file(url, tmp_path / f"file{number}")
@@ -62,7 +63,7 @@ async def fetch(tmp_path: Path, urls: Iterable[str], credentials: Iterable[AuthC
 
 async def refused(*args: Any, **kwargs: Any) -> bits.AuthFailed:
     with pytest.raises(bits.AuthFailed) as caught:
-        await bits.download(*args, **kwargs)
+        await bits.download(*args, auth_rules=NTLM_OVER_HTTP, **kwargs)
     assert not caught.value.transient
     return caught.value
 
@@ -136,7 +137,9 @@ async def test_ntlm_at_both_seats_at_once_shows_each_its_own_user(way, tmp_path,
 async def test_a_named_owner_with_a_domain_account_answers_negotiate_by_ntlm(way, tmp_path):
     """DOM\\user can only be NTLM; naming the owner is what permits it."""
     async with Origin(door=Door("Negotiate"), tls=way.tls) as origin, Proxy(door=Door("Negotiate")) as proxy:
-        path = await bits.download(origin.serve("/f", BODY), tmp_path / "f", proxy=proxy.url, owner=account(), ssl=way.trust)
+        path = await bits.download(
+            origin.serve("/f", BODY), tmp_path / "f", proxy=proxy.url, owner=account(), ssl=way.trust, auth_rules=NTLM_OVER_HTTP
+        )
         assert path.read_bytes() == BODY
         assert {user for peer in (origin, proxy) for _, _, user in peer.door.logins} == {ALICE}
 
@@ -151,6 +154,7 @@ async def test_a_helper_on_the_network_is_who_the_ntlm_peers_see(way, tmp_path):
             helper=account(HELPER),
             helper_flags=HelperTokenFlags.NETWORK,
             ssl=way.trust,
+            auth_rules=NTLM_OVER_HTTP,
         )
         assert {user for peer in (origin, proxy) for _, _, user in peer.door.logins} == {HELPER}
 
@@ -467,7 +471,7 @@ async def test_t26_a_wrong_password_is_shown_once_over_retries_and_jobs_until_it
         def tried() -> int:
             return attempts(peer.requests, word, header)
 
-        async with bits.BitsManager(store=tmp_path / "queue.db", ssl=authority.client()) as manager:
+        async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db", ssl=authority.client()) as manager:
             job = await make_job(manager, [login(at, scheme, ALICE, "wrong")], proxy=proxy.url)
             await job.add_file(url, tmp_path / "one")
             await job.resume()
@@ -506,7 +510,7 @@ async def test_t26_a_wrong_password_in_one_scheme_is_not_shown_in_a_weaker_one(a
     async with Origin(door=Door("Negotiate", "NTLM", "Digest", "Basic"), tls=authority.server) as origin:
         url = origin.serve("/f", BODY)
         given = [login(SERVER, scheme, ALICE, "wrong") for scheme in AuthScheme]
-        async with bits.BitsManager(store=tmp_path / "queue.db", ssl=authority.client()) as manager:
+        async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db", ssl=authority.client()) as manager:
             for number in range(5):
                 with pytest.raises(bits.AuthFailed):
                     await manager.download(url, tmp_path / f"{number}", credentials=given)
@@ -518,7 +522,7 @@ async def test_t26_a_wrong_password_in_one_scheme_is_not_shown_in_a_weaker_one(a
 async def test_t26_setting_the_same_password_again_on_a_job_is_a_wish_to_try_it_again(tmp_path):
     """The account may have been unlocked meanwhile; whoever says so by hand is heard, once."""
     async with Origin(door=Door("NTLM")) as origin:
-        async with bits.BitsManager(store=tmp_path / "queue.db") as manager:
+        async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db") as manager:
             job = await make_job(manager, [login(SERVER, NTLM, ALICE, "wrong")])
             await job.add_file(origin.serve("/f", BODY), tmp_path / "f")
             for expected in (1, 2):
@@ -540,7 +544,7 @@ async def test_t26_a_password_that_the_kdc_refuses_reaches_it_once(kdc, tmp_path
 
     async with Origin(door=Door("Kerberos", keytab=kdc.keytab("HTTP/localhost"))) as origin:
         url = origin.serve("/f", BODY)
-        async with bits.BitsManager(store=tmp_path / "queue.db") as manager:
+        async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db") as manager:
             for number in range(3):
                 with pytest.raises(bits.AuthFailed) as caught:
                     await manager.download(url, tmp_path / f"{number}", credentials=[AuthCredentials(SERVER, NEGOTIATE, name, "guess")])
@@ -562,7 +566,7 @@ async def test_t26_a_password_that_the_kdc_refuses_reaches_it_once(kdc, tmp_path
 async def test_t26_a_wrong_password_reaches_apache_and_squid_once(apache, authority, squid_digest, tmp_path, tls):
     wrong = [AuthCredentials(PROXY, DIGEST, "alice", "no")]
     url = apache.url("/pub/big", tls=tls)
-    async with bits.BitsManager(store=tmp_path / "queue.db", ssl=authority.client()) as manager:
+    async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db", ssl=authority.client()) as manager:
         for number in range(2):
             with pytest.raises(bits.AuthFailed):
                 await manager.download(url, tmp_path / f"{number}", proxy=squid_digest.url, credentials=wrong)
@@ -592,12 +596,14 @@ async def test_a_false_final_kerberos_token_fails_the_request(way, kdc, tmp_path
     doors = (door, None) if at is SERVER else (None, door)
     async with Origin(door=doors[0], tls=way.tls) as origin, Proxy(door=doors[1]) as proxy:
         owner = Token.for_network(spnego.KerberosKeytab(str(kdc.keytab("alice")), kdc.principal("alice")))
-        error = await refused(origin.serve("/f", BODY), tmp_path / "f", proxy=proxy.url, owner=owner, ssl=way.trust)
+        error = await refused(
+            origin.serve("/f", BODY), tmp_path / "f", proxy=proxy.url, owner=owner, ssl=way.trust, auth_rules=NTLM_OVER_HTTP
+        )
         assert error.code == ErrorCode.SEC_E_WRONG_PRINCIPAL
         assert "HTTP/localhost" in str(error)
         assert [p for p in tmp_path.iterdir() if p.name != "state"] == []
         door.misbehave.wrong_final, door.misbehave.no_final = False, True  # Squid sends none, and is believed
-        path = await bits.download(origin.url("/f"), tmp_path / "f", proxy=proxy.url, owner=owner, ssl=way.trust)
+        path = await bits.download(origin.url("/f"), tmp_path / "f", proxy=proxy.url, owner=owner, ssl=way.trust, auth_rules=NTLM_OVER_HTTP)
         assert path.read_bytes() == BODY
 
 
@@ -635,7 +641,7 @@ def visits(tmp_path) -> Callable[[Origin, bits.BitsManager], Visits]:
 async def test_jobs_of_the_same_key_share_one_connection_and_one_login(tmp_path, visits):
     """What the tests below differ from: with nothing different, everything is shared."""
     owner = account()
-    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(store=tmp_path / "queue.db") as manager:
+    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db") as manager:
         both = visits(origin, manager)
         for _ in range(2):
             await both.prepare(owner=owner, credentials=[login(SERVER, NTLM)])
@@ -645,7 +651,7 @@ async def test_jobs_of_the_same_key_share_one_connection_and_one_login(tmp_path,
 
 async def test_one_owner_with_two_explicit_credentials_never_shares(tmp_path, visits):
     owner = account()
-    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(store=tmp_path / "queue.db") as manager:
+    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db") as manager:
         both = visits(origin, manager)
         await both.prepare(owner=owner, credentials=[login(SERVER, NTLM, ALICE)])
         await both.prepare(owner=owner, credentials=[login(SERVER, NTLM, HELPER)])
@@ -657,7 +663,7 @@ async def test_one_owner_with_two_explicit_credentials_never_shares(tmp_path, vi
 
 
 async def test_two_tokens_of_one_name_never_share(tmp_path, visits):
-    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(store=tmp_path / "queue.db") as manager:
+    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db") as manager:
         both = visits(origin, manager)
         for _ in range(2):
             await both.prepare(owner=account(), credentials=[AuthCredentials(SERVER, NTLM, None, None)])
@@ -666,7 +672,7 @@ async def test_two_tokens_of_one_name_never_share(tmp_path, visits):
 
 
 async def test_the_owner_and_the_helper_of_one_job_never_share(tmp_path, visits):
-    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(store=tmp_path / "queue.db") as manager:
+    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db") as manager:
         owner, job = account(ALICE), visits(origin, manager)
         await job.prepare(owner=owner, credentials=[AuthCredentials(SERVER, NTLM, None, None)])
         seen = [await job.run(0)]
@@ -685,7 +691,7 @@ async def test_two_tls_settings_never_share(authority, tmp_path, visits):
     async with Origin(tls=authority.server) as origin:
         seen = []
         for number in range(2):
-            async with bits.BitsManager(store=tmp_path / f"queue{number}.db", ssl=authority.client()) as manager:
+            async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / f"queue{number}.db", ssl=authority.client()) as manager:
                 one = visits(origin, manager)
                 await one.prepare()
                 seen.append(await one.run(0))
@@ -693,7 +699,11 @@ async def test_two_tls_settings_never_share(authority, tmp_path, visits):
 
 
 async def test_straight_and_by_a_proxy_never_share(tmp_path, visits):
-    async with Origin(door=Door("NTLM")) as origin, Proxy() as proxy, bits.BitsManager(store=tmp_path / "queue.db") as manager:
+    async with (
+        Origin(door=Door("NTLM")) as origin,
+        Proxy() as proxy,
+        bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db") as manager,
+    ):
         both = visits(origin, manager)
         await both.prepare(credentials=[login(SERVER, NTLM)])
         await both.prepare(credentials=[login(SERVER, NTLM)], proxy=proxy.url)
@@ -706,7 +716,7 @@ async def test_t19_a_request_of_b_is_never_sent_over_a_connection_logged_in_as_a
     tokens = [Token.for_network(spnego.Password(*user)) for user in users.items()]
     async with Origin(door=Door("NTLM", users=users), tls=way.tls) as origin, Proxy(door=Door("NTLM", users=users)) as proxy:
         urls = [origin.serve(f"/{n}", BODY) for n in range(3)]
-        async with bits.BitsManager(store=tmp_path / "queue.db", ssl=way.trust) as manager:
+        async with bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db", ssl=way.trust) as manager:
             jobs = []
             for number, token in enumerate(tokens):
                 given = [AuthCredentials(target, NTLM, None, None) for target in AuthTarget]
@@ -734,7 +744,7 @@ def assert_one_user_per_connection(peer: Server) -> None:
 
 async def test_a_job_that_only_adds_credentials_leaves_the_transfers_of_its_owner_alone(tmp_path):
     """Concurrent downloads of one identity do not cut each other's connections."""
-    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(store=tmp_path / "queue.db") as manager:
+    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db") as manager:
         hold = Hold(after=1000)
         url = origin.serve("/f", BODY)
         origin.fault("/f", Fault(hold=hold))
@@ -751,7 +761,7 @@ async def test_a_job_that_only_adds_credentials_leaves_the_transfers_of_its_owne
 
 
 async def test_t25_a_replaced_credential_closes_its_connections_at_once(tmp_path, visits):
-    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(store=tmp_path / "queue.db") as manager:
+    async with Origin(door=Door("NTLM")) as origin, bits.BitsManager(auth_rules=NTLM_OVER_HTTP, store=tmp_path / "queue.db") as manager:
         one = visits(origin, manager)
         await one.prepare(credentials=[login(SERVER, NTLM)])
         await one.run(0)

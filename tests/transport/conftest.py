@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import trustme
 
-from bits_async.auth.policy import AuthRules, Grant
+from bits_async.auth.policy import Grant
 from bits_async.identity.tokens import Token
 from bits_async.transport.lane import Lanes, Party
 from bits_async.transport.proxies import ProxySettings
 from bits_async.transport.timeouts import Timeouts
 from bits_async.transport.tls import TlsSettings
+from tests.rules import NTLM_OVER_HTTP
 from tests.transport.wire import ALICE, BOB, Security, Server
 
 
@@ -33,7 +34,7 @@ def party(security: Security, trust: ssl.SSLContext) -> Callable[..., Party]:
         grants=(),
         proxy=ProxySettings.no_proxy(),
         tls=TlsSettings(trust),
-        rules=AuthRules(),
+        rules=NTLM_OVER_HTTP,
         timeouts=Timeouts(connect=10, response=10, idle=10, auth=10),
         security=security,  # type: ignore[arg-type]
     )

@@ -63,7 +63,7 @@ async def opening(
     """(connector, a function that opens its tunnel to `origin`, the flows that were made)."""
     flows: list[Flow] = []
 
-    def make(seat: Seat, binding: bytes | None, per_request: bool) -> Any:
+    def make(seat: Seat, binding: bytes | None, near: str | None, per_request: bool) -> Any:
         assert seat is Seat.PROXY
         assert not per_request
         flows.append(Flow(binding))
@@ -314,7 +314,7 @@ async def test_t26_bytes_after_the_head_of_a_tunnel_are_an_error(trust: ssl.SSLC
             await asyncio.sleep(0.2)  # the peer's proof is being looked at while the bytes arrive
 
     async with answering(asks(), tunnel) as proxy, opening(proxy, trust) as (connector, go, _):
-        connector._proxy_login._make = lambda seat, binding, per_request: Slow(binding)  # type: ignore[assignment,return-value]
+        connector._proxy_login._make = lambda seat, binding, near, per_request: Slow(binding)  # type: ignore[assignment,return-value]
         error = await failure(go())
         assert error.code == ErrorCode.BG_E_INVALID_SERVER_RESPONSE
         assert error.context is ErrorContext.GENERAL_TRANSPORT

@@ -34,6 +34,7 @@ from bits_async.transport.lane import DETACH_FROM, Lanes, Network, Party
 from bits_async.transport.ranges import Detached, Validator
 from bits_async.transport.timeouts import Timeouts
 from bits_async.transport.tls import TlsSettings
+from tests.rules import PEERS
 from tests.transport.wire import (
     ALICE,
     BOB,
@@ -342,7 +343,7 @@ async def test_basic_is_refused_over_http_unless_asked_and_sent_over_tls(
         assert isinstance(error, AuthFailed)
         assert not error.transient
         assert all(request.get("Authorization") is None for request in origin.log)
-        asked_for = party(permitted, rules=AuthRules(basic_over_http=True))
+        asked_for = party(permitted, rules=AuthRules(basic_over_http=frozenset(AuthTarget), ntlm_over_http=PEERS))
         assert await fetch(lanes, asked_for, f"{origin.base}/file") == CONTENT
     async with Origin(basic("alice", "pw"), tls=server_tls) as origin:
         who = party(grant(origin, AuthScheme.BASIC, ("alice", "pw")))
@@ -708,7 +709,12 @@ async def test_two_tls_settings_two_rules_and_two_routes_never_share(
     other = ssl.create_default_context()
     ca.configure_trust(other)
     async with Origin(tls=server_tls) as origin, Proxy() as proxy:
-        different = [party(), party(tls=TlsSettings(other)), party(rules=AuthRules(basic_over_http=True)), party(via=proxy)]
+        different = [
+            party(),
+            party(tls=TlsSettings(other)),
+            party(rules=AuthRules(basic_over_http=frozenset(AuthTarget), ntlm_over_http=PEERS)),
+            party(via=proxy),
+        ]
         for who in different * 2:
             assert await fetch(lanes, who, f"{origin.base}/file") == CONTENT
         assert len(origin.connections) == 4

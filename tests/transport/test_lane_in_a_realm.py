@@ -13,6 +13,7 @@ from bits_async.identity.tokens import Token
 from bits_async.transport.lane import Lanes, Party
 from bits_async.transport.tls import TlsSettings
 from tests.realms import NTLM_DOMAIN, PASSWORDS
+from tests.rules import PEERS
 from tests.transport.wire import fetch
 
 pytestmark = pytest.mark.realm
@@ -41,7 +42,7 @@ async def test_apache_is_asked_by_every_scheme_and_the_connection_is_used_again(
         permission(AuthTarget.SERVER, location, url),
         token=kerberos(kdc, "alice"),
         tls=trust,
-        rules=AuthRules(basic_over_http=True),
+        rules=AuthRules(basic_over_http=frozenset(AuthTarget), ntlm_over_http=PEERS),
     )
     for _ in range(3):
         assert await fetch(lanes, who, url) == apache.data
@@ -64,7 +65,7 @@ async def test_squid_is_asked_by_every_scheme(
         permission(AuthTarget.PROXY, location, squid.url),
         token=kerberos(kdc, "helper"),
         tls=TlsSettings(ssl.create_default_context(cafile=str(apache.ca_file))),
-        rules=AuthRules(basic_over_http=True),
+        rules=AuthRules(basic_over_http=frozenset(AuthTarget), ntlm_over_http=PEERS),
         via=squid.url,
     )
     for _ in range(3):
