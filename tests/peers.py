@@ -74,6 +74,9 @@ class Fault:
     ignore_range: bool = False  # 200 and the whole file, whatever was asked for
     ignore_if_range: bool = False  # 206 of today's version, though the validator names another
     content_range: str | None = None  # in place of the right one; "": the header is missing
+    shift: int = 0  # a range begins so many bytes behind where it was asked for, and says so
+    length_off: int = 0  # the announced length is so much more than what comes; then the connection ends
+    trailers: tuple[tuple[str, str], ...] = ()  # after the last chunk
     no_validator: bool = False  # neither ETag nor Last-Modified
     chunked: bool = False  # no Content-Length, chunks
     close_delimited: bool = False  # no Content-Length, the end of the connection is the end of the body
@@ -303,7 +306,7 @@ class Server:
         elif fault.close_delimited:
             headers.append(("Connection", "close"))
         else:
-            headers = [("Content-Length", str(len(body))), *headers]
+            headers = [("Content-Length", str(len(body) + fault.length_off)), *headers]
         connection.writer.write(Head(f"HTTP/1.1 {seen.status} {REASONS.get(seen.status, 'Status')}", headers).encode())
         if seen.method == "HEAD":
             return
@@ -314,8 +317,12 @@ class Server:
         if fault.cut_after is not None and seen.sent < len(body):
             connection.end(reset=fault.reset)
             raise Cut
+        if fault.length_off:
+            connection.end(reset=False)
+            raise Cut
         if fault.chunked:
-            connection.writer.write(b"0\r\n\r\n")
+            trailers = "".join(f"{name}: {value}\r\n" for name, value in fault.trailers)
+            connection.writer.write(b"0\r\n%b\r\n" % trailers.encode())
 
 
 def _replaced(headers: list[tuple[str, str]], others: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -413,6 +420,9 @@ class Origin(Server):
             seen.status = 200
             return headers, memoryview(version.body)
         span = wanted_range(seen.range, size)
+        if span is not None and fault.shift:
+            start = max(0, min(span[0] + fault.shift, span[1] - 1))
+            span = (start, span[1])
         if span is None:
             seen.status = 416
             return [*headers, ("Content-Range", f"bytes */{size}")], memoryview(b"")

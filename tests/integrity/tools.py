@@ -1,0 +1,146 @@
+"""`make bench-integrity`: the schedules of `schedules.json`, played to curl, wget, aria2c and `bits-async download`, as a table.
+
+Every tool is a program of its own, told to continue what it finds; killed where a schedule says so, and started again as often as
+it says. Who says with exit code 0 that the file is there is taken at his word, and the file is compared with what was served. Exit
+code 0 whatever the figures.
+"""
+
+import argparse
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from tests.integrity.schedules import Schedule, load
+from tests.integrity.stage import Outcome, Stage
+
+SCALE: Final = 16  # times the sizes of the schedules, so that a tool is killed with something on the disk
+PATIENCE: Final = 30.0  # seconds for one run
+DIGESTION: Final = 0.05  # seconds between the last byte before a kill and the kill
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A client, and how it is asked to fetch or to continue."""
+
+    name: str
+    program: str
+    command: Callable[[str, Path], Sequence[str]]
+
+
+TOOLS: Final = (
+    Tool("curl", "curl", lambda url, path: ["-q", "-fsSL", "-C", "-", "-o", str(path), url]),
+    Tool("curl, 3 tries", "curl", lambda url, path: ["-q", "-fsSL", "--retry", "2", "--retry-all-errors", "-C", "-", "-o", str(path), url]),
+    Tool("wget", "wget", lambda url, path: ["--no-config", "-q", "-c", "-t", "3", "--waitretry=0", "-T", "10", "-O", str(path), url]),
+    Tool(
+        "aria2c",
+        "aria2c",
+        lambda url, path: [
+            *("--no-conf", "-q", "-c", "-m", "3", "--retry-wait=0", "-t", "10", "--auto-file-renaming=false"),
+            *("-d", str(path.parent), "-o", path.name, url),
+        ],
+    ),
+    Tool(
+        "bits-async",
+        str(Path(sys.executable).with_name("bits-async")),
+        lambda url, path: ["download", url, str(path), "--retry-for", "0", "--json"],
+    ),
+)
+
+
+async def version_of(tool: Tool) -> str:
+    process = await asyncio.create_subprocess_exec(tool.program, "--version", stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    words = output.decode(errors="replace").split()
+    return next((word for word in words if word[0].isdigit()), "?")
+
+
+async def one_run(tool: Tool, stage: Stage, path: Path, environment: dict[str, str]) -> bool:
+    """Start the tool; it ends, or is killed where the schedule says. Whether it says that the file is there."""
+    process = await asyncio.create_subprocess_exec(
+        tool.program,
+        *tool.command(stage.file_url, path),
+        env=environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    ending, killing = asyncio.ensure_future(process.wait()), asyncio.ensure_future(stage.killing.wait())
+    await asyncio.wait({ending, killing}, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+    if not ending.done():
+        await asyncio.sleep(DIGESTION)
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL if stage.row.crash or not killing.done() else signal.SIGTERM)
+        stage.killed()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(ending), PATIENCE)
+    if not ending.done():
+        process.kill()
+    killing.cancel()
+    return await ending == 0
+
+
+async def play(tool: Tool, schedule: Schedule) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="bits-integrity-") as directory:
+        path = Path(directory) / "out" / "file"
+        path.parent.mkdir()
+        environment = {"PATH": os.environ["PATH"], "HOME": directory, "XDG_STATE_HOME": f"{directory}/state", "LC_ALL": "C"}
+        async with Stage(schedule, SCALE) as stage:
+            for _ in range(schedule.runs):
+                if await one_run(tool, stage, path, environment):
+                    return stage.judge(path, claims_success=True)
+    return Outcome.FAILED
+
+
+async def compare(schedules: Sequence[Schedule]) -> tuple[dict[str, Counter[Outcome]], list[str]]:
+    """(what each tool made of them, how each is called with its version)"""
+    turn = asyncio.Semaphore(os.cpu_count() or 1)
+    counts: dict[str, Counter[Outcome]] = {}
+    names = []
+    for tool in TOOLS:
+        if shutil.which(tool.program) is None:
+            print(f"{tool.name} is not installed", file=sys.stderr)
+            continue
+
+        async def one(schedule: Schedule, tool: Tool = tool) -> Outcome:
+            async with turn:
+                return await play(tool, schedule)
+
+        outcomes = await asyncio.gather(*(one(each) for each in schedules))
+        counts[tool.name] = Counter(outcomes)
+        names.append(f"{tool.name} {await version_of(tool)}")
+        print(f"{names[-1]}: " + ", ".join(f"{count} {outcome.value}" for outcome, count in counts[tool.name].items()), file=sys.stderr)
+    return counts, names
+
+
+def table(counts: dict[str, Counter[Outcome]], names: Sequence[str]) -> str:
+    """In Markdown, the silently wrong ones last and in bold."""
+    columns = [Outcome.RIGHT, Outcome.FAILED, Outcome.PAGE, Outcome.SHORT, Outcome.MISSING, Outcome.MIXED]
+    heads = ["right", "says it failed", "a login page, exit 0", "cut short, exit 0", "no file, exit 0", "**mixed, exit 0**"]
+    rows = [
+        [name, *(str(count[each]) if each is not Outcome.MIXED else f"**{count[each]}**" for each in columns)]
+        for name, count in zip(names, counts.values(), strict=True)
+    ]
+    lines = [["", *heads], ["---", *["--:"] * len(heads)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--first", type=int, help="only so many schedules")
+    schedules = load()[: parser.parse_args().first]
+    counts, names = asyncio.run(compare(schedules))
+    print(f"\n{len(schedules)} schedules, {datetime.now(UTC):%d %B %Y}\n\n{table(counts, names)}")
+
+
+if __name__ == "__main__":
+    main()
