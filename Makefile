@@ -5,7 +5,8 @@
 #
 # And what takes longer:
 #
-#   make soak    the tests that take minutes: 200 kills of a running queue, and the like
+#   make soak    the tests that take minutes: 200 kills of a running queue, 5,000 random schedules of faults, and the like
+#   make bench-integrity    how often curl, wget and aria2c mix two versions of a file, and how often we do: a table
 #
 # And one for those who change the states of a job:
 #
@@ -19,7 +20,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak diagram packages install-test lint types pytest clean
+.PHONY: help demo test soak bench-integrity diagram packages install-test lint types pytest clean
 
 # Debian's interpreter can be read by the other users that the tests become; one below a home directory often cannot.
 PYTHON ?= $(shell for candidate in /usr/bin/python3 python3; do \
@@ -66,6 +67,10 @@ pytest: lint types
 
 soak: install-test
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+
+bench-integrity: PACKAGES += aria2 curl wget
+bench-integrity: install-test
+	$(BIN)/python -m tests.integrity.tools
 
 diagram: install-test
 	$(BIN)/python -m tests.diagram
