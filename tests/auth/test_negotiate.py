@@ -26,6 +26,7 @@ from tests.auth.conftest import Threads, a_token
 from tests.local_users import LocalUser
 from tests.peers import Authority
 from tests.realms import PASSWORDS, Apache, MitKdc, Squid
+from tests.rules import NTLM_OVER_HTTP, PEERS
 
 pytestmark = pytest.mark.realm
 
@@ -52,13 +53,13 @@ def make_flow(kdc: MitKdc, security: Threads, tickets: Tickets, refusals: Refusa
         given = [Grant(seat.target, *grant, frozenset({origin})) for grant in grants or [(NEGOTIATE, None, None)]]
         values: dict[str, Any] = {
             "security": security,
-            "rules": AuthRules(),
+            "rules": NTLM_OVER_HTTP,
             "refusals": refusals,
             "encrypted": origin.scheme == "https",
             "identity": "alice",
             "tickets": tickets,
         }
-        return AuthFlow(seat, origin, choose_offers(seat, origin, given, token or a_token()), **(values | more))
+        return AuthFlow(seat, origin, choose_offers(seat, origin, given, token or a_token(), (values | more)["rules"]), **(values | more))
 
     return make
 
@@ -348,7 +349,7 @@ async def test_implicit_credentials_are_never_talked_down_to_ntlm(kdc: MitKdc, m
     url = "http://unknown.bits.test"
     with pytest.raises(AuthFailed, match="no such service"):
         await make_flow(url, own(kdc, "alice", "password")).answer(["Negotiate", "NTLM"], method="GET", target="/")
-    asked_for = make_flow(url, own(kdc, "alice", "password"), rules=AuthRules(ntlm_in_negotiate=True))
+    asked_for = make_flow(url, own(kdc, "alice", "password"), rules=AuthRules(ntlm_in_negotiate=True, ntlm_over_http=PEERS))
     header = await asked_for.answer(["Negotiate", "NTLM"], method="GET", target="/")
     assert token_of(header).startswith(b"NTLMSSP\0")
 

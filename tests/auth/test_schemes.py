@@ -21,7 +21,7 @@ from tests.auth.conftest import Threads, a_token
 from tests.peers import Authority
 
 BASIC, DIGEST, NTLM, NEGOTIATE = AuthScheme.BASIC, AuthScheme.DIGEST, AuthScheme.NTLM, AuthScheme.NEGOTIATE
-FILES = Origin.of("http://files.corp.example")
+FILES = Origin.of("https://files.corp.example")
 SECRET = "hunter2-secret"
 USERS = f"CORP:alice:{SECRET}\n:carol@corp.example:{SECRET}\n"
 
