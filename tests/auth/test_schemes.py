@@ -194,7 +194,7 @@ async def test_repr_shows_no_secret(make_flow: MakeFlow) -> None:
     flow = make_flow(offer(BASIC))
     await answer(flow, "Basic realm=x")
     assert SECRET not in repr(flow)
-    assert repr(flow) == "<AuthFlow ORIGIN http://files.corp.example as alice>"
+    assert repr(flow) == "<AuthFlow ORIGIN https://files.corp.example as alice>"
     assert SECRET not in repr(offer(BASIC))
 
 
