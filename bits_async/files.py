@@ -69,7 +69,6 @@ _REREAD: Final = 8 << 20  # bytes hashed in one hop: a cancel waits no longer th
 _READ: Final = 1 << 20
 _RECEIVE: Final = 1 << 20
 _WRITE_BACK: Final = 8 << 20  # bytes after which the kernel is told to begin writing: the sync at the end then has little left to do
-_RECEIVE_LIMITED: Final = 64 << 10  # a debt bucket keeps its rate only with small bites
 _GLANCE: Final = 0.1  # seconds between two looks at the stop flag while nothing arrives
 _IDLE: Final = 60.0
 _PATIENCE: Final = 10.0  # seconds a cancel waits for the thread that receives
@@ -95,8 +94,13 @@ Chunk = bytes | bytearray | memoryview
 class Limiter(Protocol):
     """A token bucket as a thread sees it."""
 
-    def acquire(self, count: int, /) -> float:
-        """Take `count` bytes; the seconds to wait before taking more."""
+    @property
+    def chunk(self) -> int:
+        """Bytes to take at once at most, now."""
+        ...
+
+    def rests(self, count: int, /) -> Iterator[float]:
+        """Take `count` bytes; seconds to wait, one after the other, before taking more."""
         ...
 
 
@@ -869,20 +873,20 @@ class _Intake:
             selector.register(connection, selectors.EVENT_READ)
 
             def take() -> int:
-                return splice(splicer, source, self._piece.written, total - self.moved)
+                return splice(splicer, source, self._piece.written, self._bite(total))
 
             while self.moved < total and (count := self._when_there(selector, take, idle)):
-                self._piece.advance(count)
-                self.moved += count
+                self._count(count)
 
     def _copy_through(self, connection: Source, total: int, idle: float) -> None:
-        size = min(total - self.moved, _RECEIVE if self._limiter is None else _RECEIVE_LIMITED)
-        buffer = memoryview(bytearray(size))
+        buffer = memoryview(bytearray(min(total - self.moved, _RECEIVE)))
+        if isinstance(connection, socket.socket):
+            connection.setblocking(False)  # whoever looks at it afterwards shall not wait either
         with selectors.DefaultSelector() as selector:
             selector.register(connection.fileno(), selectors.EVENT_READ)
 
             def take() -> int:
-                return connection.recv_into(buffer[: total - self.moved], 0, _DONTWAIT)
+                return connection.recv_into(buffer[: self._bite(total)], 0, _DONTWAIT)
 
             while self.moved < total and (count := self._when_there(selector, take, idle)):
                 self._keep(buffer[:count])
@@ -891,10 +895,22 @@ class _Intake:
         if not view:
             return
         self._store(self._piece.written, [view])
-        self._piece.advance(len(view))
-        self.moved += len(view)
+        self._count(len(view))
+
+    def _bite(self, total: int) -> int:
+        """Bytes to take at once; a limiter keeps its rate with small bites only."""
+        left = total - self.moved
+        return left if self._limiter is None else min(left, self._limiter.chunk)
+
+    def _count(self, moved: int) -> None:
+        """So many bytes are in the file; rest until they are paid for."""
+        self._piece.advance(moved)
+        self.moved += moved
         if self._limiter is not None:
-            self._rest(self._limiter.acquire(len(view)))
+            for seconds in self._limiter.rests(moved):
+                self._rest(seconds)
+                if self._stopped:
+                    return
 
     def _rest(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -1074,7 +1090,7 @@ class PartFile:
         Args:
             detached: a socket (or `Source`), the bytes already read from it, and the length of both together.
             piece: where they go.
-            limiter: asked after each read how long to rest; None: no limit.
+            limiter: asked before each read how much to take, and after it how long to rest; None: no limit.
             stop: looked at several times a second; None: only a cancel stops it.
             idle: seconds without a byte after which the connection counts as dead.
 
@@ -1087,7 +1103,7 @@ class PartFile:
         """
         handles = self._handles
         hashed = self._digests.position is not None or self._content.position is not None
-        unseen = limiter is None and not hashed and isinstance(detached.socket, socket.socket)
+        unseen = not hashed and isinstance(detached.socket, socket.socket)
         splice = partial(self._splice, handles) if unseen else None  # else somebody has to see the bytes
         intake = _Intake(lambda offset, chunks: self._store(handles, offset, chunks), splice, piece, limiter, stop)
         call = _Call(handles, lambda: intake.run(detached, idle))

@@ -51,10 +51,11 @@ _serial = itertools.count()  # makes heap entries of equal debts comparable; nex
 class _Account:
     """What one transfer owes one bucket. Belongs to the bucket: only under its lock is it read or written."""
 
-    __slots__ = ("due", "number")
+    __slots__ = ("due", "number", "owing")
 
     def __init__(self) -> None:
         self.due = 0.0  # the level of the bucket at which everything is paid
+        self.owing = False  # it is in the bucket's heap; by rounding it may still be there with nothing left to pay
         self.number = next(_serial)
 
 
@@ -141,6 +142,7 @@ class Bucket:
                 self._level += budget / len(self._owing)
                 return
             heapq.heappop(self._owing)
+            account.owing = False
             self._level = due
             budget -= needed
         self._credit = min(self._credit + budget, self._rate * SLACK)
@@ -150,15 +152,15 @@ class Bucket:
         self._credit -= free
         if count <= free:
             return
-        if account.due <= self._level:
-            account.due = self._level + count - free
+        account.due = max(account.due, self._level) + count - free
+        if not account.owing:
+            account.owing = True
             heapq.heappush(self._owing, (account.due, account.number, account))
-        else:
-            account.due += count - free
 
     def _scale_debts(self, factor: float) -> None:
         for _, _, account in self._owing:
             account.due = self._level + (account.due - self._level) * factor
+            account.owing = factor > 0
         self._owing = [(account.due, account.number, account) for _, _, account in self._owing] if factor else []
         heapq.heapify(self._owing)
 

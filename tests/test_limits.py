@@ -83,6 +83,14 @@ def test_the_rate_is_kept_by_transfers_that_sleep_through_what_they_were_told(cl
     assert sum(transfer.moved for transfer in transfers) == pytest.approx(10 * rate, rel=0.05)
 
 
+@pytest.mark.parametrize("rate", [1 * MB, 100 * MB])
+def test_rounding_makes_nobody_pay_twice(clock, rate):
+    clock.now = 0.0
+    transfer = Transfer(limiter(Bucket(rate, clock)), bite=1 << 20)
+    run(clock, [transfer], 100)
+    assert transfer.moved == pytest.approx(rate * 100, rel=0.02)
+
+
 def test_bites_of_any_size_are_paid_in_the_end(clock):
     transfer = Transfer(limiter(Bucket(250, clock)), bite=1000)
     run(clock, [transfer], 1000)

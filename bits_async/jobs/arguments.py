@@ -142,3 +142,12 @@ def checked_seconds(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise InvalidArgument(f"{name} takes seconds, 0 or more, not {value!r}")
     return float(value)
+
+
+def checked_bandwidth(value: float | None) -> float | None:
+    """Bytes per second, finite, more than 0; None: no limit."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise InvalidArgument(f"maximum_bandwidth takes bytes per second, more than 0, or None, not {value!r}")
+    return float(value)

@@ -1,4 +1,4 @@
-"""What must be so for a job to run, apart from its turn: the network is there.
+"""What must be so for a job to run, apart from its turn: the network is there; and how fast its bytes may move.
 
 Asked about one job at a time, it answers at once and never waits: what it does not know yet it finds out, and then wakes the engine, which
 asks again. So a job is held up and let go by the same question, and no event can be missed between two of them.
@@ -13,7 +13,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from ..clock import Clock
 from ..errors import BitsError, ErrorCode, ErrorContext, make_error
+from ..limits import Bucket
 from ..transport.network import Connectivity, peer_host
 from ..transport.proxies import ProxySettings
 from .model import JobRecord, WaitingReason
@@ -33,11 +35,18 @@ class Conditions:
     """The conditions under which the jobs of one engine run.
 
     Args:
+        clock: seconds of this one.
         connectivity: entered by `open`; None: every host may be reached.
+        maximum_bandwidth: bytes per second of all jobs together; None: no limit.
+
+    Raises:
+        InvalidArgument: the bandwidth is not a positive finite number.
     """
 
-    def __init__(self, *, connectivity: Connectivity | None = None) -> None:
+    def __init__(self, *, clock: Clock, connectivity: Connectivity | None = None, maximum_bandwidth: float | None = None) -> None:
+        self._clock = clock
         self._connectivity = connectivity
+        self.machine = Bucket(maximum_bandwidth, clock.monotonic)  # safe from threads: the clock only reads
         self._wake: Callable[[], None] = lambda: None
         self._back: Callable[[], None] = lambda: None
         self._opened = False
@@ -89,6 +98,16 @@ class Conditions:
             if back:
                 self._back()
             self._wake()
+
+    # -- speed ------------------------------------------------------------------------------------------------------------------------
+
+    def bucket(self, job: JobRecord) -> Bucket:
+        """For the job's own limit."""
+        return Bucket(job.maximum_bandwidth, self._clock.monotonic)
+
+    def levels(self, job: JobRecord, own: Bucket) -> tuple[Bucket, ...]:
+        """What limits the bytes of a job, from the machine to the job."""
+        return (self.machine, own)
 
     # -- answers ----------------------------------------------------------------------------------------------------------------------
 

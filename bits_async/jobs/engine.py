@@ -41,6 +41,7 @@ from ..errors import (
 from ..files import PartFile, PartRecord, committed_length, discard_draft, discard_part, new_draft
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
+from ..limits import Bucket
 from ..transport.lane import Party
 from ..transport.options import SecurityFlags
 from ..transport.ranges import durable, without
@@ -101,6 +102,8 @@ class Entry:
     stopping: bool = False  # the attempt was told to stop; told again, it could not finish what it does to stop
     overdue: bool = False  # the attempt is stopped because the job has been transferring for too long
     hindrance: Hindrance | None = None  # the attempt is stopped because of it
+    bucket: Bucket | None = None  # the job's own limit of speed, once it has run
+    levels: tuple[Bucket, ...] = ()  # all limits of the running attempt
     paused_by: BitsError | None = None  # why the owner's token could not be had
     restored: bool = False  # from the journal: a process that died may have left a part file that is not in it yet
     judge: CertificateJudge | None = None  # the application's own say about servers' certificates
@@ -163,6 +166,10 @@ class _Report:
     @property
     def files(self) -> Sequence[FileRecord]:
         return self._entry.files
+
+    @property
+    def levels(self) -> Sequence[Bucket]:
+        return self._entry.levels
 
     async def keep(self, file: FileRecord) -> None:
         if file.transferred and not self._entry.files[file.index].transferred:
@@ -405,6 +412,8 @@ class Engine:
         entry.job = replace(entry.job, **fields)  # a server may have answered in the meantime
         for file in files:
             entry.files[file.index : file.index + 1] = [file]
+        if entry.bucket is not None and "maximum_bandwidth" in fields:
+            entry.bucket.set_rate(entry.job.maximum_bandwidth)
         if "state" in fields:
             entry.outbox.turns[None] += 1
         if entry.job.state is not before or "retry_at" in fields:
@@ -945,6 +954,8 @@ class Engine:
         entry.started = self.clock.monotonic()
         entry.stopping = entry.overdue = False
         entry.hindrance = None
+        entry.bucket = entry.bucket or self._conditions.bucket(entry.job)
+        entry.levels = self._conditions.levels(entry.job, entry.bucket)
         self.move_in_memory(entry, Outcome.PICKED)
         entry.work = self.task(self._work(entry), f"bits-attempt-{entry.job.id}")
         entry.supervisor = self.task(self._supervise(entry, entry.work), f"bits-supervisor-{entry.job.id}")

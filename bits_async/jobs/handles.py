@@ -37,6 +37,7 @@ from .arguments import (
     CheckedFile,
     FileInfo,
     StrPath,
+    checked_bandwidth,
     checked_bool,
     checked_file,
     checked_helper_flags,
@@ -400,6 +401,11 @@ class Job:
         return self._entry.job.maximum_download_time
 
     @property
+    def maximum_bandwidth(self) -> float | None:
+        """Bytes per second at most; None: as fast as the manager and its policy allow."""
+        return self._entry.job.maximum_bandwidth
+
+    @property
     def maximum_download_size(self) -> int | None:
         """Bytes that the files of the job may have together; None: any number."""
         return self._entry.job.maximum_download_size
@@ -602,6 +608,14 @@ class Job:
             InvalidArgument: no text, or too long (BG_E_STRING_TOO_LONG).
         """
         await self._set(description=checked_text("description", description, DESCRIPTION_LENGTH))
+
+    async def set_maximum_bandwidth(self, bytes_per_second: float | None) -> None:
+        """How fast the job's bytes may come, FOREGROUND or not; None: as fast as the manager allows. Counts at once.
+
+        Raises:
+            InvalidArgument: not a positive number.
+        """
+        await self._set(maximum_bandwidth=checked_bandwidth(bytes_per_second))
 
     async def set_maximum_download_size(self, size: int | None) -> None:
         """Bytes that the files of the job may have together, before the first resume. A job that would get more fails.

@@ -26,7 +26,7 @@ from ..transport.network import Connectivity, watch_network
 from ..transport.proxies import ProxySettings
 from ..transport.timeouts import Timeouts
 from ..transport.tls import TlsSettings
-from .arguments import FileInfo, StrPath
+from .arguments import FileInfo, StrPath, checked_bandwidth
 from .callbacks import RunCommand, commander
 from .conditions import Conditions
 from .door import Door, identity_of
@@ -76,6 +76,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         auth_rules: what may be shown to whom, whatever a job says.
         run: False: jobs can be edited, nothing is transferred.
         logon: asked once per owner whose token a restart has lost; a token that does not match the job's owner is not used.
+        maximum_bandwidth: bytes per second of all jobs together, FOREGROUND included; None: no limit.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         auth_rules: AuthRules = AuthRules(),  # noqa: B008 - a frozen value
         run: bool = True,
         logon: Callable[[Job], Awaitable[Token | None]] | None = None,
+        maximum_bandwidth: float | None = None,
     ) -> None:
         if ssl is not None and not isinstance(ssl, SSLContext):
             raise InvalidArgument(f"ssl= takes an ssl.SSLContext or None, not {ssl!r}")
@@ -99,6 +101,12 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._run = run
         self._logon = logon
         self._seams = seams.get()
+        clock = self._seams.clock if self._seams else SystemClock()
+        connectivity = None
+        if run:
+            connectivity = self._seams.connectivity() if self._seams else watch_network(clock=clock)
+        self._clock: Clock = clock
+        self._conditions = Conditions(clock=clock, connectivity=connectivity, maximum_bandwidth=checked_bandwidth(maximum_bandwidth))
         self._one_shot: OneShot | None = None  # for download(): found jobs wait until their owner and helper are set
         self._desk: Desk | None = None
         self._network: Network | None = None
@@ -138,15 +146,13 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             self._store = SqliteStore(Path(await files.run(os.path.realpath, path)) if own else path)
         self._network = self._seams.network if self._seams else Lanes(self._limits.connections_per_host, refusals=self._refusals)
         await self._store.open()
-        clock = self._seams.clock if self._seams else SystemClock()
-        shop = Workshop(self._network, self._executors, clock, boot_id)
+        shop = Workshop(self._network, self._executors, self._clock, boot_id)
         parties = Parties(self._tls, self._auth_rules, self._timeouts, self._executors, self._refusals, self._handles)
-        connectivity = self._seams.connectivity() if self._seams else watch_network(clock=clock)
         engine = Engine(
             store=self._store,
             shop=shop,
             limits=self._limits,
-            conditions=Conditions(connectivity=connectivity),
+            conditions=self._conditions,
             run=self._run,
             party=parties.party,
             find_owner=self._find_owner,
@@ -207,6 +213,21 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             raise RuntimeError("the BitsManager is not open: use it in `async with`")
         self._desk.ready()
         return self._desk
+
+    # -- speed ------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def maximum_bandwidth(self) -> float | None:
+        """Bytes per second of all jobs together; None: no limit."""
+        return self._conditions.machine.rate
+
+    def set_maximum_bandwidth(self, bytes_per_second: float | None) -> None:
+        """Change it, for transfers under way too; None: no limit.
+
+        Raises:
+            InvalidArgument: not a positive number.
+        """
+        self._conditions.machine.set_rate(checked_bandwidth(bytes_per_second))
 
     # -- jobs -------------------------------------------------------------------------------------------------------------------------
 

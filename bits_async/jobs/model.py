@@ -354,6 +354,7 @@ class JobRecord:
     minimum_retry_delay: float = RETRY_DELAY
     no_progress_timeout: float = NO_PROGRESS_TIMEOUT
     maximum_download_time: float = MAX_DOWNLOAD_TIME
+    maximum_bandwidth: float | None = None  # bytes per second; None: no limit of its own
     maximum_download_size: int | None = None  # bytes of all files together; None: any number
     dynamic_content: bool = False  # fetched in one go or anew; FOREGROUND only
     high_performance: bool = False  # no checkpoints while a file is fetched

@@ -219,6 +219,7 @@ SCHEMA: Final = (
     ALTER TABLE jobs ADD COLUMN notify_parameters TEXT;             -- JSON array of strings: the whole argv
     ALTER TABLE jobs ADD COLUMN notify_setter TEXT;                 -- JSON object, as the owner_ columns
     ALTER TABLE jobs ADD COLUMN minimum_notification_interval REAL NOT NULL DEFAULT 0.5;
+    ALTER TABLE jobs ADD COLUMN maximum_bandwidth REAL;             -- bytes per second; NULL: no limit
     ALTER TABLE jobs ADD COLUMN owed INTEGER NOT NULL DEFAULT 0;    -- what happened and nobody was told of
     ALTER TABLE files ADD COLUMN owed INTEGER NOT NULL DEFAULT 0 CHECK (owed IN (0, 1));
     ALTER TABLE jobs ADD COLUMN turn INTEGER NOT NULL DEFAULT 0;   -- grows each time the job begins to run
@@ -1248,6 +1249,7 @@ def _job_row(job: JobRecord) -> Values:
         minimum_retry_delay=float(job.minimum_retry_delay),
         no_progress_timeout=float(job.no_progress_timeout),
         maximum_download_time=float(job.maximum_download_time),
+        maximum_bandwidth=job.maximum_bandwidth,
         maximum_download_size=job.maximum_download_size,
         dynamic_content=job.dynamic_content,
         high_performance=job.high_performance,
@@ -1432,6 +1434,7 @@ def _job(row: Row) -> JobRecord:
         minimum_retry_delay=row["minimum_retry_delay"],
         no_progress_timeout=row["no_progress_timeout"],
         maximum_download_time=row["maximum_download_time"],
+        maximum_bandwidth=row["maximum_bandwidth"],
         maximum_download_size=_maybe_int(row["maximum_download_size"]),
         dynamic_content=bool(row["dynamic_content"]),
         high_performance=bool(row["high_performance"]),

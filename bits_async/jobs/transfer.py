@@ -18,6 +18,7 @@ from ..errors import BitsError, ErrorCode, ErrorContext, LocalFileError, Network
 from ..files import PartFile, discard_part, new_draft
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
+from ..limits import Bucket, Chain, limiter
 from ..transport.answers import MAX_URL, AlreadyComplete, Asked, Condition, FileChanged, Redirected
 from ..transport.digests import NO_DIGESTS, Digests
 from ..transport.lane import Body, Network, Party
@@ -62,6 +63,11 @@ class Recorder(Protocol):
 
     @property
     def files(self) -> Sequence[FileRecord]: ...
+
+    @property
+    def levels(self) -> Sequence[Bucket]:
+        """What limits the speed, from the machine to the job; the same ones during an attempt."""
+        ...
 
     async def keep(self, file: FileRecord) -> None:
         """Durable in the journal when it returns; a file that is transferred is told of at that moment, even if the caller is cancelled."""
@@ -143,6 +149,16 @@ async def _next(chunks: AsyncIterator[bytes], patience: float | None) -> bytes |
             return await anext(chunks, None)
     except TimeoutError:
         return b""
+
+
+def _batch(limits: Chain) -> int:
+    """Bytes to write at once: what is paid for afterwards is read in small bites."""
+    return min(WRITE_BATCH, limits.chunk) if limits.limited else WRITE_BATCH
+
+
+def _behind(detached: Detached, moved: int) -> Detached:
+    """What is left of a body."""
+    return replace(detached, already=detached.already[moved:], length=detached.length - moved) if moved else detached
 
 
 async def _ended(task: "asyncio.Task[int]") -> None:
@@ -503,6 +519,8 @@ class Attempt:
 
     async def _pump(self, download: _Download, body: Body, first: bytes = b"") -> None:
         chunks, batch, size = aiter(body), [first] if first else [], len(first)
+        limits = Chain(*self._recorder.levels)
+        most = _batch(limits)
         try:
             while (chunk := await _next(chunks, WRITE_AFTER if batch else None)) is not None:
                 if chunk:
@@ -510,12 +528,22 @@ class Attempt:
                         self._refuse_too_large(download, download.count + size + len(chunk))
                     batch.append(chunk)
                     size += len(chunk)
-                if size >= WRITE_BATCH or not chunk:
-                    full, batch, size = batch, [], 0
+                if size >= most or not chunk:
+                    full, moved, batch, size = batch, size, [], 0
                     await self._write(download, full)
+                    await self._rest(limits, moved)
+                    most = _batch(limits)
         finally:
             if batch:
+                if limits.limited:
+                    limits.acquire(size)  # paid for by those who come next
                 await self._write(download, batch)  # what has arrived is kept, whatever ended the body
+
+    async def _rest(self, limits: Chain, moved: int) -> None:
+        """Wait until these bytes are paid for."""
+        if limits.limited:
+            for seconds in limits.rests(moved):
+                await self._shop.clock.sleep(seconds)
 
     async def _write(self, download: _Download, batch: Sequence[bytes]) -> None:
         piece = download.piece
@@ -529,19 +557,30 @@ class Attempt:
     async def _receive(self, download: _Download, body: Body, detached: Detached, idle: float) -> None:
         """The fast way: a thread of the file token moves the rest of the body from its socket; here it is only watched."""
         piece, start = download.piece, download.piece.written
-        move = asyncio.ensure_future(download.part.receive(detached, piece, None, None, idle=idle))
+        try:
+            while not await self._move(download, _behind(detached, piece.written - start), idle):
+                pass
+        except BitsError as error:
+            raise error.located(url=body.url) from None
+        finally:
+            body.reattach(piece.written - start)
+
+    async def _move(self, download: _Download, detached: Detached, idle: float) -> bool:
+        """True: all is there. False: a limit was set where there was none, or the last one lifted, and the rest goes another way."""
+        limits = limiter(*self._recorder.levels)
+        move = asyncio.ensure_future(download.part.receive(detached, download.piece, limits, None, idle=idle))
         try:
             while not move.done():
                 await asyncio.wait({move}, timeout=LOOK)
                 self._moved(download)
                 await self._checkpoint_when_due(download)
+                if (limits is None) == any(level.rate is not None for level in self._recorder.levels) and not move.done():
+                    return False
             move.result()
-        except BitsError as error:
-            raise error.located(url=body.url) from None
+            return True
         finally:
             await _ended(move)
             self._moved(download)
-            body.reattach(piece.written - start)
 
     def _moved(self, download: _Download) -> None:
         self._recorder.moved(download.index, download.count)

@@ -336,16 +336,21 @@ async def test_receive_reports_a_connection_that_was_cut(part: PartFile) -> None
 class Meter:
     """A limiter that allows a rate, and remembers what it was asked."""
 
+    chunk = 64 << 10
+
     def __init__(self, rate: float) -> None:
         self.asked: list[int] = []
         self._rate = rate
 
-    def acquire(self, count: int, /) -> float:
+    def rests(self, count: int, /) -> Iterator[float]:
         self.asked.append(count)
-        return count / self._rate
+        yield from [count / self._rate / 2] * 2
 
 
-async def test_receive_rests_as_its_limiter_says(part: PartFile) -> None:
+@pytest.mark.parametrize("way", ["spliced", "received"])
+async def test_receive_rests_as_its_limiter_says(part: PartFile, way: str) -> None:
+    if way == "received":
+        await part.start_digest(["sha256"], 0)
     meter, begin = Meter(2 << 20), time.monotonic()
     await put_by_receive(part, 0, DATA[: 1 << 20], meter)
     assert time.monotonic() - begin >= 0.49

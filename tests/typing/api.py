@@ -73,6 +73,8 @@ async def the_queue() -> None:
         await file.set_remote_name(URL("http://h/g"))
         await file.set_validation_state(True)
         assert_type(await job.replace_remote_prefix("http://h/", "http://i/"), bool)
+        await job.set_maximum_bandwidth(1e6)
+        assert_type(job.maximum_bandwidth, float | None)
         await job.set_maximum_download_size(10**9)
         assert_type(job.maximum_download_size, int | None)
         await job.set_dynamic_content(False)

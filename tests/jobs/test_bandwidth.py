@@ -1,0 +1,244 @@
+"""How fast a job's bytes come: limits of the machine, of priorities and of jobs, on a clock that only the transfers move.
+
+The same over real sockets is in `tests/loopback/test_bandwidth.py`; the buckets themselves are in `tests/test_limits.py`.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bits_async as bits
+from bits_async import InvalidArgument, JobPriority, JobState, files, testing
+from bits_async.limits import Bucket
+from bits_async.testing import FakeClock, FakeNetwork
+
+URL = "https://h.test/file"
+BODY = bytes(range(256)) * 1024
+MB = 1e6
+
+
+class Zeros:
+    """A large body that takes no memory."""
+
+    piece = memoryview(bytes(1 << 20))
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> memoryview:
+        start, stop, _ = part.indices(self._size)
+        return self.piece[: max(0, stop - start)]
+
+
+class PacedClock(FakeClock):
+    """Short sleeps, which are those of limited transfers, pass as soon as nobody is at work, and the time with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sleeping: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        if seconds > 2:
+            await super().sleep(seconds)
+            return
+        due = self.monotonic() + seconds
+        self.sleeping.append(due)
+        try:
+            with self.resting():
+                while self._busy or due > min(self.sleeping):  # noqa: ASYNC110 - others are at work, or wake before
+                    await asyncio.sleep(0)
+        finally:
+            self.sleeping.remove(due)
+        if due > self.monotonic():
+            self.advance(due - self.monotonic())
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNetwork]:
+    fake = FakeNetwork()
+    fake.clock = PacedClock()
+    fake.clock.freeze()
+    with fake:
+        fake.serve(URL, BODY)
+        yield fake
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "queue.db"
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> dict[Bucket, int]:
+    """What each bucket was asked for."""
+    counts: dict[Bucket, int] = {}
+    honest = Bucket.take
+
+    def take(self: Bucket, account: Any, count: int) -> float:
+        if self.rate is not None:
+            counts[self] = counts.get(self, 0) + count
+        return honest(self, account, count)
+
+    monkeypatch.setattr(Bucket, "take", take)
+    return counts
+
+
+@pytest.fixture
+def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.native, "pwrite_all", lambda *_: None)
+    monkeypatch.setattr(testing, "PIECE", 1 << 20)
+
+
+async def a_job(manager: bits.BitsManager, path: Path, *, priority: JobPriority = JobPriority.FOREGROUND) -> bits.Job:
+    job = await manager.create_job("a job", priority=priority)
+    await job.set_high_performance(True)
+    await job.add_file(URL, path / job.id.hex)
+    return job
+
+
+async def until(done: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not done():  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(0)
+
+
+def moved(job: bits.Job) -> int:
+    return job.progress.bytes_transferred
+
+
+@pytest.mark.parametrize("where", ["manager", "job"])
+@pytest.mark.parametrize(("rate", "piece"), [(1 * MB, 8 << 10), (100 * MB, 1 << 20)])
+async def test_a_limit_is_kept_to_5_percent_over_10_seconds(
+    network: FakeNetwork, no_disk: None, store: Path, tmp_path: Path, rate: float, piece: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(testing, "PIECE", piece)
+    network.serve(URL, Zeros(1 << 40), etag='"v1"')  # type: ignore[arg-type]
+    async with bits.BitsManager(store=store, maximum_bandwidth=rate if where == "manager" else None) as manager:
+        job = await a_job(manager, tmp_path)
+        if where == "job":
+            await job.set_maximum_bandwidth(rate)
+        await job.resume()
+        await until(lambda: network.clock.monotonic() >= 10)
+        assert moved(job) == pytest.approx(rate * network.clock.monotonic(), rel=0.05)
+        await job.cancel()
+
+
+async def test_a_job_is_slower_than_the_machine_and_leaves_the_others_the_rest(
+    network: FakeNetwork, no_disk: None, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(testing, "PIECE", 8 << 10)
+    network.serve(URL, Zeros(1 << 40), etag='"v1"')  # type: ignore[arg-type]
+    async with bits.BitsManager(store=store, maximum_bandwidth=1 * MB) as manager:
+        slow, fast = await a_job(manager, tmp_path), await a_job(manager, tmp_path)
+        await slow.set_maximum_bandwidth(0.1 * MB)
+        network.pause()
+        for job in (slow, fast):
+            await job.resume()
+        await until(lambda: len(network.requests) == 2)
+        network.resume()
+        await until(lambda: network.clock.monotonic() >= 5)
+        assert moved(slow) == pytest.approx(0.1 * MB * network.clock.monotonic(), rel=0.2)
+        assert moved(slow) + moved(fast) == pytest.approx(1 * MB * network.clock.monotonic(), rel=0.05)
+        for job in (slow, fast):
+            await job.cancel()
+
+
+async def test_a_limit_set_lowered_and_lifted_reaches_a_running_transfer(
+    network: FakeNetwork, no_disk: None, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: dict[Bucket, int]
+) -> None:
+    monkeypatch.setattr(testing, "PIECE", 8 << 10)
+    network.serve(URL, Zeros(1 << 40), etag='"v1"')  # type: ignore[arg-type]
+    async with bits.BitsManager(store=store) as manager:
+        job = await a_job(manager, tmp_path)
+        await job.resume()
+        await until(lambda: moved(job) > 4 << 20)
+        assert network.clock.monotonic() == 0
+        await job.set_maximum_bandwidth(1 * MB)
+        for rate, seconds in ((1 * MB, 3), (0.25 * MB, 12)):
+            manager.set_maximum_bandwidth(rate)
+            assert (manager.maximum_bandwidth, job.maximum_bandwidth) == (rate, 1 * MB)
+            begin, clock = moved(job), network.clock.monotonic()
+            await until(lambda end=clock + seconds: network.clock.monotonic() >= end)  # type: ignore[misc]
+            # up to 1 MiB had been gathered before the limit came
+            assert moved(job) - begin == pytest.approx(rate * (network.clock.monotonic() - clock), rel=0.05, abs=1.1 * (1 << 20))
+        await job.set_maximum_bandwidth(None)
+        manager.set_maximum_bandwidth(None)
+        await until(lambda: not network.clock.sleeping)  # type: ignore[attr-defined]
+        clock, begin = network.clock.monotonic(), moved(job)
+        await until(lambda: moved(job) > begin + (8 << 20))
+        assert network.clock.monotonic() <= clock + 1
+        await job.cancel()
+
+
+async def test_without_limits_nobody_counts(
+    network: FakeNetwork, store: Path, tmp_path: Path, taken: dict[Bucket, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(type(network.clock), "sleep", lambda _, seconds: rests.append(seconds) or asyncio.sleep(0))
+    async with bits.BitsManager(store=store) as manager:
+        job = await a_job(manager, tmp_path)
+        await job.resume()
+        await job.wait()
+    assert taken == {}
+    assert [seconds for seconds in rests if seconds < 10] == []
+
+
+async def test_every_byte_pays_once_at_each_level(network: FakeNetwork, store: Path, tmp_path: Path, taken: dict[Bucket, int]) -> None:
+    async with bits.BitsManager(store=store, maximum_bandwidth=100 * MB) as manager:
+        job = await a_job(manager, tmp_path)
+        await job.set_maximum_bandwidth(50 * MB)
+        await job.resume()
+        await job.wait()
+        assert {bucket.rate: count for bucket, count in taken.items()} == {100 * MB: len(BODY), 50 * MB: len(BODY)}
+
+
+@pytest.mark.parametrize("how", ["suspend", "cancel"])
+async def test_a_job_that_rests_is_stopped_at_once(network: FakeNetwork, store: Path, tmp_path: Path, how: str) -> None:
+    network.clock.__class__ = FakeClock  # frozen: whoever rests, rests for ever
+    async with bits.BitsManager(store=store) as manager:
+        job = await a_job(manager, tmp_path)
+        await job.set_maximum_bandwidth(1000)
+        await job.resume()
+        await until(lambda: moved(job))
+        async with asyncio.timeout(5):
+            await getattr(job, how)()
+        if how == "suspend":
+            assert moved(job) == testing.PIECE, "what had arrived is kept"
+            await job.set_maximum_bandwidth(None)
+            await job.resume()
+            await job.wait()
+            assert [request.start for request in network.requests] == [0, testing.PIECE]
+            (path,) = await job.complete()
+            assert path.read_bytes() == BODY
+
+
+async def test_a_job_s_limit_is_kept_over_a_restart(network: FakeNetwork, store: Path, tmp_path: Path, taken: dict[Bucket, int]) -> None:
+    async with bits.BitsManager(store=store, run=False) as manager:
+        job = await a_job(manager, tmp_path)
+        await job.set_maximum_bandwidth(50 * MB)
+        await job.resume()
+    async with bits.BitsManager(store=store) as manager:
+        job = await manager.get_job(job.id)
+        assert job.maximum_bandwidth == 50 * MB
+        await job.wait()
+    assert sum(taken.values()) == len(BODY)
+
+
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf"), True, "fast"])
+async def test_a_rate_that_is_none_is_refused(network: FakeNetwork, store: Path, tmp_path: Path, rate: Any) -> None:
+    with pytest.raises(InvalidArgument):
+        bits.BitsManager(store=store, maximum_bandwidth=rate)
+    async with bits.BitsManager(store=store) as manager:
+        job = await a_job(manager, tmp_path)
+        with pytest.raises(InvalidArgument):
+            await job.set_maximum_bandwidth(rate)
+        with pytest.raises(InvalidArgument):
+            manager.set_maximum_bandwidth(rate)
+        assert job.state is JobState.SUSPENDED
+        assert (manager.maximum_bandwidth, job.maximum_bandwidth) == (None, None)
