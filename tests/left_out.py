@@ -43,7 +43,7 @@ def missing_root() -> str | None:
 
 
 def missing_servers() -> str | None:
-    programs = ("krb5kdc", "kdb5_util", "kadmin.local", "apache2", "htpasswd", "nginx", "squid", "samba", "samba-tool")
+    programs = ("krb5kdc", "kdb5_util", "kadmin.local", "apache2", "htpasswd", "nginx", "squid", "samba", "samba-tool", "faketime")
     absent = [name for name in programs if not find_program(name)]
     files = ("/usr/lib/apache2/modules/mod_auth_gssapi.so", "/usr/lib/squid/negotiate_kerberos_auth", "/usr/share/samba/setup/ad-schema")
     absent += [Path(name).name for name in files if not Path(name).exists()]

@@ -508,23 +508,28 @@ def _ask_pam(request: _Request) -> LogonFailed | None:
 
 def _converse(request: _Request, place: str) -> bytes:
     """Nothing leaves this frame but the answer: it holds the password."""
-    process = subprocess.Popen(  # noqa: S603 - the interpreter that runs this, and a text of ours
-        [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _PAM],
+    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _PAM]
+    environment = {name: value for name in ("LD_LIBRARY_PATH",) if (value := os.environ.get(name)) is not None}
+    with subprocess.Popen(  # noqa: S603 - the interpreter that runs this, and a text of ours
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={name: value for name in ("LD_LIBRARY_PATH",) if (value := os.environ.get(name)) is not None},
+        env=environment,
         cwd="/",
         start_new_session=True,
-    )
-    try:
-        question = {"user": request.name, "password": request.credential.password, "place": place}  # type: ignore[union-attr]  # no keytab here
-        return process.communicate(json.dumps(question).encode(), PAM_DEADLINE)[0]
-    except (subprocess.SubprocessError, OSError):
-        return b""
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            question = {"user": request.name, "password": _password_of(request), "place": place}
+            return process.communicate(json.dumps(question).encode(), PAM_DEADLINE)[0]
+        except (subprocess.SubprocessError, OSError):
+            return b""
+        finally:
+            process.kill()
+
+
+def _password_of(request: _Request) -> str | None:
+    return getattr(request.credential, "password", None)
 
 
 # -- credentials ------------------------------------------------------------------------------------------------------
