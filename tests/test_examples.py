@@ -1,5 +1,6 @@
 """The examples and the demo run as their readers would run them, and say what their documentation says."""
 
+import base64
 import json
 import os
 import re
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.active_directory import ActiveDirectory
+from tests.realms import Apache
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DEADLINE = 50
@@ -175,3 +179,54 @@ def test_a_web_application_refuses_what_its_callers_must_not_choose(service: Ser
     assert service.post(url=service.wish["url"])[0] == 400
     assert service.get("no-id")[0] == 404
     assert service.get("00000000-0000-0000-0000-000000000000")[0] == 404
+
+
+# -- the service that acts for its callers
+
+
+def negotiate(keytab: Path, user: str, service: str) -> str:
+    import gssapi
+
+    kind = gssapi.NameType.kerberos_principal
+    store = {"client_keytab": str(keytab), "ccache": f"FILE:{keytab}.ccache"}
+    client = gssapi.Credentials(name=gssapi.Name(user, kind), usage="initiate", store=store)
+    context = gssapi.SecurityContext(name=gssapi.Name(service, kind), creds=client, usage="initiate")
+    return "Negotiate " + base64.b64encode(context.step() or b"").decode()
+
+
+@pytest.fixture
+def on_behalf(environment: dict[str, str], active_directory: ActiveDirectory, directory_apache: Apache, tmp_path: Path) -> Iterator[int]:
+    """The port of on_behalf.py, running as HTTP/front.bits.test."""
+    keytab = active_directory.keytab("front", "HTTP/front.bits.test")
+    arguments = [str(keytab), active_directory.principal("front"), directory_apache.url("/neg"), str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "on_behalf.py"), *arguments],
+        env=environment | {"KRB5_CONFIG": os.environ["KRB5_CONFIG"], "KRB5RCACHENAME": "none:"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield int(process.stdout.readline().rpartition(" ")[2])
+    finally:
+        process.terminate()
+        process.communicate(timeout=DEADLINE)
+
+
+@pytest.mark.realm
+def test_a_service_behind_negotiate_fetches_as_its_caller_or_as_itself(
+    on_behalf: int, active_directory: ActiveDirectory, directory_apache: Apache
+) -> None:
+    keytab = active_directory.keytab("alice")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for way, name in (("fetch", "alice"), ("own", "front")):
+        login = negotiate(keytab, active_directory.principal("alice"), active_directory.principal("HTTP/front.bits.test"))
+        request = urllib.request.Request(f"http://127.0.0.1:{on_behalf}/{way}/big", method="POST", headers={"Authorization": login})
+        with opener.open(request, timeout=DEADLINE) as answer:
+            told = json.load(answer)
+            assert answer.headers["WWW-Authenticate"].startswith("Negotiate ")
+        assert told["as"] == active_directory.principal(name)
+        assert Path(told["path"]).read_bytes() == directory_apache.data
+        assert directory_apache.hits(expect=1, user=active_directory.principal(name), status=200)
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        opener.open(urllib.request.Request(f"http://127.0.0.1:{on_behalf}/fetch/big", method="POST"), timeout=DEADLINE).close()
