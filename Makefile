@@ -7,12 +7,15 @@
 #
 #   make soak    the tests that take minutes: 200 kills of a running queue, 5,000 random schedules of faults, and the like
 #   make bench-integrity    how often curl, wget and aria2c mix two versions of a file, and how often we do: a table
+#   make bench   speed, processor time and memory beside curl, wget, aria2 and others: about eight minutes, a table and a picture
 #
 # And one for those who change the states of a job:
 #
 #   make diagram draws them into README.md
+#   make bench-readme puts what `make bench` measured last into README.md and docs/
 #
-# Settings: PYTHON=python3.12, PYTEST_ARGS='-k lane', JOBS=1 (processes that share the tests; else one for each processor).
+# Settings: PYTHON=python3.12, PYTEST_ARGS='-k lane', JOBS=1 (processes that share the tests; else one for each processor),
+# BENCH_ARGS='--only tls --rounds 3'.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -20,7 +23,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak bench-integrity diagram packages install-test lint types pytest clean
+.PHONY: help demo test soak bench bench-readme bench-integrity diagram packages install-test install-bench lint types pytest clean
 
 # Debian's interpreter can be read by the other users that the tests become; one below a home directory often cannot.
 PYTHON ?= $(shell for candidate in /usr/bin/python3 python3; do \
@@ -31,6 +34,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 PACKAGES := $(shell sed 's/\#.*//' tests/packages.txt)
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BENCH := .venv-bench
 JOBS ?= auto
 
 export PIP_ROOT_USER_ACTION := ignore
@@ -74,6 +79,29 @@ bench-integrity: install-test
 
 diagram: install-test
 	$(BIN)/python -m tests.diagram
+
+# A virtual environment of its own: the libraries it compares with are nobody else's business.
+bench:
+	@$(MAKE) --no-print-directory packages PACKAGES="$(PACKAGES) $$(sed 's/#.*//' tests/bench/packages.txt | xargs)"
+	$(MAKE) --no-print-directory install-bench
+	$(BENCH)/bin/python -m tests.bench $(BENCH_ARGS)
+
+bench-readme: install-bench
+	$(BENCH)/bin/python -m tests.bench --readme
+
+install-bench: $(BENCH)/pyvenv.cfg
+	@mkdir -p .make
+	extras=bench,test
+	! command -v krb5-config >/dev/null || extras=bench,kerberos,test
+	want="$$extras $$($(BENCH)/bin/python -V) $$(cat pyproject.toml | cksum)"
+	[ "$$(cat .make/bench-installed 2>/dev/null || true)" != "$$want" ] || exit 0
+	echo "Installing bits_async[$$extras] and what it is compared with ..."
+	CFLAGS="-O0 -g0" $(BENCH)/bin/python -m pip --disable-pip-version-check --no-input --quiet install --editable ".[$$extras]"
+	echo "$$want" > .make/bench-installed
+
+$(BENCH)/pyvenv.cfg: $(VENV)/pyvenv.cfg
+	@rm -f .make/bench-installed
+	$(BIN)/python -m venv $(BENCH)
 
 # As root on Debian or Ubuntu: what is missing of tests/packages.txt. Otherwise nothing; pytest lists the tests that were left out.
 packages:
@@ -135,4 +163,4 @@ $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .make .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(BENCH) .make .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
