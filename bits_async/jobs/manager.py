@@ -162,6 +162,12 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._desk = Desk(engine, asyncio.get_running_loop(), door, parties, self._limits)  # the first attempts and logon() need it
         await engine.start(self._adopt, hold=self._one_shot is not None)
 
+    @property
+    def set_aside(self) -> Path | None:
+        """Where the journal is that was found damaged when this manager opened it, or is found so until it is closed. It was replaced by a
+        new one, and the log says so at ERROR; its files (the key too) are kept for recovery with sqlite3. None: no damage was found."""
+        return None if self._store is None else self._store.set_aside
+
     async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         await self.aclose()
         failure = self._desk.engine.failure if self._desk else None

@@ -6,8 +6,14 @@ its query (and user information, should a redirect have brought one). Everything
 `<store>`, `<store>-wal`, `<store>-shm`, `<store>.lock` and `<store>.key`.
 
 Durable means: one transaction in the write-ahead log, synced (`synchronous=FULL`) before `save` returns. A `save` that is
-cancelled is still finished first, so nobody has to guess what the journal holds. Nothing here deletes a journal that cannot
-be read.
+cancelled is still finished first, so nobody has to guess what the journal holds.
+
+A journal of ours that turns out to be damaged is set aside, never deleted: all its files get the name `<store>.damaged-<time>`
+(with their endings, so that it can be opened there, or recovered with sqlite3), the log says so at ERROR, and a new one is
+begun, because an operator wants the service back and the jobs that can be recovered later. It is found when the journal is
+opened (the first page, the tables, and after a process that died every page); what is found while it is in use fails that
+manager, and the journal is set aside when it is closed. A file that was never ours is refused and left alone, and so are a
+journal of a later version and one that somebody else may have written.
 
 A released schema is never edited: a change is one more entry of `SCHEMA`, and an older journal is brought up to date when it
 is opened.
@@ -19,9 +25,13 @@ no manager, no token, no network.
 """
 
 import asyncio
+import contextlib
 import contextvars
+import itertools
 import json
+import logging
 import os
+import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +39,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeVar, final
@@ -82,6 +92,8 @@ from .secrets import (
     sync_directory,
     take_lock,
 )
+
+log = logging.getLogger("bits_async.jobs")
 
 T = TypeVar("T")
 StrPath = str | os.PathLike[str]
@@ -381,6 +393,8 @@ class SqliteStore:
         self._pool: ThreadPoolExecutor | None = None
         self._lock_file: int | None = None
         self._made: list[Path] = []  # empty files that an open under way has made
+        self._damage: StoreError | None = None  # what SQLite, or a look at what it holds, has found
+        self._aside: Path | None = None
         self._turn = asyncio.Lock()
         self._waiting: list[_Waiting] = []
         self._lost = _Lost()
@@ -405,6 +419,11 @@ class SqliteStore:
         """Jobs with a secret that this key does not open, until it is replaced or removed."""
         return self._lost.jobs()
 
+    @property
+    def set_aside(self) -> Path | None:
+        """Where the journal is that was found damaged when this one was opened or closed; None: it was not."""
+        return self._aside
+
     # -- open and close
 
     async def open(self) -> None:
@@ -412,6 +431,7 @@ class SqliteStore:
         if self._pool is not None:
             raise InvalidState("the journal is already open", path=self.path)
         self._pool = ThreadPoolExecutor(1, "bits-store")
+        self._damage = self._aside = None
         self._turn = asyncio.Lock()  # one connection: the statements of two transactions must not mix
         try:
             await finish(self._open())
@@ -452,14 +472,36 @@ class SqliteStore:
 
     async def _open(self) -> None:
         await self._in_thread(self._claim)
+        try:
+            await self._open_database()
+        except StoreError as error:
+            if not self._is_damage(error):
+                raise
+            if not await self._in_thread(self._is_ours):
+                self._damage = None
+                raise
+            await self._put_aside(error)
+            await self._in_thread(self._make_files)
+            await self._open_database()
+        await self._in_thread(self._check_files)
+
+    async def _open_database(self) -> None:
+        died = await self._in_thread(self._has_log)
         with self._translated():
             self._db = await aiosqlite.Connection(self._connect, iter_chunk_size=64)
             self._db.row_factory = sqlite3.Row
             await self._identify(self._db)
             self._box = SecretBox(await self._in_thread(partial(load_key, self._side(".key"))))
             await self._configure(self._db)
+            if died:
+                await self._examine(self._db)
             await self._migrate(self._db)
-        await self._in_thread(self._check_files)
+
+    async def _close_database(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            with self._translated():
+                await db.close()
 
     def _connect(self) -> sqlite3.Connection:
         """Two threads use it, never both at once (`_turn`): aiosqlite's asks single questions, ours makes whole transactions."""
@@ -471,11 +513,82 @@ class SqliteStore:
         because closing it would give up the locks that another connection of this process has on it."""
         guard_directory(self.path.parent, make_parents=self._make_parents)
         self._lock_file = take_lock(self._side(".lock"), self.path)
+        self._make_files()
+
+    def _make_files(self) -> None:
         for name in ("", "-wal", "-shm"):
             if make_private(self._side(name)):
                 self._made.append(self._side(name))
         self._check_files()
         sync_directory(self.path.parent)
+
+    # -- a damaged journal
+
+    def _has_log(self) -> bool:
+        """Whether the last process that had it open did not come to closing it."""
+        log_file = self._side("-wal")
+        return log_file.exists() and log_file.stat().st_size > 0
+
+    def _is_ours(self) -> bool:
+        """Whether a file that SQLite cannot read was a journal: its header says so, or a key is beside it."""
+        with self.path.open("rb") as file:
+            header = file.read(72)
+        return header[68:] == APPLICATION_ID.to_bytes(4, "big") or self._side(".key").exists()
+
+    async def _examine(self, db: aiosqlite.Connection) -> None:
+        """Reads every page.
+
+        Raises:
+            StoreError: one is damaged.
+        """
+        (found,) = (await _fetch(db, "PRAGMA quick_check(1)"))[0]
+        if found != "ok":
+            raise self._damaged("it is damaged (quick_check)")
+
+    async def _put_aside_if_damaged(self, db: aiosqlite.Connection) -> None:
+        """After a fault while it was in use: the file is looked at once more, because a fault need not be the disk's."""
+        self._damage = None
+        try:
+            with self._translated():
+                await self._examine(db)
+        except StoreError as error:
+            if self._is_damage(error):
+                await self._put_aside(error)
+
+    async def _put_aside(self, error: StoreError) -> None:
+        """Another name for every file of the journal, and the connection is closed. Each has the new name before SQLite closes the
+        database, which removes the log, and before the first loses the old one: a log beside a missing database would be removed."""
+        names = await self._in_thread(self._name_aside)
+        with contextlib.suppress(StoreError):  # it may try to write the log back
+            await self._close_database()
+        await self._in_thread(partial(self._let_go, names))
+        self._damage = None
+        log.error("%s: %s; it was set aside as %s, and a new journal is begun", self.path, error.message, self._aside)
+
+    def _name_aside(self) -> list[str]:
+        aside = self._free_name()
+        names = [name for name in ("", "-wal", "-journal", ".key") if self._side(name).exists()]
+        try:
+            for name in names:
+                _link(self._side(name), aside.with_name(aside.name + name))
+        except OSError as exc:
+            raise os_fault(exc, self.path, "set aside") from scrub(exc)
+        sync_directory(self.path.parent)
+        self._aside = aside
+        return names
+
+    def _let_go(self, names: Sequence[str]) -> None:
+        try:
+            for name in (*names, "-shm"):
+                self._side(name).unlink(missing_ok=True)
+        except OSError as exc:
+            raise os_fault(exc, self.path, "set aside") from scrub(exc)
+        sync_directory(self.path.parent)
+
+    def _free_name(self) -> Path:
+        stem = f"{self.path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        names = (self.path.with_name(stem + (f"-{number}" if number else "")) for number in itertools.count())
+        return next(name for name in names if not os.path.lexists(name))
 
     def _check_files(self) -> None:
         for name in ("", "-wal", "-shm", "-journal"):
@@ -515,7 +628,11 @@ class SqliteStore:
                 )
 
     async def _migrate(self, db: aiosqlite.Connection) -> None:
-        for version in range(await _pragma(db, "user_version"), len(SCHEMA)):
+        known: int = await _pragma(db, "user_version")
+        found = {(row["tab"], row["col"]) for row in await _fetch(db, _COLUMNS)}
+        if missing := await self._in_thread(partial(_columns_of, SCHEMA[:known])) - found:
+            raise self._damaged(f"it has no {'.'.join(min(missing))}, which version {known} has")
+        for version in range(known, len(SCHEMA)):
             await db.executescript(  # one transaction for each step: an interrupted one never happened
                 f"BEGIN IMMEDIATE; {SCHEMA[version]}PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={version + 1}; COMMIT;"
             )
@@ -527,9 +644,9 @@ class SqliteStore:
         try:
             if db is not None:
                 async with self._turn:  # a save that is under way is finished first
-                    self._db = None
-                    with self._translated():
-                        await db.close()
+                    if self._damage is not None:
+                        await self._put_aside_if_damaged(db)
+                    await self._close_database()
             if remove:
                 await self._in_thread(self._delete)
             await self._in_thread(self._unmake)
@@ -763,7 +880,38 @@ class SqliteStore:
         try:
             yield
         except sqlite3.Error as exc:
-            raise _fault(exc, self.path) from scrub(exc)
+            error = _fault(exc, self.path)
+            if getattr(exc, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                self._damage = error
+            raise error from scrub(exc)
+
+    def _is_damage(self, error: StoreError) -> bool:
+        return error is self._damage
+
+    def _damaged(self, why: str) -> StoreError:
+        self._damage = StoreError(f"the journal cannot be used: {why}", transient=False, path=self.path)
+        return self._damage
+
+
+def _link(old: Path, new: Path) -> None:
+    try:
+        os.link(old, new)
+    except OSError:  # a file system without links: copied, so that the old one still stands if this fails
+        shutil.copyfile(old, new)
+        new.chmod(0o600)
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+_COLUMNS: Final = "SELECT tables.name AS tab, columns.name AS col FROM sqlite_master AS tables, pragma_table_info(tables.name) AS columns"
+
+
+@cache
+def _columns_of(schema: tuple[str, ...]) -> frozenset[tuple[str, str]]:
+    """(table, column) of a schema."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript("".join(schema))
+        return frozenset(db.execute(_COLUMNS))
 
 
 def _fault(exc: sqlite3.Error, path: Path) -> StoreError:

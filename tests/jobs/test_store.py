@@ -697,19 +697,145 @@ async def test_a_file_that_is_no_database_is_refused_and_kept(path: Path, conten
     assert path.read_bytes() == content
 
 
-async def test_a_damaged_journal_is_a_clear_error_and_kept(path: Path) -> None:
+# -- a damaged journal is set aside
+
+
+def garbage(page: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        with path.open("r+b") as file:
+            file.seek(page * 4096)
+            file.write(os.urandom(300))
+
+    return damage
+
+
+def half_a_schema(path: Path) -> None:
+    with raw(path) as db:
+        db.executescript("PRAGMA foreign_keys=OFF; DROP TABLE slices")
+
+
+def torn(path: Path) -> None:
+    """Half of the file never reached the disk."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+async def a_journal_in_use(path: Path) -> Path:
+    """A copy of the files of a journal that a process has open, as a power cut would leave them: it has a log."""
+    async with opened(path) as store:
+        await store.save(*(a_job(display_name="x" * 500) for _ in range(200)))
+        copy = path.with_name("copy.db")
+        await store._db.execute_fetchall("PRAGMA wal_checkpoint(PASSIVE)")
+        await store.save(a_job())
+        for name in ("", "-wal", ".key"):
+            make_private(side(copy, name))
+            side(copy, name).write_bytes(side(path, name).read_bytes())
+    return copy
+
+
+@pytest.mark.parametrize("damage", [garbage(0), garbage(5), half_a_schema, torn], ids=["header", "page", "schema", "torn"])
+async def test_a_journal_that_is_found_damaged_is_set_aside_whole_and_a_new_one_is_begun(
+    path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = await a_journal_in_use(path)
+    damage(copy)
+    before = {name: side(copy, name).read_bytes() for name in ("-wal", ".key") if side(copy, name).exists()}
+    job = a_job()
+    async with opened(copy) as store:
+        assert await store.load() == []
+        await store.save(job)
+        aside = store.set_aside
+    assert aside is not None
+    assert aside.name.startswith("copy.db.damaged-")
+    assert {name: side(aside, name).read_bytes() for name in before} == before
+    assert aside.stat().st_size >= copy.stat().st_size > 0
+    assert side(copy, ".key").read_bytes() != before[".key"]
+    (record,) = [each for each in caplog.records if each.levelno == logging.ERROR]
+    assert str(aside) in record.getMessage()
+    assert str(copy.name) in record.getMessage()
+    async with opened(copy) as store:
+        assert [stored.job for stored in await store.load()] == [job]
+        assert store.set_aside is None
+
+
+async def test_what_is_set_aside_can_be_opened_as_a_journal_when_it_is_whole_again(path: Path) -> None:
+    copy = await a_journal_in_use(path)
+    with copy.open("rb") as file:
+        page = file.read(4096)
+    garbage(0)(copy)
+    async with opened(copy) as store:
+        aside = store.set_aside
+    assert aside is not None
+    with aside.open("r+b") as file:
+        file.write(page)
+    async with opened(aside) as store:
+        assert len(await store.load()) == 201
+        assert store.lost_secrets == frozenset()
+
+
+async def test_two_journals_that_are_set_aside_in_one_second_have_two_names(path: Path) -> None:
+    for _ in range(3):
+        async with opened(path):
+            pass
+        garbage(0)(path)
+    async with opened(path):
+        pass
+    assert len([name for name in os.listdir(path.parent) if ".damaged-" in name and name.endswith(".key")]) == 3
+
+
+async def test_damage_found_in_use_fails_the_manager_and_the_journal_is_set_aside_when_it_is_closed(path: Path) -> None:
     async with opened(path) as store:
         await store.save(*(a_job(display_name="x" * 500) for _ in range(200)))
     content = bytearray(path.read_bytes())
-    for page in range(1, len(content) // 4096):
+    for page in range(len(content) // 8192, len(content) // 4096):  # behind the schema
         content[page * 4096 : page * 4096 + 200] = os.urandom(200)
     path.write_bytes(content)
+    store = SqliteStore(path)
+    await store.open()
     with pytest.raises(StoreError) as caught:
-        async with opened(path) as store:
-            await store.load()
+        await store.load()
     assert (caught.value.code, caught.value.path) == (ErrorCode.BG_E_DATABASE_CORRUPT, path)
     assert "damaged" in str(caught.value)
     assert path.exists()
+    await store.close()
+    assert store.set_aside is not None
+    assert store.set_aside.read_bytes() == bytes(content)
+    async with opened(path) as store:
+        assert await store.load() == []
+
+
+async def test_a_fault_that_was_not_the_disks_sets_nothing_aside(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = a_job()
+    store = SqliteStore(path)
+    await store.open()
+    await store.save(job)
+
+    def broken(*_: object) -> None:
+        error = sqlite3.DatabaseError("a bit fell over in memory")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match="damaged"):
+        patch.setattr(store_module, "_fetch", broken)
+        await store.load()
+    await store.close()
+    assert store.set_aside is None
+    async with opened(path) as store:
+        assert [stored.job for stored in await store.load()] == [job]
+
+
+async def test_a_file_system_without_links_keeps_a_copy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    async with opened(path) as store:
+        await store.save(a_job())
+    garbage(0)(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "link", no_links)
+    async with opened(path) as store:
+        assert store.set_aside is not None
+        assert store.set_aside.read_bytes() == before
+        assert stat.S_IMODE(store.set_aside.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(
