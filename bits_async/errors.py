@@ -213,6 +213,7 @@ _ADVICE: Mapping[int, str] = MappingProxyType(
         ErrorCode.BG_E_TOO_MANY_RANGES_IN_FILE: "join neighbouring ranges, or spread them over several files",
         ErrorCode.BG_E_INVALID_RANGE: "name ranges that lie within the remote file",
         ErrorCode.BG_E_OVERLAPPING_RANGES: "name each byte of the remote file once",
+        ErrorCode.BG_E_USE_STORED_CREDENTIALS_NOT_SUPPORTED: "use AuthTarget.PROXY; for servers there is set_credentials",
         ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_ADDFILE: "set it before the first file is added",
         ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_INVALID_VALUE: "a maximum download size is a whole number of bytes from 1",
         ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_LIMIT_REACHED: "fetch the file in a job that may have more bytes",

@@ -100,7 +100,7 @@ def test_the_servers_see_the_helper_and_the_file_is_the_owners(run: Run) -> None
 def test_an_application_can_be_tested_without_a_network(run: Run) -> None:
     done = run("test_your_app.py", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout
-    assert "4 passed" in done.stdout
+    assert "6 passed" in done.stdout
 
 
 # -- the web application

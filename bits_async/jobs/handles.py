@@ -297,7 +297,6 @@ class Job:
     def __init__(self, desk: Desk, entry: Entry) -> None:
         self._desk = desk
         self._entry = entry
-        self.id: Final[UUID] = entry.job.id
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Job) and other.id == self.id
@@ -307,6 +306,11 @@ class Job:
 
     def __repr__(self) -> str:
         return f"<Job {self.id} {self.display_name!r} {self.state.name}>"
+
+    @property
+    def id(self) -> UUID:
+        """What `BitsManager.get_job` finds it by."""
+        return self._entry.job.id
 
     @property
     def display_name(self) -> str:

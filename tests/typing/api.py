@@ -46,6 +46,32 @@ async def looks_right(job: bits.Job, file: bits.JobFile, certificate: bytes) -> 
     return False
 
 
+class Hears(bits.BackgroundCopyCallback):
+    def job_transferred(self, job: bits.Job) -> None:
+        return None
+
+    async def job_error(self, job: bits.Job, error: bits.BitsError) -> None:
+        await job.cancel()
+
+    async def file_ranges_transferred(self, job: bits.Job, file: bits.JobFile, ranges: Sequence[bits.FileRange]) -> None:
+        return None
+
+
+async def notified(job: bits.Job, network: FakeNetwork) -> None:
+    await job.set_notify_interface(Hears())
+    await job.set_notify_interface(None)
+    assert_type(job.notify_interface, bits.BackgroundCopyCallback | None)
+    await job.set_notify_flags(bits.NotifyFlags.JOB_ERROR | bits.NotifyFlags.FILE_TRANSFERRED)
+    await job.set_minimum_notification_interval(1)
+    await job.set_notify_cmd_line("/bin/true")
+    await job.set_notify_cmd_line("/bin/true", ["true", "x"])
+    await job.set_notify_cmd_line("/bin/true", "true x")
+    await job.set_notify_cmd_line(None)
+    assert_type(job.notify_cmd_line, bits.NotifyCmdLine | None)
+    network.fail_command(3, times=2)
+    assert_type(network.commands[0].parameters, tuple[str, ...])
+
+
 async def the_queue() -> None:
     manager = bits.BitsManager(
         store="queue.db", limits=bits.Limits(background_jobs=2), timeouts=bits.Timeouts(connect=5), run=True, logon=logon
