@@ -113,6 +113,17 @@ class _Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
+class Pace(Protocol):
+    """Who is told how fast a body comes."""
+
+    @property
+    def too_slow(self) -> bool: ...
+    @property
+    def told(self) -> str: ...
+    def waited(self, seconds: float, /) -> None: ...
+    def came(self, count: int, /) -> None: ...
+
+
 class Stop(Protocol):
     """What `threading.Event` offers a reader."""
 
@@ -833,7 +844,9 @@ class _Intake:
         piece: "Slice",
         limiter: Limiter | None,
         stop: Stop | None,
+        pace: Pace | None,
     ) -> None:
+        self._pace = pace
         self._store = store
         self._splice = splice
         self._piece = piece
@@ -919,14 +932,23 @@ class _Intake:
 
     def _when_there(self, selector: selectors.BaseSelector, take: Callable[[], int], idle: float) -> int:
         """What `take` gets, as soon as there is something; 0: stopped. Looks before it waits: on a fast line there is always more."""
-        until = time.monotonic() + idle
+        began = time.monotonic()
+        until = began + idle
+        if self._pace is not None and self._pace.too_slow:
+            raise _broken(ErrorCode.ERROR_WINHTTP_TIMEOUT, f"the server is too slow: {self._pace.told}")
         while not self._stopped:
             try:
                 if count := take():
+                    if self._pace is not None:
+                        self._pace.came(count)
                     return count
                 raise _broken(ErrorCode.BG_E_CONNECTION_CLOSED, "the connection ended before the file did")
             except (BlockingIOError, TimeoutError):
                 selector.select(min(_GLANCE, idle))
+                if self._pace is not None:
+                    now = time.monotonic()
+                    self._pace.waited(now - began)
+                    began = now
             except OSError as exc:
                 if not isinstance(exc, ConnectionError) and exc.errno not in _OF_THE_SOCKET:
                     raise  # splice fails for either end: this is the file's
@@ -1080,7 +1102,14 @@ class PartFile:
             await self._run("write", self._store, offset, chunks)
 
     async def receive(
-        self, detached: "Detached", piece: "Slice", limiter: Limiter | None, stop: Stop | None, *, idle: float = _IDLE
+        self,
+        detached: "Detached",
+        piece: "Slice",
+        limiter: Limiter | None,
+        stop: Stop | None,
+        *,
+        idle: float = _IDLE,
+        pace: Pace | None = None,
     ) -> int:
         """Put the rest of a body at `piece.written`, read from its socket by one thread of the token.
 
@@ -1093,19 +1122,20 @@ class PartFile:
             limiter: asked before each read how much to take, and after it how long to rest; None: no limit.
             stop: looked at several times a second; None: only a cancel stops it.
             idle: seconds without a byte after which the connection counts as dead.
+            pace: told how fast they come; None: they may come at any pace.
 
         Returns:
             The bytes moved: all of them, or fewer when it was stopped.
 
         Raises:
-            NetworkError: the connection ended early or fell silent; `piece` counts what came before.
+            NetworkError: the connection ended early, fell silent or was too slow; `piece` counts what came before.
             LocalFileError: a write failed.
         """
         handles = self._handles
         hashed = self._digests.position is not None or self._content.position is not None
         unseen = not hashed and isinstance(detached.socket, socket.socket)
         splice = partial(self._splice, handles) if unseen else None  # else somebody has to see the bytes
-        intake = _Intake(lambda offset, chunks: self._store(handles, offset, chunks), splice, piece, limiter, stop)
+        intake = _Intake(lambda offset, chunks: self._store(handles, offset, chunks), splice, piece, limiter, stop, pace)
         call = _Call(handles, lambda: intake.run(detached, idle))
         with _local_errors(self._files, self.destination, "write"):
             future = self._files.spawn(call)

@@ -35,6 +35,7 @@ from ..transport.ranges import (
     locate,
     missing,
 )
+from ..transport.timeouts import Pace, Timeouts
 from .model import FileRecord, JobRecord
 
 WRITE_BATCH: Final = 1 << 20
@@ -421,7 +422,7 @@ class Attempt:
             if detached is None:
                 await self._pump(download, body, first)
             else:
-                await self._receive(download, body, detached, party.timeouts.idle)
+                await self._receive(download, body, detached, party.timeouts)
             if content and not seam and piece.written - before == body.length:
                 await self._compare_content(download, content)
         if body.length is None:
@@ -554,21 +555,22 @@ class Attempt:
             self._moved(download)
         await self._checkpoint_when_due(download)
 
-    async def _receive(self, download: _Download, body: Body, detached: Detached, idle: float) -> None:
+    async def _receive(self, download: _Download, body: Body, detached: Detached, timeouts: Timeouts) -> None:
         """The fast way: a thread of the file token moves the rest of the body from its socket; here it is only watched."""
         piece, start = download.piece, download.piece.written
         try:
-            while not await self._move(download, _behind(detached, piece.written - start), idle):
+            while not await self._move(download, _behind(detached, piece.written - start), timeouts):
                 pass
         except BitsError as error:
             raise error.located(url=body.url) from None
         finally:
             body.reattach(piece.written - start)
 
-    async def _move(self, download: _Download, detached: Detached, idle: float) -> bool:
+    async def _move(self, download: _Download, detached: Detached, timeouts: Timeouts) -> bool:
         """True: all is there. False: a limit was set where there was none, or the last one lifted, and the rest goes another way."""
         limits = limiter(*self._recorder.levels)
-        move = asyncio.ensure_future(download.part.receive(detached, download.piece, limits, None, idle=idle))
+        pace = Pace(timeouts)
+        move = asyncio.ensure_future(download.part.receive(detached, download.piece, limits, None, idle=timeouts.idle, pace=pace))
         try:
             while not move.done():
                 await asyncio.wait({move}, timeout=LOOK)

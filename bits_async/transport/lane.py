@@ -76,7 +76,7 @@ from .digests import Digests
 from .options import HttpOptions, SecurityFlags
 from .proxies import ProxySettings, route
 from .ranges import Detached, Validator
-from .timeouts import Timeouts
+from .timeouts import Pace, Timeouts
 from .tls import TlsSettings
 
 CONNECTIONS_PER_HOST: Final = 8
@@ -240,6 +240,7 @@ class LaneBody:
         self._response = response
         self._left = verdict.length
         self._idle = lane.timeouts.idle
+        self._pace = Pace(lane.timeouts)
         self._ended = False
         self._silent = False
         self._waiting_since: float | None = None
@@ -254,10 +255,14 @@ class LaneBody:
             raise StopAsyncIteration
         with _placed(self.url, self._lane.identity):
             self._lane.check(self.url)
+            if self._pace.too_slow:
+                code = ErrorCode.ERROR_WINHTTP_TIMEOUT
+                raise make_error(code, ErrorContext.GENERAL_TRANSPORT, f"the server is too slow: {self._pace.told}")
             chunk = await self._read()
             if not chunk:
                 self._end()
                 raise StopAsyncIteration
+            self._pace.came(len(chunk))
             if self._left is not None:
                 self._left -= len(chunk)
                 if self._left < 0:
@@ -269,7 +274,7 @@ class LaneBody:
         if self._watch is None:
             self._watch = loop.call_later(self._idle, self._look)
         with wire_errors(self.url, "receive the file"):
-            self._waiting_since = loop.time()
+            self._waiting_since = since = loop.time()
             try:
                 return await content.readany()
             except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError):
@@ -280,6 +285,7 @@ class LaneBody:
                 raise
             finally:
                 self._waiting_since = None
+                self._pace.waited(loop.time() - since)
 
     def _look(self) -> None:
         """The timer: one that looks at the clock now and then costs less than one that is set for each chunk."""
