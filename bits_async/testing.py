@@ -6,6 +6,7 @@
 
 Managers made inside the `with` use the fake. Answers pass the same judge as real ones. Time jumps: whenever the engine only waits for a
 moment (a retry, say), that moment comes at once, so that a test of an hour of retries takes a fraction of it.
+Callbacks are called as ever; notification commands are written down (`network.commands`) and not run.
 To look at what happens between two moments, stop the clock (`network.clock.freeze()`) and the servers (`network.pause()`).
 """
 

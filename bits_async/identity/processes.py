@@ -440,7 +440,7 @@ async def run_command(
     directory, with umask 077, /dev/null for its three streams, and PATH, HOME, USER, LOGNAME, LANG and `environment` for its
     environment. What it leaves in the background when it ends by itself goes on. At the timeout, and at a cancel, its whole process group
     gets SIGTERM, and SIGKILL 5 seconds later; a descendant that made a session of its own is out of reach. A token without an
-    identity of its own on this machine (`Token.for_network`) runs commands as the process.
+    identity of its own on this machine (`Token.for_network`) runs commands as the process; jobs take no command from it.
 
     Args:
         program: A full path; nothing is searched or expanded. At most 260 characters.

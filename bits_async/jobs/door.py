@@ -7,6 +7,7 @@ from typing import final
 
 from ..auth.policy import credential_fingerprint
 from ..errors import AccessDenied, ImpersonationFailed, InvalidArgument
+from ..identity.logon import NetworkOnly
 from ..identity.tokens import ImpersonationLevel, Token
 from .model import JobRecord, OwnerKey
 
@@ -78,7 +79,7 @@ class Door:
             AccessDenied: it has no local user of its own. Otherwise as `usable`.
         """
         self.usable(token)
-        if token.local.is_process and token.has_credentials:
+        if isinstance(token.local, NetworkOnly) or (token.local.is_process and token.has_credentials):
             message = f"the token of {token.name} has no user of this machine whom a command could run as"
             raise AccessDenied(message, identity=token.name, advice="set the command as a local user, or outside impersonate()")
 
@@ -115,6 +116,10 @@ class Door:
         whoever merely names a principal has not shown to be his (T7)."""
         return token.elevated and token.principal is None and _may_act(token)
 
+    def high_enough(self, caller: Token, job: JobRecord) -> bool:
+        """Whether the caller has the powers that the owner had when he made the job; who makes one as an administrator opens it as one."""
+        return caller.elevated or not job.owner.elevated
+
     def admit(self, caller: Token, job: JobRecord) -> None:
         """The access check.
 
@@ -125,6 +130,6 @@ class Door:
         self.refuse_fake(caller)
         if not (self.is_owner(caller, job.owner) or self.is_elevated(caller)):
             raise AccessDenied(f"the job belongs to {job.owner.name}", job_id=job.id, identity=caller.name)
-        if job.owner.elevated and not caller.elevated:
+        if not self.high_enough(caller, job):
             message = f"the job was made by {job.owner.name} as an administrator"
             raise AccessDenied(message, job_id=job.id, identity=caller.name, advice="open it with an elevated identity")

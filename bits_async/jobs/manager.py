@@ -284,7 +284,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         return Job(desk, entry)
 
     def enum_jobs(self, *, all_users: bool = False) -> AsyncIterator[Job]:
-        """The unfinished jobs of the ambient identity at this call, oldest first; with `all_users` everybody's, for elevated callers only.
+        """The unfinished jobs that `get_job` gives the ambient identity at this call as their owner, oldest first; with `all_users`
+        everybody's, for elevated callers only.
 
         Raises:
             AccessDenied: `all_users` without being elevated.
@@ -297,7 +298,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         if all_users and not desk.door.is_elevated(caller):
             raise AccessDenied("only an elevated identity may list the jobs of all users", identity=caller.name)
         for entry in desk.engine.jobs():
-            if all_users or desk.door.is_owner(caller, entry.job.owner):
+            if all_users or (desk.door.is_owner(caller, entry.job.owner) and desk.door.high_enough(caller, entry.job)):
                 yield Job(desk, entry)
 
     def events(self) -> EventStream:

@@ -15,6 +15,7 @@ import spnego
 
 import bits_async as bits
 from bits_async import ErrorCode, JobState, NotifyFlags, WaitingReason
+from bits_async.identity.logon import NetworkOnly
 from bits_async.testing import FakeNetwork, fake_token
 
 F = NotifyFlags
@@ -656,10 +657,11 @@ async def test_a_command_whose_setter_s_token_was_closed_is_not_run(scene: Scene
     assert scene.network.commands[0].identity == "carol"
 
 
-async def test_t07_a_token_that_is_somebody_on_the_network_only_sets_no_command(scene: Scene) -> None:
+async def test_t09_a_token_that_is_somebody_on_the_network_only_sets_no_command(scene: Scene) -> None:
     job = await scene.job()
-    with bits.impersonate(bits.Token.for_network(spnego.Password("alice@REALM", "guess"))):
-        with pytest.raises(bits.AccessDenied, match="no user of this machine"):
+    nobody = bits.Token._make(NetworkOnly("alice@REALM"), principal="alice@REALM")
+    for token in (bits.Token.for_network(spnego.Password("alice@REALM", "guess")), nobody):
+        with bits.impersonate(token), pytest.raises(bits.AccessDenied, match="no user of this machine"):
             await job.set_notify_cmd_line(PROGRAM)
     assert job.notify_cmd_line is None
 

@@ -129,7 +129,9 @@ async def test_a_job_made_by_an_administrator_is_not_opened_by_the_same_user_wit
         with pytest.raises(bits.AccessDenied):
             await high.token_options()
         await manager.get_job(low.id)
+        assert [job async for job in manager.enum_jobs()] == [low]
     assert (high.owner_elevation_state, high.owner_integrity_level) == (True, 0x3000)
     assert (low.owner_elevation_state, low.owner_integrity_level) == (False, 0x2000)
     with bits.impersonate(fake_token("alice", elevated=True)):
         assert {await manager.get_job(low.id), await manager.get_job(high.id)} == {low, high}
+        assert [job async for job in manager.enum_jobs()] == [high, low]
