@@ -50,7 +50,8 @@ The map of the package; imports point from a lower line to a higher one only:
       transfer.py       one attempt at one job: the only place where a lane meets a file
       notify.py         what happened: events and the streams that carry them
       callbacks.py      telling the application: callbacks and notification commands, at least once
-      engine.py         the jobs in memory, commands on them, the loop that starts and ends attempts
+      roster.py         which jobs are in memory: those at work, those that are held, the next in line
+      engine.py         commands on jobs, the loop that starts and ends attempts
       arguments.py      what callers hand in, checked
       door.py           who may: the access check
       parties.py        a job's network side: credentials, TLS, the origins they are bound to

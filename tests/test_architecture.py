@@ -38,6 +38,7 @@ RANKS_OF_JOBS = (
     {"store", "secrets", "policies"},
     {"scheduler"},
     {"transfer", "notify", "certificates", "conditions", "callbacks"},
+    {"roster"},
     {"engine"},
     {"arguments", "door", "parties", "places"},
     {"handles"},

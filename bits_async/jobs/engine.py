@@ -1,4 +1,4 @@
-"""The queue at work: the jobs in memory, the commands on them, and the loop that starts and ends their attempts.
+"""The queue at work: the commands on jobs, and the loop that starts and ends their attempts. Which jobs are in memory says the roster.
 
 The engine knows tokens only as values to hand on; who may open a job is decided at the door (`manager`). Every change of a job is in
 the journal before it is told to anybody. A command on a job first holds it (nothing picks it up), stops its attempt at a durable point,
@@ -14,8 +14,8 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -40,13 +40,12 @@ from ..errors import (
 )
 from ..files import PartFile, PartRecord, committed_length, discard_draft, discard_part, new_draft
 from ..identity.threads import TokenExecutor, TokenExecutors
-from ..identity.tokens import HelperTokenFlags, Token, TokenPair
+from ..identity.tokens import HelperTokenFlags, Token
 from ..limits import Bucket
 from ..transport.lane import Party
 from ..transport.options import SecurityFlags
 from ..transport.ranges import durable, without
-from .callbacks import Notifier, Outbox, RunCommand, commander
-from .certificates import CertificateJudge
+from .callbacks import Notifier, RunCommand, commander
 from .conditions import Conditions, Hindrance, network_lost
 from .model import (
     NOTHING,
@@ -57,99 +56,26 @@ from .model import (
     FileRecord,
     GrantRecord,
     GrantRemoved,
-    JobProgress,
     JobRecord,
     JobRemoved,
     JobState,
     NotifyFlags,
     Outcome,
     OwnerKey,
-    StoredJob,
     Waiting,
     WaitingReason,
     advance,
     owed_in,
 )
 from .notify import Event, EventStream, FileRestarted, FileTransferred, JobChanged, Progress, Retrying
-from .scheduler import TIME_SLICE, Candidate, Limits, choose, may_retry, retry_delay
+from .roster import Entry, Roster
+from .scheduler import Candidate, Limits, choose, may_retry, retry_delay
 from .store import Store, finish
 from .transfer import Attempt, Workshop
 
+CLOCK_STEP: Final = timedelta(seconds=2)  # by so much the wall clock may run away from the monotonic one before the journal follows
+
 log = logging.getLogger("bits_async.jobs")
-
-
-@dataclass(eq=False, slots=True)
-class Entry:
-    """One job in memory: its records, its tokens and its running attempt."""
-
-    job: JobRecord
-    files: list[FileRecord]
-    grants: list[GrantRecord]
-    owner: Token | None = None
-    helper: Token | None = None
-    positions: dict[int, int] = field(default_factory=dict)  # bytes written, by file
-    farthest: dict[int, int] = field(default_factory=dict)  # of the same version: what counts as progress is beyond
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    changing: asyncio.Lock = field(default_factory=asyncio.Lock)  # each change of the record begins with what the last one left
-    held: int = 0  # commands at work: the scheduler leaves the job alone
-    work: asyncio.Task[None] | None = None
-    supervisor: asyncio.Task[None] | None = None
-    turn: int = 0
-    started: float = 0.0  # monotonic, of the running attempt
-    retry_due: float | None = None  # monotonic
-    failing_since: float | None = None  # monotonic, of the first transient error without progress
-    touched: datetime | None = None  # when bytes last arrived; with the job's own time of change: its last activity
-    stopping: bool = False  # the attempt was told to stop; told again, it could not finish what it does to stop
-    overdue: bool = False  # the attempt is stopped because the job has been transferring for too long
-    hindrance: Hindrance | None = None  # the attempt is stopped because of it
-    bucket: Bucket | None = None  # the job's own limit of speed, once it has run
-    levels: tuple[Bucket, ...] = ()  # all limits of the running attempt
-    paused_by: BitsError | None = None  # why the owner's token could not be had
-    restored: bool = False  # from the journal: a process that died may have left a part file that is not in it yet
-    judge: CertificateJudge | None = None  # the application's own say about servers' certificates
-    answers: dict[int, tuple[tuple[str, str], ...]] = field(default_factory=dict, repr=False)  # last response headers, by file
-    outbox: Outbox = field(default_factory=Outbox)  # what it has to tell, and to whom
-
-    def __post_init__(self) -> None:
-        for file in self.files:
-            position = sum(piece.durable - piece.start for piece in file.slices)
-            self.positions.setdefault(file.index, position)
-            self.farthest.setdefault(file.index, position)
-
-    def stop(self) -> None:
-        """Tell the running attempt to stop at a durable point."""
-        if self.work is not None and not self.stopping:
-            self.stopping = True
-            self.work.cancel()
-
-    @property
-    def pair(self) -> TokenPair:
-        """The tokens as they are now."""
-        return TokenPair(self.owner, self.helper, self.job.helper_flags)
-
-    @property
-    def progress(self) -> JobProgress:
-        """Over all files."""
-        sizes = [file.size for file in self.files]
-        total = None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)
-        done = sum(1 for file in self.files if file.transferred)
-        return JobProgress(total, sum(self.positions.get(file.index, 0) for file in self.files), len(self.files), done)
-
-    @property
-    def next_url(self) -> str | None:
-        """What is to be fetched next; None: nothing."""
-        wanted = (file for file in self.files if (file.outstanding if self.job.on_demand_mode else not file.transferred))
-        return next((file.url for file in wanted), None)
-
-    @property
-    def satisfied(self) -> bool:
-        """On demand: all that was asked for is there."""
-        return self.job.on_demand_mode and not any(file.outstanding for file in self.files)
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether a file is still to be fetched."""
-        return any(not file.transferred for file in self.files)
 
 
 class _Report:
@@ -193,7 +119,6 @@ class _Report:
         if position > entry.farthest.get(index, 0):
             entry.failing_since = None
             entry.farthest[index] = position
-            entry.touched = self._engine.clock.now()
         entry.positions[index] = position
         self._engine.notifier.modified(entry)
         self._engine.publish_progress(entry)
@@ -230,6 +155,8 @@ class Engine:
         party: the network side of a job's file, for the token that acts there and its security threads.
         find_owner: asks for the token of a job whose owner has none in this process; None: not to be had now.
         run_command: how notification commands are run.
+        adopt: the token of an owner for whom the process may stand in after a restart.
+        hold: jobs that are found wait for a resume.
     """
 
     def __init__(
@@ -243,9 +170,10 @@ class Engine:
         party: Callable[[Entry, Token, TokenExecutor, int], Awaitable[Party]],
         find_owner: Callable[[Entry], Awaitable[Token | None]],
         run_command: RunCommand,
-        time_slice: float = TIME_SLICE,
+        adopt: Callable[[OwnerKey], Awaitable[Token | None]],
+        hold: bool = False,
     ) -> None:
-        self.entries: dict[UUID, Entry] = {}
+        self.roster = Roster(store, adopt=adopt, restored=self._restored, hold=hold)
         self.clock: Clock = shop.clock
         self.failure: BitsError | None = None
         self.closed = False
@@ -256,13 +184,23 @@ class Engine:
         self._run = run
         self._party = party
         self._find_owner = find_owner
-        self._time_slice = time_slice
+        self._hold = hold
         self._stopped = False
         self._commands: set[asyncio.Future[None]] = set()  # under way
         self._streams: set[EventStream] = set()
         self._changed: set[asyncio.Future[None]] = set()
         self._wake = asyncio.Event()
         self._turns = 0
+        self._looked = self.clock.monotonic(), self.clock.now()  # when this round of the loop began
+        self._offset = _offset(*self._looked)
+        self._moment: datetime | None = None  # the next one at which the journal has something due
+        self._moments_stale = True
+        self._idle_moment: datetime | None = None  # the next one at which nobody has touched a job for too long
+        self._network_returned = False
+        self._put_aside: list[Entry] = []  # wait for an event since this round of the loop; it may have happened before
+        self._looked_through: int | None = 0  # of the jobs that wait for an event: so far; None: all
+        self._owing_from: int | None = 0  # of the jobs with a command that is to be run: looked through so far; None: all
+        self._setters: dict[OwnerKey, Token] = {}  # who came and had set commands
         self._loop_task: asyncio.Task[None] | None = None
         self._searches: dict[str, asyncio.Task[None]] = {}
         self.notifier = Notifier(clock=self.clock, task=self.task, told=self._told, changed=self.announce, run_command=run_command)
@@ -274,53 +212,42 @@ class Engine:
 
     # -- life -----------------------------------------------------------------------------------------------------------------------
 
-    async def start(self, adopt: Callable[[OwnerKey], Awaitable[Token | None]], *, hold: bool = False) -> None:
-        """Put the jobs of the journal back in the queue, or with `hold` let them wait for a resume.
-
-        `adopt` says for whom the process may stand in.
+    async def start(self) -> None:
+        """Put the jobs of the journal back in the queue.
 
         Raises:
-            StoreError: the journal cannot be read.
+            StoreError: the journal cannot be used.
         """
-        self.notifier.commands = self._run and not hold
-        for stored in await self._store.load():
-            entry = await self._restore(stored, await adopt(stored.job.owner), hold=hold)
-            if stored.job.notify_setter is not None:
-                setter = await adopt(stored.job.notify_setter)
-                entry.outbox.commander = None if setter is None else (stored.job.notify_setter, setter)
-            self.notifier.look(entry)
+        self.notifier.commands = self._run and not self._hold
+        await self._store.recover(self.clock.now(), TokenRequired("the helper token did not survive the restart"))
+        self._turns = await self._store.last_turn()
         if self._run:
-            await self._conditions.open(self._wake.set, self._network_back)
+            await self._conditions.open(self._conditions_changed, self._network_back)
             self._loop_task = self.task(self._loop(), "bits-engine")
 
-    async def _restore(self, stored: StoredJob, owner: Token | None, *, hold: bool) -> Entry:
-        """After a restart: running jobs are queued again, and a job that needs a helper token has lost it (BG_E_TOKEN_REQUIRED)."""
-        job = stored.job
-        entry = Entry(job, list(stored.files), list(stored.grants), owner=owner, restored=True)
-        self.entries[job.id] = entry
-        if job.helper_flags is not HelperTokenFlags.NONE and not job.state.is_settled:
-            error = TokenRequired("the helper token did not survive the restart", job_id=job.id)
-            await self._refuse_restored(entry, error)
-        elif job.id in self._store.lost_secrets and not job.state.is_settled:
-            message = "the journal's key file was lost or replaced, and a secret of this job cannot be read"
-            code = ErrorCode.BG_E_INVALID_CREDENTIALS
-            await self._refuse_restored(entry, make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=job.id))
-        elif hold and not job.state.is_settled:
+    async def _restored(self, entry: Entry) -> None:
+        """What the journal does not say of a job that was read from it."""
+        job, setter = entry.job, entry.job.notify_setter
+        if setter is not None and entry.outbox.commander is None:
+            token = self._setters.get(setter) or await self.roster.adopted(setter)
+            entry.outbox.commander = None if token is None else (setter, token)
+        if job.id in self._store.lost_secrets and not job.state.is_settled and not entry.refused:
+            await self._refuse(entry)
+        elif self._hold and not job.state.is_settled:
             entry.job = replace(job, state=JobState.SUSPENDED, retry_at=None)
-        elif job.state.is_active:
-            entry.job = replace(job, state=advance(job.state, Outcome.REOPENED))
-        elif job.state is JobState.TRANSIENT_ERROR:
-            left = 0.0 if job.retry_at is None else (job.retry_at - self.clock.now()).total_seconds()
-            longest = job.minimum_retry_delay if job.error is None else retry_delay(job.minimum_retry_delay, job.error)
-            entry.retry_due = self.clock.monotonic() + min(max(left, 0.0), longest)  # the wall clock may have been changed
+        elif job.state is JobState.TRANSIENT_ERROR and entry.failing_since is None:
             entry.failing_since = self.clock.monotonic() - job.stalled
-        return entry
+        self.notifier.look(entry)
 
-    async def _refuse_restored(self, entry: Entry, error: BitsError) -> None:
-        job = entry.job
-        owed = owed_in(JobState.ERROR, job.notify_flags)
-        entry.job = replace(job, state=JobState.ERROR, error=error, error_count=job.error_count + 1, retry_at=None, owed=owed)
-        await self._store.save(entry.job)
+    async def _refuse(self, entry: Entry) -> None:
+        """A secret of the job is lost: it says so once, and then it is for whoever resumes it."""
+        entry.refused = True
+        job, code = entry.job, ErrorCode.BG_E_INVALID_CREDENTIALS
+        message = "the journal's key file was lost or replaced, and a secret of this job cannot be read"
+        error = make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=job.id)
+        fields: dict[str, Any] = {"error": error, "error_count": job.error_count + 1, "retry_at": None}
+        await self.change(entry, state=JobState.ERROR, **fields)
+        self.roster.keep(entry)
 
     async def stop(self, grace: float) -> None:
         """Stop every attempt at a durable point and let commands end; what does not within `grace` seconds is left behind.
@@ -334,8 +261,8 @@ class Engine:
         for task in self._searches.values():
             task.cancel()
         telling = self.task(self.notifier.stop(grace), "bits-notifier-end")
-        supervisors = {entry.supervisor for entry in self.entries.values() if entry.supervisor is not None}
-        for entry in self.entries.values():
+        supervisors = {entry.supervisor for entry in self.roster.running if entry.supervisor is not None}
+        for entry in self.roster.running:
             entry.stop()
         waiting = supervisors | set(self._searches.values()) | self._commands
         if waiting:
@@ -356,7 +283,7 @@ class Engine:
             self.failure = error
             log.error("the engine has stopped: %s", error)
             self.notifier.halt()
-            for entry in self.entries.values():
+            for entry in self.roster.running:
                 entry.stop()
         self._wake.set()
         self._tell_waiters()
@@ -405,20 +332,25 @@ class Engine:
             fields["modified"] = self.clock.now()
             if "state" in fields:
                 fields["owed"] = owed_in(fields["state"], entry.job.notify_flags)
+            if "no_progress_timeout" in fields and _awaited(entry.job) is not None:
+                fields["gives_up_at"] = self._patience(entry, fields["no_progress_timeout"])
             await self.save(replace(entry.job, **fields), *files, then=partial(self._show, entry, files, fields))
 
     def _show(self, entry: Entry, files: Sequence[FileRecord], fields: dict[str, Any]) -> None:
-        before = entry.job.state
+        before = entry.job
         entry.job = replace(entry.job, **fields)  # a server may have answered in the meantime
+        self.roster.changed(before, entry.job)
+        if JobState.TRANSIENT_ERROR in (before.state, entry.job.state):
+            self._moments_stale = True
         for file in files:
             entry.files[file.index : file.index + 1] = [file]
         if entry.bucket is not None and "maximum_bandwidth" in fields:
             entry.bucket.set_rate(entry.job.maximum_bandwidth)
         if "state" in fields:
             entry.outbox.turns[None] += 1
-        if entry.job.state is not before or "retry_at" in fields:
+        if entry.job.state is not before.state or "retry_at" in fields:
             self.announce(entry)
-        if entry.job.state not in (JobState.TRANSFERRED, JobState.ERROR) or entry.job.state is before:
+        if entry.job.state not in (JobState.TRANSFERRED, JobState.ERROR) or entry.job.state is before.state:
             self.notifier.modified(entry)
         self._wake.set()
 
@@ -481,8 +413,11 @@ class Engine:
     def stream(self, wants: Callable[[UUID], bool], ends: Callable[[JobState], bool]) -> EventStream:
         """A new reader."""
 
-        def snapshot(job_id: UUID) -> JobChanged | None:
-            entry = self.entries.get(job_id)
+        async def snapshot(job_id: UUID) -> JobChanged | None:
+            try:
+                entry = await self.roster.find(job_id)
+            except BitsError:  # the journal is closed, or broken: the stream says so at its end
+                entry = self.roster.live(job_id)
             return None if entry is None else self.snapshot(entry)
 
         stream = EventStream(wants=wants, snapshot=snapshot, ends=ends, closed=self._streams.discard)
@@ -503,7 +438,8 @@ class Engine:
         if not self._run:
             return Waiting(WaitingReason.MANAGER_CLOSED)
         if entry.owner is None:
-            return Waiting(WaitingReason.NO_OWNER_TOKEN, detail=str(entry.paused_by.message) if entry.paused_by else "")
+            absence = self.roster.absence(job.owner)
+            return Waiting(WaitingReason.NO_OWNER_TOKEN, detail=absence.message if absence else "")
         if not job.may_run:
             return Waiting(WaitingReason.NOT_FOREGROUND)
         return Waiting(WaitingReason.QUEUE)
@@ -516,12 +452,45 @@ class Engine:
         """
         while not done():
             self.check()
-            future = asyncio.get_running_loop().create_future()
-            self._changed.add(future)
-            try:
-                await future
-            finally:
-                self._changed.discard(future)
+            async with self._next_change() as changed:
+                await changed
+
+    async def until_idle(self) -> None:
+        """Wait until no job is QUEUED, CONNECTING, TRANSFERRING or TRANSIENT_ERROR.
+
+        Raises:
+            StoreError: the engine failed. ManagerClosed: it was closed.
+        """
+        while True:
+            async with self._next_change() as changed, self.reading():
+                if not await self._store.is_busy():
+                    return
+                await changed
+
+    @contextlib.asynccontextmanager
+    async def _next_change(self) -> AsyncIterator[asyncio.Future[None]]:
+        """Done when any job has changed since it was entered, or the engine ends."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changed.add(future)
+        try:
+            yield future
+        finally:
+            self._changed.discard(future)
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Around what reads the journal for somebody: that the engine is closed, or has failed, is what he hears first."""
+        self.check()
+        try:
+            yield
+        except BitsError:
+            self.check()
+            raise
+
+    async def count(self, owner_sid: str | None, most: int) -> int:
+        """How many jobs are in the queue (None: of any owner); counts no further than `most`."""
+        async with self.reading():
+            return await self._store.count(owner_sid=owner_sid, most=most)
 
     def _tell_waiters(self) -> None:
         for future in self._changed:
@@ -544,6 +513,10 @@ class Engine:
                 yield
             finally:
                 entry.held -= 1
+                self.roster.keep(entry)
+                if entry.job.state is JobState.TRANSIENT_ERROR:  # it was passed over meanwhile
+                    self._moments_stale = True
+                    self._put_aside.append(entry)
                 self._commands.discard(ended)
                 ended.cancel()  # done, for those who wait for it
                 self._wake.set()
@@ -562,7 +535,9 @@ class Engine:
         return entry
 
     def _enter(self, entry: Entry) -> None:
-        self.entries[entry.job.id] = entry
+        for other in self.roster.enter(entry):
+            self.announce(other)
+            self._wake.set()
         self.announce(entry)
 
     async def add_files(self, entry: Entry, files: Sequence[FileRecord]) -> None:
@@ -593,7 +568,7 @@ class Engine:
         message, where = "the application refused the content of the file", {"url": file.url, "path": file.path, "job_id": job.id}
         error = make_error(ErrorCode.BG_E_VALIDATION_FAILED, ErrorContext.REMOTE_FILE, message, **where)
         state = job.state if job.state is JobState.ERROR else advance(job.state, Outcome.FAILED)
-        entry.retry_due = entry.failing_since = None
+        entry.failing_since = None
         entry.positions[index] = 0
         entry.farthest.pop(index, None)
         fields: dict[str, Any] = {"error": error, "error_file": index, "error_count": job.error_count + 1, "retry_at": None}
@@ -615,7 +590,7 @@ class Engine:
             http = http.bound(Origin.of(file.original_url) for file in entry.files)
             bound = bind(entry)
             await self.save(*bound, then=partial(entry.grants.__setitem__, slice(None), bound))
-        entry.retry_due = entry.failing_since = None
+        entry.failing_since = None
         files = [replace(file, restarts=0, refetches=0, wrong_digest=None) for file in entry.files if file.restarts or file.refetches]
         fresh: dict[str, Any] = {"active": 0.0, "error": None, "error_file": None, "retry_number": 0, "retry_at": None, "stalled": 0.0}
         await self.change(entry, files=files, state=state, resumed=True, http=http, **fresh)
@@ -628,7 +603,7 @@ class Engine:
             state = self._next(entry, Command.SUSPEND)
             if entry.job.state is state:
                 return
-            entry.retry_due = entry.failing_since = None
+            entry.failing_since = None
             await self.change(entry, state=state, retry_at=None)
 
     def _next(self, entry: Entry, event: Command) -> JobState:
@@ -764,10 +739,10 @@ class Engine:
     def _taken_over(self, entry: Entry, taken: Entry) -> None:
         entry.job = replace(entry.job, state=JobState.CANCELLED, error=None)  # for those who hold the old entry it has left the queue
         entry.grants.clear()
-        entry.owner = entry.helper = entry.judge = entry.retry_due = None
+        entry.owner = entry.helper = entry.judge = None
         self.announce(entry)
-        self.entries[taken.job.id] = taken
-        self.announce(taken)
+        self.roster.leave(entry)
+        self._enter(taken)
         self._wake.set()
 
     async def _leave(self, entry: Entry, state: JobState) -> None:
@@ -777,7 +752,7 @@ class Engine:
         entry.job = replace(entry.job, state=state, modified=self.clock.now(), error=None)
         entry.grants.clear()
         self.announce(entry)
-        self.entries.pop(entry.job.id, None)
+        self.roster.leave(entry)
         entry.owner = entry.helper = None
         self._wake.set()
 
@@ -788,14 +763,17 @@ class Engine:
         try:
             while self.failure is None:
                 self._wake.clear()
-                began = self.clock.monotonic()
-                await self._retry_due()
+                self._looked = self.clock.monotonic(), self.clock.now()
+                await self._follow_the_clock()
+                await self._come_due()
                 await self._expire()
                 await self._let_go()
+                await self._run_commands()
+                for entry in await self.roster.look_ahead():
+                    self._search_owner(entry)
                 await self._hold_up()
-                self._search_owners()
                 self._schedule()
-                await self._sleep_until_woken(self._next_deadline(began))
+                await self._sleep_until_woken(await self._next_deadline())
         except BitsError as error:
             self.fail(error)
 
@@ -815,32 +793,96 @@ class Engine:
     async def _timer(self, delay: float) -> None:
         await self.clock.sleep(delay)
 
-    async def _retry_due(self) -> None:
-        now = self.clock.monotonic()
-        for entry in list(self.entries.values()):
-            due = entry.retry_due is not None and entry.retry_due <= now
-            if due and not entry.held and entry.job.state is JobState.TRANSIENT_ERROR:
-                entry.retry_due = None
-                await self.change(entry, state=advance(entry.job.state, Outcome.RETRY_DUE), retry_at=None)
+    async def _follow_the_clock(self) -> None:
+        """Jobs wait by the monotonic clock: when the wall clock was changed, the moments in the journal go with it."""
+        offset = _offset(self.clock.monotonic(), self.clock.now())
+        step, before = offset - self._offset, self._offset
+        if abs(step) < CLOCK_STEP:
+            return
+        self._offset = offset
+        log.info("the wall clock was changed by %g s", step.total_seconds())
+        waiting = {entry: entry.job for entry in self.roster if entry.job.state is JobState.TRANSIENT_ERROR}
+        await self._store.shift_retries(offset - before)
+        self._moments_stale = True
+        for entry, job in waiting.items():
+            if (entry.job.retry_at, entry.job.gives_up_at) == (job.retry_at, job.gives_up_at):
+                await self.change(entry, retry_at=_later(job.retry_at, step), gives_up_at=_later(job.gives_up_at, step))
+
+    async def _come_due(self) -> None:
+        """Queue jobs again whose retry delay is over, and give up those that waited too long for an event: a page of them each round."""
+        _, now = self._looked
+        if self._network_returned:
+            self._network_returned = False
+            await self._hasten(now)
+        if not self._moments_stale and (self._moment is None or self._moment > now):
+            return
+        for entry in await self.roster.due(now):
+            job = entry.job
+            if entry.held or job.state is not JobState.TRANSIENT_ERROR:
+                continue
+            if job.retry_at is not None and job.retry_at <= now:
+                await self.change(entry, state=advance(job.state, Outcome.RETRY_DUE), retry_at=None)
+            elif job.retry_at is None and job.gives_up_at is not None and job.gives_up_at <= now and job.error is not None:
+                await self._give_up(entry, _no_progress(job.error, job.no_progress_timeout), job.active)
 
     def _network_back(self) -> None:
         """A network came (back): whatever a job waits for, it may be better now (BITS: "Life Cycle of a BITS Job")."""
-        now = self.clock.monotonic()
-        for entry in self.entries.values():
-            if entry.job.state is JobState.TRANSIENT_ERROR and _awaited(entry.job) is None:
-                entry.retry_due = now
+        self._network_returned = True
+        self._wake.set()
+
+    async def _hasten(self, now: datetime) -> None:
+        """Every retry is due."""
+        waiting = [entry for entry in self.roster if entry.job.state is JobState.TRANSIENT_ERROR and entry.job.retry_at is not None]
+        await self.roster.hasten(now)
+        self._moments_stale = True
+        for entry in waiting:
+            if entry.job.state is not JobState.TRANSIENT_ERROR or entry.job.retry_at is None:
+                continue
+            if entry.held:
+                await self.change(entry, retry_at=now)
+            else:
+                await self.change(entry, state=advance(entry.job.state, Outcome.RETRY_DUE), retry_at=None)
+
+    def _conditions_changed(self) -> None:
+        """What jobs wait for may have happened."""
+        self._looked_through = 0
+        self._wake.set()
 
     async def _let_go(self) -> None:
-        """Queue the jobs again whose hindrance has ended."""
-        for entry in list(self.entries.values()):
-            if entry.job.state is JobState.TRANSIENT_ERROR and _awaited(entry.job) is not None and not entry.held:
-                url = entry.next_url
-                if url is None or self._conditions.in_reach(entry.job.proxy, url):
-                    await self.change(entry, state=advance(entry.job.state, Outcome.NETWORK_BACK))
+        """Queue the jobs again whose hindrance has ended: those of which it was not known when it began, and of all a page each round."""
+        aside, self._put_aside = self._put_aside, []
+        for entry in aside:
+            await self._maybe_let_go(entry)
+        if self._looked_through is None:
+            return
+        page, self._looked_through = await self.roster.awaiting(self._looked_through)
+        for entry in page:
+            await self._maybe_let_go(entry)
+        if self._looked_through is not None:
+            self._wake.set()
+
+    async def _maybe_let_go(self, entry: Entry) -> None:
+        job, url = entry.job, entry.next_url
+        if job.state is not JobState.TRANSIENT_ERROR or _awaited(job) is None or entry.held:
+            return  # of what is held the end of the command reminds us
+        if url is None or self._conditions.in_reach(job.proxy, url):
+            await self.change(entry, state=advance(job.state, Outcome.NETWORK_BACK))
+
+    async def _run_commands(self) -> None:
+        """Bring the jobs into memory that owe somebody the run of a command, a page each round: there the notifier sees to them."""
+        if self._owing_from is None or not self.notifier.commands:
+            return
+        page, self._owing_from = await self.roster.owing(self._owing_from)
+        for entry in page:
+            self.notifier.look(entry)
+            if entry.owner is None and self.notifier.waits_for_owner(entry):
+                self._search_owner(entry)
+        if self._owing_from is not None:
+            self._wake.set()
 
     async def _hold_up(self) -> None:
         """Interrupt the jobs that cannot run now, those that only wait for their turn too (BITS: TRANSIENT_ERROR)."""
-        for entry in list(self.entries.values()):
+        for entry in self.roster.candidates:
             idle = entry.job.state is JobState.QUEUED and not entry.held and entry.supervisor is None
             if not idle and (entry.work is None or entry.stopping):
                 continue
@@ -855,61 +897,66 @@ class Engine:
 
     async def _expire(self) -> None:
         """End attempts that have had their time (MaximumDownloadTime), and cancel jobs that nobody has touched for too long."""
-        now, limit = self.clock.monotonic(), self._limits.job_inactivity_timeout
-        for entry in list(self.entries.values()):
+        now = self.clock.monotonic()
+        for entry in self.roster.running:
             if entry.work is not None and now >= self._download_deadline(entry):
                 entry.overdue = True
                 entry.stop()
-            elif (deadline := self._progress_deadline(entry)) is not None and now >= deadline and not entry.held:
-                assert entry.job.error is not None
-                await self._give_up(entry, _no_progress(entry.job.error, entry.job.no_progress_timeout), entry.job.active)
-            elif limit is None or entry.held or entry.job.state.is_active or entry.job.state.is_final:  # final since the last await
+        if self._limits.job_inactivity_timeout is not None:
+            await self._cancel_untouched(timedelta(seconds=self._limits.job_inactivity_timeout))
+
+    async def _cancel_untouched(self, limit: timedelta) -> None:
+        _, now = self._looked
+        if self._idle_moment is not None and self._idle_moment > now:
+            return
+        page = await self.roster.longest_untouched()
+        idle = [job_id for job_id, when in page if when + limit <= now]
+        self._idle_moment = None if idle else min((when + limit for _, when in page), default=now + limit)
+        for entry in await self.roster.find_all(idle):
+            if entry.held or entry.job.state.is_active or entry.job.state.is_final or entry.job.modified + limit > now:
                 continue
-            elif self._idle(entry) >= limit:
-                log.warning("job %s: cancelled after %g s without activity", entry.job.id, limit)
-                await self.cancel(entry)
+            log.warning("job %s: cancelled after %g s without activity", entry.job.id, limit.total_seconds())
+            await self.cancel(entry)
 
     def _download_deadline(self, entry: Entry) -> float:
         return entry.started + max(0.0, entry.job.maximum_download_time - entry.job.active)
 
-    def _progress_deadline(self, entry: Entry) -> float | None:
-        """When a job that waits for an event has waited too long; None: it does not, or may for ever."""
-        job, since = entry.job, entry.failing_since
-        if job.state is not JobState.TRANSIENT_ERROR or _awaited(job) is None or since is None or not job.no_progress_timeout:
+    def _patience(self, entry: Entry, timeout: float) -> datetime | None:
+        """When a job that waits for an event has waited too long; None: it may for ever."""
+        if not timeout or entry.failing_since is None:
             return None  # without a timeout the next error is fatal; this one was not
-        return since + job.no_progress_timeout
+        return self.clock.now() + timedelta(seconds=entry.failing_since + timeout - self.clock.monotonic())
 
-    def _idle(self, entry: Entry) -> float:
-        last = entry.job.modified if entry.touched is None else max(entry.job.modified, entry.touched)
-        return (self.clock.now() - last).total_seconds()
-
-    def _next_deadline(self, began: float) -> float | None:
+    async def _next_deadline(self) -> float | None:
         """Seconds until something is due that was not when this round of the loop began; None: only a change brings something."""
-        now = self.clock.monotonic()
-        due = [entry.retry_due for entry in self.entries.values() if entry.retry_due is not None]
-        due += [self._download_deadline(entry) for entry in self.entries.values() if entry.work is not None]
-        due += [moment for entry in self.entries.values() if (moment := self._progress_deadline(entry)) is not None]
-        limit = self._limits.job_inactivity_timeout
-        if limit is not None:
-            due += [now + limit - self._idle(entry) for entry in self.entries.values()]
-        if any(entry.job.state is JobState.QUEUED for entry in self.entries.values()):
-            due += [entry.started + self._time_slice for entry in self.entries.values() if entry.work is not None]
-        return min((max(0.0, moment - now) for moment in due if moment > began), default=None)
+        if self._wake.is_set():
+            return None  # it will not sleep
+        (began, seen), limit = self._looked, self._limits.job_inactivity_timeout
+        if self._moments_stale or (self._moment is not None and self._moment <= seen):
+            self._moments_stale = False
+            self._moment = await self.roster.next_due(seen)
+        running = [entry for entry in self.roster.running if entry.work is not None]
+        due = [self._download_deadline(entry) for entry in running]
+        if any(entry.job.state is JobState.QUEUED for entry in self.roster.candidates):
+            due += [entry.started + self._limits.time_slice for entry in running]
+        now, wall = self.clock.monotonic(), self.clock.now()
+        waits = [moment - now for moment in due if moment > began]
+        waits += [(each - wall).total_seconds() for each in (self._moment, self._idle_moment if limit is not None else None) if each]
+        return min((max(0.0, seconds) for seconds in waits), default=None)
 
-    def _search_owners(self) -> None:
+    def _search_owner(self, entry: Entry) -> None:
         """Ask once per owner for the token of queued jobs that have none."""
-        for entry in self.entries.values():
-            wanted = entry.job.state is JobState.QUEUED or self.notifier.waits_for_owner(entry)
-            if wanted and entry.owner is None and entry.job.owner.sid not in self._searches:
-                self._searches[entry.job.owner.sid] = self.task(self._search(entry), "bits-owner")
+        if entry.job.owner.sid not in self._searches:
+            self._searches[entry.job.owner.sid] = self.task(self._search(entry), "bits-owner")
 
     async def _search(self, entry: Entry) -> None:
         try:
             token = await self._find_owner(entry)
         except Exception as error:  # whatever the application's logon() raises must not end the queue
             message = f"logon() failed: {type(error).__name__}"
-            entry.paused_by = error if isinstance(error, BitsError) else ImpersonationFailed(message)
-            log.warning("job %s: no token for its owner %s: %s", entry.job.id, entry.job.owner.name, entry.paused_by)
+            reason = error if isinstance(error, BitsError) else ImpersonationFailed(message)
+            log.warning("job %s: no token for its owner %s: %s", entry.job.id, entry.job.owner.name, reason)
+            self.roster.owner_refused(entry.job.owner, reason)
             self.announce(entry)
             return
         if token is not None:
@@ -919,44 +966,54 @@ class Engine:
 
     def owner_found(self, entry: Entry, token: Token) -> None:
         """A token that matches the owner key: every job of that very owner has its owner again."""
-        for other in self.entries.values():
-            if other.owner is None and other.job.owner == entry.job.owner:
-                other.owner, other.paused_by = token, None
-                self.announce(other)
+        for other in self.roster.owner_found(entry.job.owner, token):
+            self.announce(other)
         self.setter_found(entry.job.owner, token)
         self._wake.set()
 
     def setter_found(self, key: OwnerKey, token: Token) -> None:
         """A token that matches the key of whoever set commands: those that wait for it are run."""
-        for entry in self.entries.values():
+        self._setters[key] = token
+        for entry in self.roster:
             if entry.job.notify_setter == key and commander(entry) is None:
                 entry.outbox.commander = key, token
                 self.announce(entry)
+        self._owing_from = 0
+        self._wake.set()
 
     def _schedule(self) -> None:
         now = self.clock.monotonic()
         # a job that a command holds, or whose last attempt is being wound up, is not started; while it runs, it has its place
-        looked_at = [e for e in self.entries.values() if e.job.state.is_active or not (e.held or e.supervisor)]
-        choice = choose([self._candidate(entry, now) for entry in looked_at], self._limits)
+        looked_at = {e.job.id: e for e in self.roster.candidates if e.job.state.is_active or not (e.held or e.supervisor)}
+        choice = choose([self._candidate(entry, now) for entry in looked_at.values()], self._limits)
         for job_id in choice.yield_:
-            self.entries[job_id].stop()
+            looked_at[job_id].stop()
         for job_id in choice.start:
-            self._start(self.entries[job_id])
+            self._start(looked_at[job_id])
 
     def _candidate(self, entry: Entry, now: float) -> Candidate:
         job = entry.job
-        over = entry.work is not None and now - entry.started >= self._time_slice
-        return Candidate(job.id, job.state, job.priority, entry.turn, entry.owner is not None and job.may_run, over)
+        over = entry.work is not None and now - entry.started >= self._limits.time_slice
+        return Candidate(job.id, job.state, job.priority, job.turn, self._may_start(entry), over)
+
+    def _may_start(self, entry: Entry) -> bool:
+        job = entry.job
+        if job.state is not JobState.QUEUED or entry.owner is None or not job.may_run:
+            return False
+        url = entry.next_url  # of a host that may be out of reach the answer is waited for
+        return self._conditions.hindrance(job, url) is None and (url is None or bool(self._conditions.in_reach(job.proxy, url)))
 
     def _start(self, entry: Entry) -> None:
         self._turns += 1
-        entry.turn = self._turns
+        entry.last_turn = entry.job.turn
+        entry.job = replace(entry.job, turn=self._turns)
         entry.started = self.clock.monotonic()
         entry.stopping = entry.overdue = False
         entry.hindrance = None
         entry.bucket = entry.bucket or self._conditions.bucket(entry.job)
         entry.levels = self._conditions.levels(entry.job, entry.bucket)
         self.move_in_memory(entry, Outcome.PICKED)
+        self.roster.begin(entry)
         entry.work = self.task(self._work(entry), f"bits-attempt-{entry.job.id}")
         entry.supervisor = self.task(self._supervise(entry, entry.work), f"bits-supervisor-{entry.job.id}")
 
@@ -974,6 +1031,7 @@ class Engine:
             self.fail(error)
         finally:
             entry.supervisor = None
+            self.roster.end(entry)
             self._wake.set()
 
     async def _settle(self, entry: Entry, work: asyncio.Task[None]) -> None:
@@ -997,7 +1055,8 @@ class Engine:
             state = advance(entry.job.state, Outcome.RANGES_DONE)
             await self.change(entry, state=state, active=active, error=None, retry_number=0, stalled=0.0)
         else:  # it was stopped, or a file was added at the last moment
-            await self.change(entry, state=advance(entry.job.state, Outcome.YIELDED), active=active)
+            turn = entry.last_turn if self.closed else entry.job.turn  # the next manager goes on with it first
+            await self.change(entry, state=advance(entry.job.state, Outcome.YIELDED), active=active, turn=turn)
 
     def _understand(self, entry: Entry, failure: BaseException) -> BitsError:
         if isinstance(failure, BitsError):
@@ -1027,6 +1086,7 @@ class Engine:
 
     async def _put_off(self, entry: Entry, error: BitsError, active: float, *, untimed: bool) -> None:
         """An error: the next attempt is after a while, or, `untimed`, when what hinders the job has ended; or there is none."""
+        await self._follow_the_clock()
         job, now = entry.job, self.clock.monotonic()
         if error.transient and entry.failing_since is None:
             entry.failing_since = now
@@ -1037,16 +1097,18 @@ class Engine:
                 error = _no_progress(error, job.no_progress_timeout)
             await self._give_up(entry, error, active)
             return
-        entry.retry_due = None if untimed else now + delay
         until = None if untimed else self.clock.now() + timedelta(seconds=delay)
         log.warning("%s; %s", error.located(job_id=job.id), "the job waits" if untimed else f"next attempt in {delay:g} s")
         fields: dict[str, Any] = {"retry_number": 1 if stalled == 0.0 else job.retry_number + 1, "retry_at": until, "stalled": stalled}
+        fields["gives_up_at"] = self._patience(entry, job.no_progress_timeout) if untimed else None
         state = advance(job.state, Outcome.FAILED_FOR_NOW)
         await self.change(entry, state=state, error=error, error_count=job.error_count + 1, active=active, **fields)
+        if untimed:
+            self._put_aside.append(entry)
 
     async def _give_up(self, entry: Entry, error: BitsError, active: float) -> None:
         job = entry.job
-        entry.retry_due = entry.failing_since = None
+        entry.failing_since = None
         fields: dict[str, Any] = {"error_count": job.error_count + 1, "retry_at": None, "stalled": 0.0, "active": active}
         log.info("%s", error.located(job_id=job.id))
         await self.change(entry, state=advance(job.state, Outcome.FAILED), error=error, **fields)
@@ -1059,10 +1121,6 @@ class Engine:
         for token in tokens:
             if token is not None:
                 await self._shop.network.forget(token)
-
-    def jobs(self) -> Iterator[Entry]:
-        """Every job in the queue."""
-        yield from list(self.entries.values())
 
 
 def _drafted(file: FileRecord) -> FileRecord:
@@ -1089,6 +1147,15 @@ _AWAITED: Final[Mapping[int, WaitingReason]] = {ErrorCode.BG_E_NETWORK_DISCONNEC
 def _awaited(job: JobRecord) -> WaitingReason | None:
     """What a job in TRANSIENT_ERROR waits for; None: for its next attempt."""
     return None if job.retry_at is not None or job.error is None else _AWAITED.get(job.error.code)
+
+
+def _offset(monotonic: float, wall: datetime) -> datetime:
+    """What the wall clock showed at the beginning of the monotonic one: another value, and somebody has changed it."""
+    return wall - timedelta(seconds=monotonic)
+
+
+def _later(moment: datetime | None, by: timedelta) -> datetime | None:
+    return None if moment is None else moment + by
 
 
 def _short(error: BitsError | None) -> str:

@@ -50,7 +50,7 @@ from .arguments import (
 from .callbacks import Listener
 from .certificates import CertificateJudge
 from .door import Door
-from .engine import Engine, Entry
+from .engine import Engine
 from .model import (
     RETRY_DELAY_FLOOR,
     Cancellation,
@@ -69,6 +69,7 @@ from .model import (
 )
 from .notify import EventStream
 from .parties import Parties, kept_from_proxies, named_origins, not_plain
+from .roster import Entry
 from .scheduler import Limits
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Desk:
         self.engine.check()
         return self.engine
 
-    def new_record(self, display_name: str, priority: JobPriority, owner: Token) -> JobRecord:
+    async def new_record(self, display_name: str, priority: JobPriority, owner: Token) -> JobRecord:
         """A job as it begins, if the limits leave room for it."""
         if not isinstance(display_name, str) or not 1 <= len(display_name) <= DISPLAY_NAME_LENGTH:
             raise InvalidArgument(f"a display name has 1 to {DISPLAY_NAME_LENGTH} characters")
@@ -111,11 +112,11 @@ class Desk:
         engine = self.ready()
         key = self.door.owner_key(self.door.usable(owner))
         most = self.limits.jobs_per_user
-        if most is not None and not owner.elevated and sum(e.job.owner.sid == key.sid for e in engine.jobs()) >= most:
+        if most is not None and not owner.elevated and await engine.count(key.sid, most) >= most:
             message = f"{key.name} has {most} unfinished jobs"
             raise make_error(ErrorCode.BG_E_TOO_MANY_JOBS_PER_USER, ErrorContext.GENERAL_QUEUE_MANAGER, message, identity=key.name)
         most = self.limits.jobs_per_machine
-        if most is not None and not owner.elevated and len(engine.entries) >= most:
+        if most is not None and not owner.elevated and await engine.count(None, most) >= most:
             code = ErrorCode.BG_E_TOO_MANY_JOBS_PER_MACHINE
             raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"the queue has {most} unfinished jobs", identity=key.name)
         now, proxy = engine.clock.now(), resolve(ProxySettings.preconfig(), os.environ)

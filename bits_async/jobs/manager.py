@@ -30,13 +30,14 @@ from .arguments import FileInfo, StrPath, checked_bandwidth
 from .callbacks import RunCommand, commander
 from .conditions import Conditions
 from .door import Door, identity_of
-from .engine import Engine, Entry
+from .engine import Engine
 from .handles import Desk, Job, JobFile
-from .model import JobPriority, JobState, OwnerKey
+from .model import JobPriority, OwnerKey
 from .notify import EventStream, Progress
 from .orders import Order, carry_out
 from .parties import Parties
 from .places import OneShot, default_store, locked, make_state_directories, private_store, state_directory
+from .roster import Entry
 from .scheduler import Limits
 from .store import SqliteStore, finish
 from .transfer import Workshop
@@ -157,10 +158,12 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             party=parties.party,
             find_owner=self._find_owner,
             run_command=self._seams.run_command if self._seams else _run_command,
+            adopt=_adopt,
+            hold=self._one_shot is not None,
         )
         door = Door(self._store.fingerprint_key, fakes=self._seams is not None)
         self._desk = Desk(engine, asyncio.get_running_loop(), door, parties, self._limits)  # the first attempts and logon() need it
-        await engine.start(self._adopt, hold=self._one_shot is not None)
+        await engine.start()
 
     @property
     def set_aside(self) -> Path | None:
@@ -208,8 +211,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
 
     async def _close_store(self, store: SqliteStore) -> None:
         private = self._one_shot is not None and self._one_shot.private
-        if private and self._desk is not None and not self._desk.engine.entries and self._desk.engine.failure is None:
-            await store.remove()  # nothing is left to continue
+        if private and self._desk is not None and self._desk.engine.failure is None:
+            await store.remove()  # if nothing is left to continue
         else:
             await store.close()
 
@@ -254,7 +257,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
 
     async def _create_job(self, display_name: str, priority: JobPriority, owner: Token) -> Job:
         desk = self._at_desk()
-        return Job(desk, await desk.engine.add(desk.new_record(display_name, priority, owner), owner))
+        return Job(desk, await desk.engine.add(await desk.new_record(display_name, priority, owner), owner))
 
     def get_job(self, job_id: UUID | str) -> Coroutine[Any, Any, Job]:
         """The access check: a handle on an unfinished job, for the ambient identity at this call.
@@ -272,7 +275,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             key = job_id if isinstance(job_id, UUID) else UUID(job_id)
         except (ValueError, AttributeError, TypeError):
             raise InvalidArgument(f"a job's id is a UUID, not {str(job_id)[:50]!r}") from None
-        entry = desk.engine.entries.get(key)
+        async with desk.engine.reading():
+            entry = await desk.engine.roster.find(key)
         if entry is None:
             raise NotFound(job_id=key)
         desk.door.admit(caller, entry.job)
@@ -297,9 +301,16 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         desk.door.refuse_fake(caller)
         if all_users and not desk.door.is_elevated(caller):
             raise AccessDenied("only an elevated identity may list the jobs of all users", identity=caller.name)
-        for entry in desk.engine.jobs():
-            if all_users or (desk.door.is_owner(caller, entry.job.owner) and desk.door.high_enough(caller, entry.job)):
-                yield Job(desk, entry)
+        pages = desk.engine.roster.pages(None if all_users else caller.sid)
+        while True:
+            async with desk.engine.reading():
+                page = await anext(pages, None)
+            if page is None:
+                return
+            for entry in page:
+                mine = desk.door.is_owner(caller, entry.job.owner) and desk.door.high_enough(caller, entry.job)
+                if not entry.job.state.is_final and (all_users or mine):
+                    yield Job(desk, entry)
 
     def events(self) -> EventStream:
         """Events of every job that the ambient identity at this call may open, those made later too, until the manager closes."""
@@ -310,7 +321,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         who, elevated = door.identity(caller), door.is_elevated(caller)
 
         def wants(job_id: UUID) -> bool:
-            entry = engine.entries.get(job_id)
+            entry = engine.roster.live(job_id)
             return entry is not None and (elevated or who == identity_of(entry.job.owner))
 
         return engine.stream(wants, lambda _: False)
@@ -322,22 +333,9 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             ManagerClosed: the manager closed first. StoreError: the journal failed.
         """
         engine = self._at_desk().engine
-        await engine.until(lambda: all(e.job.state.is_settled or e.job.state is JobState.SUSPENDED for e in engine.jobs()))
+        await engine.until_idle()
 
     # -- who may ------------------------------------------------------------------------------------------------------------------------
-
-    async def _adopt(self, key: OwnerKey) -> Token | None:
-        """The token of an owner, or of who set a command, for whom the process may stand in after a restart (T13), else None."""
-        process = Token.for_process()
-        if key.process:
-            return process if key.local == process.local.key else None
-        if key.principal is not None or key.proof is not None or process.local.key not in ("uid:0", key.local):
-            return None
-        try:
-            token = await Token.for_user(key.name)
-        except BitsError:
-            return None  # the user is gone, or may not be taken: the job waits for a token and says so
-        return token if token.local.key == key.local and token.name == key.name else None
 
     def _handles(self, entry: Entry, file: int) -> tuple[Job, JobFile]:
         assert self._desk is not None  # attempts begin when the manager is open
@@ -440,3 +438,17 @@ async def download(
     manager._one_shot = OneShot(order.file.path, private=store is None)
     async with manager:
         return await manager._download(order)
+
+
+async def _adopt(key: OwnerKey) -> Token | None:
+    """The token of an owner for whom the process may stand in after a restart (T13), else None."""
+    process = Token.for_process()
+    if key.process:
+        return process if key.local == process.local.key else None
+    if key.principal is not None or key.proof is not None or process.local.key not in ("uid:0", key.local):
+        return None
+    try:
+        token = await Token.for_user(key.name)
+    except BitsError:
+        return None  # the user is gone, or may not be taken: the job waits for a token and says so
+    return token if token.local.key == key.local and token.name == key.name else None

@@ -363,7 +363,8 @@ class JobRecord:
     error_file: int | None = None  # index of the file the error is about
     error_count: int = 0
     retry_number: int = 0  # transient errors in a row
-    retry_at: datetime | None = None  # wall clock, for people and for a restart; the running engine waits by the monotonic clock
+    retry_at: datetime | None = None  # wall clock; None: no attempt is due by itself
+    gives_up_at: datetime | None = None  # wall clock: so long the job waits for an event; without one, for ever
     stalled: float = 0.0  # seconds since the first transient error without progress
     active: float = 0.0  # seconds spent CONNECTING and TRANSFERRING
     notify_flags: NotifyFlags = NotifyFlags.JOB_TRANSFERRED | NotifyFlags.JOB_ERROR

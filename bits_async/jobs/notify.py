@@ -7,7 +7,7 @@ into its newest, and a reader who falls 1,000 other events behind is told how ma
 import asyncio
 import enum
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -114,7 +114,7 @@ class EventStream(AsyncIterator[Event], AbstractAsyncContextManager["EventStream
         self,
         *,
         wants: Callable[[UUID], bool],
-        snapshot: Callable[[UUID], JobChanged | None],
+        snapshot: Callable[[UUID], Awaitable[JobChanged | None]],
         ends: Callable[[JobState], bool],
         closed: Callable[["EventStream"], None],
     ) -> None:
@@ -172,6 +172,8 @@ class EventStream(AsyncIterator[Event], AbstractAsyncContextManager["EventStream
 
     async def __anext__(self) -> Event:
         while True:
+            if self._lost and not self._queue:
+                await self._recover()
             event = self._next()
             if event is not None:
                 return event
@@ -185,8 +187,6 @@ class EventStream(AsyncIterator[Event], AbstractAsyncContextManager["EventStream
             await self._ready.wait()
 
     def _next(self) -> Event | None:
-        if self._lost and not self._queue:
-            self._recover()
         if not self._queue:
             return None
         item = self._queue.popleft()
@@ -196,14 +196,13 @@ class EventStream(AsyncIterator[Event], AbstractAsyncContextManager["EventStream
             self._unread -= 1
         return item
 
-    def _recover(self) -> None:
-        lost, self._lost = self._lost, {}
-        for job_id, count in lost.items():
-            now = self._snapshot(job_id)
-            if now is None:
-                continue
-            self._queue += [EventsLost(time=now.time, job_id=job_id, count=count), now]
-            self._unread += 2
+    async def _recover(self) -> None:
+        for job_id in list(self._lost):
+            now = await self._snapshot(job_id)
+            count = self._lost.pop(job_id, 0)  # what came while the job was read is in the snapshot, or lost with the others
+            if now is not None and count:
+                self._queue += [EventsLost(time=now.time, job_id=job_id, count=count), now]
+                self._unread += 2
 
     def _leave(self) -> None:
         self._ended = True

@@ -17,10 +17,11 @@ from ..identity.ambient import current_token
 from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.proxies import ProxySettings, resolve
 from .arguments import CheckedFile, FileInfo, checked_file, checked_helper_flags, checked_seconds, file_record
-from .engine import Engine, Entry
+from .engine import Engine
 from .handles import DISPLAY_NAME_LENGTH, Desk, Job
 from .model import RETRY_DELAY_FLOOR, GrantRemoved, JobPriority, JobState
 from .notify import JobChanged, Progress
+from .roster import Entry
 
 PROGRESS_INTERVAL: Final = 0.5
 
@@ -109,7 +110,7 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
     desk.door.usable(order.owner)
     entry = await _found(desk, order)
     if entry is None:
-        record = desk.new_record(order.display_name, order.priority, order.owner)
+        record = await desk.new_record(order.display_name, order.priority, order.owner)
         entry = await engine.add(record, order.owner, [file_record(record.id, 0, order.file)])
     elif not entry.job.state.is_settled and entry.job.state is not JobState.SUSPENDED:
         await engine.suspend(entry)
@@ -117,6 +118,8 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
         desk.door.check_helper(order.helper, order.caller)
     async with engine.command(entry):
         stale = [token for token in (entry.owner, entry.helper) if token not in (order.owner, order.helper)]
+        if entry.owner is None:
+            engine.owner_found(entry, order.owner)
         entry.owner, entry.helper = order.owner, order.helper
         file = entry.files[0]
         if order.file.digests and order.file.digests != file.digests:
@@ -141,7 +144,9 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
 
 async def _found(desk: Desk, order: Order) -> Entry | None:
     engine = desk.ready()
-    for entry in engine.jobs():
+    async with engine.reading():
+        there = await engine.roster.with_destination(order.file.path, owner_sid=order.owner.sid)
+    for entry in there:
         mine = entry.job.display_name == order.display_name and desk.door.is_owner(order.owner, entry.job.owner)
         if mine and len(entry.files) == 1 and entry.files[0].path == order.file.path:
             if entry.files[0].original_url == order.file.url:

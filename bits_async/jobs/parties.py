@@ -26,8 +26,9 @@ from ..transport.proxies import route
 from ..transport.timeouts import Timeouts
 from ..transport.tls import TlsSettings, read_revocation_lists
 from .certificates import callback_required
-from .engine import Engine, Entry
+from .engine import Engine
 from .model import GrantRecord
+from .roster import Entry
 
 
 def named_origins(entry: Entry, target: AuthTarget) -> frozenset[Origin]:

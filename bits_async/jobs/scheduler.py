@@ -22,6 +22,7 @@ class Limits:
 
     Attributes:
         background_jobs: jobs below FOREGROUND that transfer at the same time, 1 or more.
+        time_slice: seconds after which a running background job lets another one of its priority go on, if one waits.
         connections_per_host: connections to one host and port (of the proxy, where there is one), 1 or more.
         jobs_per_user: unfinished jobs of one owner; None: any number. Elevated owners are exempt from this and the next three.
         jobs_per_machine: unfinished jobs in the queue; None: any number.
@@ -32,6 +33,7 @@ class Limits:
     """
 
     background_jobs: int = 1
+    time_slice: float = TIME_SLICE
     connections_per_host: int = 8
     jobs_per_user: int | None = None
     jobs_per_machine: int | None = None
@@ -48,6 +50,8 @@ class Limits:
                 raise InvalidArgument(f"Limits({name}=) takes a whole number from 1, not {value!r}")
         if self.job_inactivity_timeout is not None and not 0 < self.job_inactivity_timeout < math.inf:
             raise InvalidArgument("Limits(job_inactivity_timeout=) takes a positive number of seconds")
+        if isinstance(self.time_slice, bool) or not isinstance(self.time_slice, int | float) or not self.time_slice > 0:
+            raise InvalidArgument("Limits(time_slice=) takes a positive number of seconds")
 
     @classmethod
     def windows(cls) -> "Limits":

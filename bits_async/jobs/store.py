@@ -240,7 +240,9 @@ SCHEMA: Final = (
         state, priority, turn, number, dynamic_content, owner_sid, owner_name, owner_proof, owner_process, owner_elevated);
     CREATE INDEX jobs_by_last_turn ON jobs (turn) WHERE turn > 0;
     CREATE INDEX jobs_by_owner ON jobs (owner_sid);
-    CREATE INDEX jobs_by_retry ON jobs (retry_at) WHERE retry_at IS NOT NULL;
+    ALTER TABLE jobs ADD COLUMN gives_up_at INTEGER;
+    CREATE INDEX jobs_by_moment ON jobs (ifnull(retry_at, gives_up_at)) WHERE state = 5;
+    CREATE INDEX jobs_awaiting ON jobs (number) WHERE state = 5 AND retry_at IS NULL;
     CREATE INDEX jobs_by_change ON jobs (modified);
     CREATE INDEX jobs_with_helper ON jobs (state) WHERE helper_flags <> 0;
     CREATE INDEX files_by_path ON files (path);
@@ -308,8 +310,8 @@ class Store(Protocol):
 
     async def recover(self, now: datetime, lost_helper: BitsError) -> None:
         """Put what the last manager left behind in order, before anything is loaded: jobs that were at work are QUEUED, unfinished ones
-        with helper flags are in ERROR with `lost_helper` (each as its own job's), and no retry is farther off than its delay, because
-        the wall clock may have been changed.
+        with helper flags are in ERROR with `lost_helper` (each as its own job's), no retry is farther off than its delay, because the
+        wall clock may have been changed, and who waits for an event has the rest of his time before him.
         """
 
     async def load(self, job_ids: Collection[UUID] | None = None) -> list[StoredJob]:
@@ -335,14 +337,24 @@ class Store(Protocol):
     async def is_busy(self) -> bool:
         """Whether a job is QUEUED, CONNECTING, TRANSFERRING or TRANSIENT_ERROR."""
 
-    async def retries_due(self, now: datetime, count: int) -> list[UUID]:
-        """Jobs in TRANSIENT_ERROR whose next attempt is due, the longest due first, so many at most."""
+    async def due(self, now: datetime, count: int) -> list[UUID]:
+        """Jobs in TRANSIENT_ERROR whose next attempt is due, or that give up waiting, the longest due first, so many at most."""
 
-    async def next_retry(self, after: datetime) -> datetime | None:
-        """The next moment after that one at which a retry is due; None: there is none."""
+    async def next_due(self, after: datetime) -> datetime | None:
+        """The next moment after that one at which a job is due; None: there is none."""
 
     async def shift_retries(self, by: timedelta) -> None:
-        """Every retry moves by so much: the wall clock was changed."""
+        """Every such moment is by so much later: the wall clock was changed."""
+
+    async def hasten_retries(self, now: datetime) -> None:
+        """Every next attempt is due."""
+
+    async def awaiting(self, after: int, count: int) -> list[tuple[int, UUID]]:
+        """Jobs in TRANSIENT_ERROR without a next attempt: they wait for an event. In the order of their creation, from behind the one
+        with that number; so many at most."""
+
+    async def owing(self, after: int, count: int) -> list[tuple[int, UUID]]:
+        """Jobs with a command that is to be run, in the order of their creation, from behind the one with that number; so many at most."""
 
     async def longest_untouched(self, count: int) -> list[tuple[UUID, datetime]]:
         """The jobs that have not been changed for longest, so many at most, with the time of that change."""
@@ -358,9 +370,6 @@ class Store(Protocol):
 
     async def with_destination(self, path: Path, *, owner_sid: str) -> list[UUID]:
         """Jobs of that owner with a file for that path, oldest first."""
-
-    async def owing(self) -> list[UUID]:
-        """Jobs whose end a notification command has not been told of, oldest first."""
 
     async def save(self, *changes: Change) -> None:
         """All changes, in this order, or none of them; durable when it returns. Cancelled, it is finished first.
@@ -723,17 +732,29 @@ class SqliteStore:
         """See `Store.is_busy`."""
         return bool((await self._ask(_IS_BUSY))[0]["busy"])
 
-    async def retries_due(self, now: datetime, count: int) -> list[UUID]:
-        """See `Store.retries_due`."""
-        return [UUID(row["id"]) for row in await self._ask(_RETRIES_DUE, now=now, count=count)]
+    async def due(self, now: datetime, count: int) -> list[UUID]:
+        """See `Store.due`."""
+        return [UUID(row["id"]) for row in await self._ask(_DUE, now=now, count=count)]
 
-    async def next_retry(self, after: datetime) -> datetime | None:
-        """See `Store.next_retry`."""
-        return _maybe_time((await self._ask(_NEXT_RETRY, after=after))[0]["retry_at"])
+    async def next_due(self, after: datetime) -> datetime | None:
+        """See `Store.next_due`."""
+        return _maybe_time((await self._ask(_NEXT_DUE, after=after))[0]["moment"])
 
     async def shift_retries(self, by: timedelta) -> None:
         """See `Store.shift_retries`."""
         await self._ask(_SHIFT_RETRIES, by=by // _MICROSECOND)
+
+    async def hasten_retries(self, now: datetime) -> None:
+        """See `Store.hasten_retries`."""
+        await self._ask(_HASTEN_RETRIES, now=now)
+
+    async def awaiting(self, after: int, count: int) -> list[tuple[int, UUID]]:
+        """See `Store.awaiting`."""
+        return [(row["number"], UUID(row["id"])) for row in await self._ask(_AWAITING, after=after, count=count)]
+
+    async def owing(self, after: int, count: int) -> list[tuple[int, UUID]]:
+        """See `Store.owing`."""
+        return [(row["number"], UUID(row["id"])) for row in await self._ask(_OWING, after=after, count=count)]
 
     async def longest_untouched(self, count: int) -> list[tuple[UUID, datetime]]:
         """See `Store.longest_untouched`."""
@@ -757,10 +778,6 @@ class SqliteStore:
     async def with_destination(self, path: Path, *, owner_sid: str) -> list[UUID]:
         """See `Store.with_destination`."""
         return [UUID(row["id"]) for row in await self._ask(_WITH_DESTINATION, path=path, owner_sid=owner_sid)]
-
-    async def owing(self) -> list[UUID]:
-        """See `Store.owing`."""
-        return [UUID(row["id"]) for row in await self._ask(_OWING)]
 
     async def _ask(self, sql: str, **values: Any) -> list[Row]:
         return await finish(self._asked(sql, _columns(**values)))
@@ -1030,16 +1047,26 @@ _IN_LINE: Final = """
     ORDER BY turn, number"""
 _LAST_TURN: Final = "SELECT ifnull(max(turn), 0) AS turn FROM jobs WHERE turn > 0"
 _IS_BUSY: Final = "SELECT EXISTS (SELECT * FROM jobs WHERE state IN (0, 1, 2, 5)) AS busy"
-_RETRIES_DUE: Final = "SELECT id FROM jobs INDEXED BY jobs_by_retry WHERE retry_at <= :now AND state = 5 ORDER BY retry_at LIMIT :count"
-_NEXT_RETRY: Final = "SELECT min(retry_at) AS retry_at FROM jobs WHERE retry_at > :after"
-_SHIFT_RETRIES: Final = "UPDATE jobs SET retry_at = retry_at + :by WHERE retry_at IS NOT NULL"
+_DUE: Final = """
+    SELECT id FROM jobs INDEXED BY jobs_by_moment WHERE ifnull(retry_at, gives_up_at) <= :now AND state = 5
+    ORDER BY ifnull(retry_at, gives_up_at) LIMIT :count"""
+_NEXT_DUE: Final = """
+    SELECT min(ifnull(retry_at, gives_up_at)) AS moment FROM jobs INDEXED BY jobs_by_moment
+    WHERE ifnull(retry_at, gives_up_at) > :after AND state = 5"""
+_SHIFT_RETRIES: Final = "UPDATE jobs SET retry_at = retry_at + :by, gives_up_at = gives_up_at + :by WHERE state = 5"
+_HASTEN_RETRIES: Final = "UPDATE jobs SET retry_at = :now WHERE state = 5 AND retry_at > :now"
+_AWAITING: Final = """
+    SELECT number, id FROM jobs INDEXED BY jobs_awaiting WHERE state = 5 AND retry_at IS NULL AND number > :after
+    ORDER BY number LIMIT :count"""
+_OWING: Final = """
+    SELECT number, id FROM jobs INDEXED BY jobs_owing WHERE owed <> 0 AND notify_program IS NOT NULL AND number > :after
+    ORDER BY number LIMIT :count"""
 _UNTOUCHED: Final = "SELECT id, modified FROM jobs ORDER BY modified LIMIT :count"
 _NUMBERED: Final = "SELECT number, id FROM jobs WHERE number > :after ORDER BY number LIMIT :count"
 _NUMBERED_OF_OWNER: Final = "SELECT number, id FROM jobs WHERE owner_sid = :owner_sid AND number > :after ORDER BY number LIMIT :count"
 _LAST_NUMBER: Final = "SELECT ifnull(max(number), 0) AS number FROM jobs"
 _COUNT: Final = "SELECT count(*) AS jobs FROM (SELECT 1 FROM jobs LIMIT :most)"
 _COUNT_OF_OWNER: Final = "SELECT count(*) AS jobs FROM (SELECT 1 FROM jobs WHERE owner_sid = :owner_sid LIMIT :most)"
-_OWING: Final = "SELECT id FROM jobs WHERE owed <> 0 AND notify_program IS NOT NULL ORDER BY number"
 _WITH_DESTINATION: Final = """
     SELECT DISTINCT jobs.number, jobs.id FROM files CROSS JOIN jobs ON jobs.id = files.job_id
     WHERE files.path = :path AND jobs.owner_sid = :owner_sid ORDER BY jobs.number"""
@@ -1049,6 +1076,9 @@ _RECOVERY: Final = (
     """
     UPDATE jobs SET retry_at = :now + CAST(1000000 * max(minimum_retry_delay, :floor, ifnull(error_retry_after, 0)) AS INTEGER)
     WHERE state = 5 AND retry_at - :now > 1000000 * max(minimum_retry_delay, :floor, ifnull(error_retry_after, 0))""",
+    """
+    UPDATE jobs SET gives_up_at = iif(no_progress_timeout > 0, :now + CAST(1000000 * (no_progress_timeout - stalled) AS INTEGER), NULL)
+    WHERE state = 5 AND retry_at IS NULL""",
 )
 _LOST_HELPERS: Final = """
     UPDATE jobs SET state = 4, {error}, error_job_id = id, error_count = error_count + 1, retry_at = NULL,
@@ -1415,6 +1445,7 @@ def _job_row(job: JobRecord) -> Values:
         notify_setter=job.notify_setter and json.dumps(asdict(job.notify_setter)),
         minimum_notification_interval=float(job.minimum_notification_interval),
         owed=job.owed,
+        gives_up_at=job.gives_up_at,
         turn=job.turn,
     )
 
@@ -1599,6 +1630,7 @@ def _job(row: Row) -> JobRecord:
         notify_setter=None if row["notify_setter"] is None else OwnerKey(**json.loads(row["notify_setter"])),
         minimum_notification_interval=row["minimum_notification_interval"],
         owed=NotifyFlags(row["owed"]),
+        gives_up_at=_maybe_time(row["gives_up_at"]),
         turn=row["turn"],
     )
 

@@ -28,7 +28,10 @@ def retrying(n):
 
 
 def stream(**over):
-    options = {"wants": lambda _: True, "snapshot": lambda _: changed(), "ends": lambda s: s.is_settled, "closed": lambda _: None}
+    async def snapshot(_):
+        return changed()
+
+    options = {"wants": lambda _: True, "snapshot": snapshot, "ends": lambda s: s.is_settled, "closed": lambda _: None}
     return EventStream(**{**options, **over})
 
 

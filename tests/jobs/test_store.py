@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -555,13 +555,28 @@ async def test_retries_come_due_in_their_order_and_follow_the_wall_clock(path: P
     jobs = [a_job(state=JobState.TRANSIENT_ERROR, retry_at=now + timedelta(seconds=left)) for left in (30, 10, 20)]
     async with opened(path) as store:
         await store.save(*jobs, a_job(state=JobState.SUSPENDED))
-        assert await store.retries_due(now + timedelta(seconds=20), 9) == [jobs[1].id, jobs[2].id]
-        assert await store.retries_due(now + timedelta(seconds=20), 1) == [jobs[1].id]
-        assert await store.next_retry(now + timedelta(seconds=20)) == jobs[0].retry_at
-        assert await store.next_retry(now + timedelta(seconds=30)) is None
+        assert await store.due(now + timedelta(seconds=20), 9) == [jobs[1].id, jobs[2].id]
+        assert await store.due(now + timedelta(seconds=20), 1) == [jobs[1].id]
+        assert await store.next_due(now + timedelta(seconds=20)) == jobs[0].retry_at
+        assert await store.next_due(now + timedelta(seconds=30)) is None
         await store.shift_retries(timedelta(hours=-1, microseconds=-1))
         (stored, *_) = await store.load([jobs[0].id])
         assert stored.job.retry_at == now + timedelta(seconds=30, hours=-1, microseconds=-1)
+        await store.hasten_retries(now - timedelta(days=1))
+        assert len(await store.due(now - timedelta(days=1), 9)) == 3
+
+
+async def test_jobs_that_wait_for_an_event_are_found_in_their_order_and_when_they_have_waited_too_long(path: Path) -> None:
+    now = a_job().created
+    jobs = [a_job(state=JobState.TRANSIENT_ERROR, gives_up_at=given) for given in (None, now + timedelta(days=1), now)]
+    late = replace(jobs[2], id=uuid4(), retry_at=now + timedelta(days=9))
+    async with opened(path) as store:
+        await store.save(a_job(), *jobs, late)
+        first = await store.awaiting(0, 2)
+        assert [job_id for _, job_id in first] == [jobs[0].id, jobs[1].id]
+        assert [job_id for _, job_id in await store.awaiting(first[-1][0], 9)] == [jobs[2].id]
+        assert await store.due(now, 9) == [jobs[2].id]
+        assert await store.next_due(now) == now + timedelta(days=1)
 
 
 async def test_what_the_last_manager_left_behind_is_put_in_order(path: Path) -> None:
@@ -572,15 +587,17 @@ async def test_what_the_last_manager_left_behind_is_put_in_order(path: Path) -> 
     retrying = a_job(state=JobState.TRANSIENT_ERROR, retry_at=far, minimum_retry_delay=60)
     asked = a_job(state=JobState.TRANSIENT_ERROR, retry_at=far, minimum_retry_delay=60, error=error)
     soon = a_job(state=JobState.TRANSIENT_ERROR, retry_at=now + timedelta(seconds=59))
+    awaiting = a_job(state=JobState.TRANSIENT_ERROR, gives_up_at=now, no_progress_timeout=100.0, stalled=40.0)
     gone = make_error(ErrorCode.BG_E_TOKEN_REQUIRED, ErrorContext.GENERAL_QUEUE_MANAGER, "it is gone")
     async with opened(path) as store:
-        await store.save(*states.values(), running, retrying, asked, soon)
+        await store.save(*states.values(), running, retrying, asked, soon, awaiting)
         await store.recover(now, gone)
         found = {stored.job.id: stored.job for stored in await store.load()}
     assert found[running.id] == replace(running, state=JobState.QUEUED)
     assert found[retrying.id].retry_at == now + timedelta(seconds=60)
     assert found[asked.id].retry_at == now + timedelta(hours=1)
     assert found[soon.id] == soon
+    assert found[awaiting.id].gives_up_at == now + timedelta(seconds=60)
     for state, before in states.items():
         after = found[before.id]
         if state.is_settled:
@@ -637,9 +654,11 @@ async def test_what_is_asked_of_all_jobs_is_answered_by_an_index_without_sorting
             await store.in_line(JobPriority.NORMAL, dynamic=False, absent=[ALICE], count=64)
             await store.last_turn()
             await store.is_busy()
-            await store.retries_due(now, 64)
-            await store.next_retry(now)
+            await store.due(now, 64)
+            await store.next_due(now)
             await store.shift_retries(timedelta())
+            await store.hasten_retries(now)
+            await store.awaiting(0, 64)
             await store.longest_untouched(64)
             await store.numbered(0, owner_sid=None, count=64)
             await store.numbered(0, owner_sid="", count=64)
@@ -647,7 +666,7 @@ async def test_what_is_asked_of_all_jobs_is_answered_by_an_index_without_sorting
             await store.count(owner_sid="", most=64)
             await store.with_destination(Path("/srv"), owner_sid="")
             await store.load([a_job().id])
-    assert len(plans) == 17
+    assert len(plans) == 19
     for sql, plan in plans.items():
         limited = ("SCAN json_each", "SCAN CONSTANT", "SCAN (subquery", "SCAN jobs USING INDEX jobs_by_change")
         assert not [step for step in plan.split("; ") if step.startswith("SCAN ") and not step.startswith(limited)], (sql, plan)

@@ -247,7 +247,7 @@ async def test_t14_custom_headers_are_in_no_repr_event_log_error_or_file(place, 
             str(error.fields()),
             repr(job),
             repr(manager),
-            repr(manager._desk.engine.entries),
+            repr(list(manager._desk.engine.roster)),
             repr(job.files),
         ]
         texts += [repr(record.__dict__) for record in caplog.records]

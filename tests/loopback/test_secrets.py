@@ -179,6 +179,6 @@ async def test_t14_no_object_that_an_application_holds_shows_a_secret(tmp_path):
         file = await job.add_file("https://h.test/f?" + QUERY, tmp_path / "f")
         await job.set_credentials(AuthTarget.SERVER, AuthScheme.BASIC, "u", "Password-of-the-job")
         shown = [repr(o) for o in (token, manager, job, file, job.files, job.proxy_settings, job.progress, await job.token_options())]
-        shown += [repr(vars(manager)), repr(manager._desk.engine.entries)]
+        shown += [repr(vars(manager)), repr(list(manager._desk.engine.roster))]
         gc.collect()
         assert_absent(["Password-in-a-token", "Password-of-the-job", QUERY], shown)
