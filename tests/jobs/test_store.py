@@ -987,8 +987,9 @@ async def test_closing_leaves_no_thread_and_no_descriptor(path: Path) -> None:
     assert [name for name in descriptors() if str(path) in name] == []
 
 
-async def test_ten_thousand_jobs_are_read_quickly_and_by_one_query_for_each_table(path: Path) -> None:
-    jobs = [a_job(display_name=str(number), state=JobState.QUEUED) for number in range(10_000)]
+@pytest.mark.parametrize("count", [1, 300])
+async def test_jobs_are_read_by_one_query_for_each_table_however_many_they_are(path: Path, count: int) -> None:
+    jobs = [a_job(display_name=str(number), state=JobState.QUEUED) for number in range(300)]
     changes: list[JobRecord | FileRecord] = []
     for job in jobs:
         changes += [job, a_file(job, slices=(Slice(0, None, 0, 0),))]
@@ -997,14 +998,11 @@ async def test_ten_thousand_jobs_are_read_quickly_and_by_one_query_for_each_tabl
     async with opened(path) as store:
         queries: list[str] = []
         await store._db.set_trace_callback(queries.append)
-        began = time.perf_counter()
-        stored = await store.load()
-        took = time.perf_counter() - began
+        stored = await store.load([job.id for job in jobs[-count:]])
         await store._db.set_trace_callback(lambda _: None)
     assert len(queries) == 5
-    assert [s.job.display_name for s in stored[:3]] == ["0", "1", "2"]
+    assert [each.job.display_name for each in stored] == [str(number) for number in range(300 - count, 300)]
     assert stored[-1].files == (a_file(jobs[-1], slices=(Slice(0, None, 0, 0),)),)
-    assert took < 10
 
 
 async def test_one_save_takes_as_many_statements_for_two_thousand_files_as_for_two(path: Path) -> None:
