@@ -1,12 +1,13 @@
 """Which tests cannot run on this machine, why, and the command that would change that.
 
-Tests say what they need by a marker, `privileged` or `realm`. A test whose needs are not met is deselected and listed at
+Tests say what they need by a marker, `privileged`, `realm` or `traced`. A test whose needs are not met is deselected and listed at
 the end of the run: never skipped in silence. With CI=true anything left out, and any skip, is a failure.
 """
 
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -57,6 +58,14 @@ def missing_kerberos() -> str | None:
     return f"Python packages not installed: {', '.join(absent)} (they are built with krb5-config of libkrb5-dev)" if absent else None
 
 
+def missing_strace() -> str | None:
+    program = find_program("strace")
+    if program is None:
+        return "not installed: strace"
+    done = subprocess.run([program, "-o", os.devnull, "true"], capture_output=True, text=True, check=False)
+    return f"strace may not trace here: {done.stderr.strip()}" if done.returncode else None
+
+
 @dataclass
 class Piece:
     """Something a machine has or lacks."""
@@ -75,6 +84,7 @@ def _install() -> str:
 PIECES = (
     Piece("root", "privileged", missing_root, "sudo make test"),
     Piece("the servers of a Kerberos realm", "realm", missing_servers, _install()),
+    Piece("strace", "traced", missing_strace, _install()),
     Piece("the extra 'kerberos'", "realm", missing_kerberos, f"{_install()} && make test"),
 )
 
