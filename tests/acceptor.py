@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,11 +24,12 @@ LINE_LIMIT = 4 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one token led to: the answering token, and the user once the login is complete."""
+    """What one token led to: the answering token, and the user once the login is complete; whose tickets came with it."""
 
     token: bytes
     user: str | None
     error: str | None
+    delegated: str | None = None
 
 
 class Context:
@@ -60,7 +61,7 @@ class Context:
     async def step(self, token: bytes) -> Verdict:
         self._send(token=base64.b64encode(token).decode())
         found = json.loads(await self._reader.readline())
-        return Verdict(base64.b64decode(found["token"]), found["user"], found["error"])
+        return Verdict(base64.b64decode(found["token"]), found["user"], found["error"], found["delegated"])
 
     def close(self) -> None:
         self._writer.transport.abort()
@@ -126,9 +127,16 @@ class Gssapi:
             raise PermissionError("the token is not bound to this channel")
         return reply, str(self._context.initiator_name)
 
+    @property
+    def delegated(self) -> str | None:
+        tickets = self._context.delegated_creds if self._context.complete else None
+        return None if tickets is None else str(tickets.name)
+
 
 class Spnego:
     """NTLM, alone or inside SPNEGO, by pyspnego."""
+
+    delegated = None
 
     def __init__(self, mechanism: str, users_file: Path, binding: bytes | None) -> None:
         self._mechanism, self._users_file, self._binding = mechanism, users_file, binding
@@ -154,29 +162,29 @@ class Spnego:
         return reply, self._context.client_principal if self._context.complete else None
 
 
-def _login(wish: Mapping[str, Any], directory: Path) -> Callable[[bytes], tuple[bytes, str | None]]:
+def _login(wish: Mapping[str, Any], directory: Path) -> "Gssapi | Spnego":
     binding = base64.b64decode(wish["binding"]) if wish["binding"] is not None else None
     if wish["mechanism"] == "kerberos":
         if wish["config"]:
             os.environ["KRB5_CONFIG"] = wish["config"]
-        return Gssapi(wish["keytab"], binding).step
+        return Gssapi(wish["keytab"], binding)
     lines = "".join(f"{name.replace(chr(92), ':')}:{password}\n" for name, password in wish["users"].items())
     users_file = directory / f"users-{abs(hash(lines))}"
     users_file.write_text(lines)
-    return Spnego(wish["mechanism"], users_file, binding).step
+    return Spnego(wish["mechanism"], users_file, binding)
 
 
 async def _serve_context(directory: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    step: Callable[[bytes], tuple[bytes, str | None]] | None = None
+    login: Gssapi | Spnego | None = None
     try:
         wish = json.loads(await reader.readline() or b"null")
         while wish and (line := await reader.readline()):
             try:
-                step = step or _login(wish, directory)
-                token, user = step(base64.b64decode(json.loads(line)["token"]))
-                verdict = {"token": base64.b64encode(token).decode(), "user": user, "error": None}
+                login = login or _login(wish, directory)
+                token, user = login.step(base64.b64decode(json.loads(line)["token"]))
+                verdict = {"token": base64.b64encode(token).decode(), "user": user, "error": None, "delegated": login.delegated}
             except Exception as error:  # whatever a bad token led to is the verdict, never the end of this process
-                verdict = {"token": "", "user": None, "error": f"{type(error).__name__}: {error}"}
+                verdict = {"token": "", "user": None, "error": f"{type(error).__name__}: {error}", "delegated": None}
             writer.write(json.dumps(verdict).encode() + b"\n")
             await writer.drain()
     except OSError:

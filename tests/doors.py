@@ -56,6 +56,7 @@ class Door:
     binding: bytes | None
     misbehave: "Misbehaviour"
     logins: list[tuple[int, str, str]]  # connection, scheme, user: one entry each time somebody has proved a name
+    delegated: list[str]  # whose ticket-granting tickets it was handed
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Door:
         self.schemes, self.users, self.realm, self.algorithms = schemes, users, realm, tuple(algorithms)
         self.keytab, self.binding, self.misbehave = keytab, binding, misbehave or Misbehaviour()
         self.logins = []
+        self.delegated = []
         self.nonces: dict[str, int] = {}  # nonce: the highest count seen
 
     def new_nonce(self) -> str:
@@ -211,6 +213,8 @@ class Guard:
             return self._next_leg(scheme, verdict.token)
         if self._door.misbehave.endless:
             return self._next_leg(scheme, os.urandom(64))
+        if verdict.delegated is not None:
+            self._door.delegated.append(verdict.delegated)
         self.close()
         if scheme != "Kerberos":
             self._bound_user = verdict.user

@@ -372,6 +372,14 @@ class AuthRules:
 STRICT: Final = AuthRules()
 
 
+class Delegation(enum.Enum):
+    """Whether a peer is handed the ticket-granting ticket (T20)."""
+
+    NEVER = "never"
+    IF_TRUSTED = "if the realm marks its account as trusted for delegation"
+    ALWAYS = "always"
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """One credential that one peer may see in one scheme.
@@ -385,6 +393,7 @@ class Offer:
         principal: the Kerberos principal the token claims to be, if it says one (T4).
         holder: what tickets got for this offer belong to: the token.
         process: the holder acts locally as the process itself.
+        delegation: whether the peer is handed the holder's ticket-granting ticket.
         ntlm: NTLM may be spoken with this peer.
         guarded: not for a peer that turns out to be near (`is_near`): a local listener that wants tokens to relay.
     """
@@ -400,6 +409,12 @@ class Offer:
     process: bool = field(default=True, repr=False)
     ntlm: bool = field(default=True, repr=False)
     guarded: bool = field(default=False, repr=False)
+    delegation: Delegation = field(default=Delegation.NEVER, repr=False)
+
+    @property
+    def forwardable(self) -> bool:
+        """The holder's tickets may be handed on somewhere, so they are asked for as such."""
+        return bool(getattr(self.holder, "delegates", ()))
 
     @property
     def user(self) -> str | None:
@@ -465,10 +480,25 @@ def choose_offers(seat: Seat, origin: Origin, grants: Iterable[Grant], token: "T
         if isinstance(offer, Offer):
             offer = _as_ruled(seat, origin, offer, rules)
         if isinstance(offer, Offer):
-            chosen.append(offer)
+            chosen.append(replace(offer, delegation=_delegation(seat, origin, offer, token)))
         elif offer:
             withheld.append(f"{grant.scheme.name}: {offer}")
     return Offers.of(chosen, withheld)
+
+
+def _delegation(seat: Seat, origin: Origin, offer: Offer, token: "Token") -> Delegation:
+    """T20: only who is on the token's own list, over TLS, and never a proxy. Being asked means nothing."""
+    if not offer.implicit or seat is not Seat.ORIGIN or origin.scheme != "https" or token.level.name != "DELEGATE":
+        return Delegation.NEVER
+    listed = [target for target in token.delegates if Origin.of(target.url) == origin]
+    if not listed:
+        return Delegation.NEVER
+    return Delegation.IF_TRUSTED if all(target.ok_as_delegate_only for target in listed) else Delegation.ALWAYS
+
+
+def without_delegation(offers: Offers) -> Offers:
+    """The offers for a peer that was reached by a redirect, or whose certificate was not verified (T20)."""
+    return Offers.of((replace(offer, delegation=Delegation.NEVER) for offer in offers), offers.withheld)
 
 
 def _as_ruled(seat: Seat, origin: Origin, offer: Offer, rules: AuthRules) -> Offer | str:

@@ -28,7 +28,7 @@ from urllib.parse import quote as percent
 from ..errors import HTTP_ERROR, AuthFailed, BitsError, ErrorCode, ErrorContext, NetworkError, show_text
 from ..identity.kerberos import explain, kerberos, silent_kdc, translated, unable
 from .challenge import Challenge, parse_challenges, parse_params, quote
-from .policy import AuthRules, AuthScheme, Offer, Origin, Refusals, Seat, mechanisms
+from .policy import AuthRules, AuthScheme, Delegation, Offer, Origin, Refusals, Seat, mechanisms
 from .tickets import Tickets, credential_of, descend, target_of
 
 MAX_LEGS: Final = 6  # answers per request or CONNECT
@@ -416,8 +416,15 @@ def _begin_kerberos(tickets: Tickets, offer: Offer, host: str, binding: bytes | 
     def begin() -> tuple[Any, bytes]:
         import spnego
 
+        wanted = spnego.ContextReq.default
+        if offer.delegation is Delegation.ALWAYS:
+            wanted |= spnego.ContextReq.delegate
+        elif offer.delegation is Delegation.IF_TRUSTED:
+            wanted |= spnego.ContextReq.delegate_policy
         with _quietly():
-            context = spnego.client(credential, hostname=host, service="HTTP", protocol="kerberos", channel_bindings=_bindings(binding))
+            context = spnego.client(
+                credential, hostname=host, service="HTTP", protocol="kerberos", channel_bindings=_bindings(binding), context_req=wanted
+            )
             return context, context.step() or b""
 
     context, token = translated(partial(_explain_kerberos, host), begin)

@@ -142,7 +142,7 @@ class Tickets:
                 "replaced, lest the account be locked"
             )
         try:
-            return kerberos(_first_ticket, credential)
+            return kerberos(_first_ticket, credential, *([True] if offer.forwardable else []))
         except AuthFailed as refused:
             if refused.code == ErrorCode.SEC_E_LOGON_DENIED:
                 self._refusals.add(offer.fingerprint, KDC, None, revision)
@@ -246,11 +246,11 @@ def _default_cache(user: str | None) -> str:
     return f"{text_of(cache.cache_type)}:{text_of(cache.name)}"
 
 
-def _first_ticket(credential: object) -> Cache:
+def _first_ticket(credential: object, forwardable: bool = False) -> Cache:
     """Ask the KDC, and keep the answer in a new cache."""
     if kind_of(credential) is CredentialKind.KEYTAB:
-        return ticket_by_keytab(cast("spnego.KerberosKeytab", credential))
-    return ticket_by_password(cast("spnego.Password", credential))
+        return ticket_by_keytab(cast("spnego.KerberosKeytab", credential), forwardable=forwardable)
+    return ticket_by_password(cast("spnego.Password", credential), forwardable=forwardable)
 
 
 # -- what a token says (DER) -----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import yarl
 from ..auth.policy import (
     AuthRules,
     AuthScheme,
+    Delegation,
     Grant,
     Offer,
     Offers,
@@ -33,6 +34,7 @@ from ..auth.policy import (
     Seat,
     choose_offers,
     mechanisms,
+    without_delegation,
     without_guarded,
 )
 from ..auth.schemes import AuthFlow
@@ -105,6 +107,7 @@ class Party:
     security: TokenExecutor
     options: HttpOptions = field(default_factory=HttpOptions)
     judge: "Judge | None" = None
+    redirected: bool = False  # the application did not name this peer: nothing is delegated to it
     heard: Callable[[Iterable[tuple[str, str]]], None] | None = None  # told the headers of each answer that is not a leg of a login
 
 
@@ -357,8 +360,8 @@ class LaneKey:
     """What two requests must have in common to share a connection. A token and a TLS context are equal only to themselves."""
 
     token: Token
-    shown: tuple[tuple[Seat, str, str, bool], ...]
-    """For each seat what may be shown there: scheme, keyed fingerprint of the credential, implicit or not."""
+    shown: tuple[tuple[Seat, str, str, bool, Delegation], ...]
+    """For each seat what may be shown there: scheme, keyed fingerprint of the credential, implicit or not, and the delegation."""
     rules: AuthRules
     tls: object
     judge: object
@@ -750,9 +753,15 @@ class Lanes:
     def _key(self, party: Party, url: str) -> tuple[LaneKey, dict[Seat, Offers]]:
         origin, proxy = Origin.of(url), route(party.proxy, url)
         offers = {Seat.ORIGIN: choose_offers(Seat.ORIGIN, origin, party.grants, party.token, party.rules), Seat.PROXY: Offers()}
+        if party.redirected or not party.tls.verifies:
+            offers[Seat.ORIGIN] = without_delegation(offers[Seat.ORIGIN])
         if proxy is not None:
             offers[Seat.PROXY] = choose_offers(Seat.PROXY, Origin.of(proxy), party.grants, party.token, party.rules)
-        shown = tuple((seat, offer.scheme.word, offer.fingerprint, offer.implicit) for seat, given in offers.items() for offer in given)
+        shown = tuple(
+            (seat, offer.scheme.word, offer.fingerprint, offer.implicit, offer.delegation)
+            for seat, given in offers.items()
+            for offer in given
+        )
         judge = None if party.judge is None else party.judge.key
         return LaneKey(party.token, shown, party.rules, party.tls.key, judge, origin, proxy), offers
 
@@ -808,4 +817,4 @@ def _follow(party: Party, url: str, onward: Redirect, been: set[tuple[str, str]]
     if len(been) > REDIRECTS:
         raise _bad_redirect(url, f"it is the {REDIRECTS + 1}th")
     been.add((options.method, onward.location))
-    return replace(party, options=options), onward.location
+    return replace(party, options=options, redirected=True), onward.location

@@ -52,6 +52,13 @@ class TlsSettings:
         return self.context if self.context is not None else _default_context(*_places())
 
     @property
+    def verifies(self) -> bool:
+        """A server's certificate is verified in every respect: chain, name and dates."""
+        context = self.effective()
+        complete = context.verify_mode is ssl.CERT_REQUIRED and context.check_hostname
+        return complete and self.leaf is None and not bool(context.verify_flags & _NO_CHECK_TIME)
+
+    @property
     def key(self) -> object:
         """What lanes are told apart by: the context itself; two that look alike may differ in what cannot be read back."""
         return self.effective() if self.proxy is None else (self.effective(), self.leaf, self.proxy.key)

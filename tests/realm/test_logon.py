@@ -267,7 +267,7 @@ async def test_a_service_that_is_not_on_the_list_is_refused_by_its_name(
 
     offer = Offer(AuthScheme.NEGOTIATE, token.network, holder=token, process=False, principal=token.principal)
     with pytest.raises(bits.AuthFailed, match=r"HTTP/other\.bits\.test") as caught:
-        _begin_kerberos(Tickets(), offer, "other.bits.test", None)
+        await bits.run_as(Token.for_process(), _begin_kerberos, Tickets(), offer, "other.bits.test", None)
     assert caught.value.code == ErrorCode.SEC_E_DELEGATION_POLICY
 
 
