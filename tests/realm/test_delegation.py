@@ -9,6 +9,7 @@ import spnego
 
 import bits_async as bits
 from bits_async import DelegationTarget, ImpersonationLevel, Token, logon_user
+from bits_async.auth import policy
 from bits_async.auth.policy import AuthScheme, Delegation, Offer
 from bits_async.auth.schemes import _begin_kerberos
 from bits_async.auth.tickets import Tickets
@@ -79,6 +80,15 @@ async def test_t20_neither_plain_http_nor_a_proxy_is_handed_anything(active_dire
     for each in (door, at_proxy):
         assert each.logins
         assert each.delegated == []
+
+
+async def test_t20_a_proxy_is_handed_nothing_over_tls_either(active_directory: ActiveDirectory) -> None:
+    peer = policy.Origin.of("https://proxy.example:8443")
+    token = await alice(active_directory, "https://proxy.example:8443")
+    for seat, delegation in ((policy.Seat.ORIGIN, Delegation.IF_TRUSTED), (policy.Seat.PROXY, Delegation.NEVER)):
+        grant = policy.Grant(seat.target, AuthScheme.NEGOTIATE, None, None, frozenset({peer}))
+        (offer,) = policy.choose_offers(seat, peer, [grant], token)
+        assert offer.delegation is delegation
 
 
 async def test_t20_a_redirect_and_a_certificate_that_nobody_verified_are_handed_nothing(
