@@ -23,7 +23,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak bench bench-readme bench-integrity diagram packages install-test install-bench lint types pytest clean
+.PHONY: help demo test soak bench bench-readme bench-integrity diagram packages elogind install-test install-bench lint types pytest clean
 
 # Debian's interpreter can be read by the other users that the tests become; one below a home directory often cannot.
 PYTHON ?= $(shell for candidate in /usr/bin/python3 python3; do \
@@ -131,7 +131,18 @@ packages:
 		case " $${missing[*]} " in *" samba "*) systemctl disable --quiet smbd nmbd || true ;; esac
 	fi
 
-install-test: packages $(VENV)/pyvenv.cfg
+# elogind is a real logind without systemd. It cannot be installed beside systemd's libraries, so it is unpacked.
+elogind: packages
+	@[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -e .make/elogind/lib/elogind/elogind ] || exit 0
+	rm -rf .make/elogind && mkdir -p .make/elogind && cd .make/elogind
+	download() { apt-get -o APT::Sandbox::User=root download elogind libelogind0 >../elogind.log 2>&1 </dev/null; }
+	if ! download && ! { apt-get update >/dev/null 2>&1 && download; }; then
+		tail -n 30 ../elogind.log >&2
+		exit 1
+	fi
+	for package in *.deb; do dpkg-deb -x "$$package" . && rm "$$package"; done
+
+install-test: packages elogind $(VENV)/pyvenv.cfg
 	@mkdir -p .make
 	# gssapi and krb5 are built: that needs krb5-config, a compiler and Python's headers. Without them the tests that need
 	# Kerberos are left out, and pytest says so.

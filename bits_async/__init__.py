@@ -15,6 +15,7 @@ The map of the package; imports point from a lower line to a higher one only:
       kerberos.py       what a realm's KDC is asked, and what its answers mean
       pam.py            the program that asks PAM; handed over as text
       logon.py          how tokens are made: logon_user(), s4u_logon(), Token.for_*
+      sessions.py       who is logged on: the end of logon sessions (logind)
       threads.py        TokenExecutor: threads born in a token
       processes.py      a child process as a token, every id and capability dropped
       launcher.py       the program that becomes that child; handed over as text

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+ELOGIND = HERE.parent / ".make" / "elogind" / "lib" / "elogind"
 OUTPUT = "left_out"  # what a process of pytest-xdist tells the one that reports
 SBIN = ("/usr/sbin", "/sbin")  # where Debian keeps servers; not on every user's PATH
 
@@ -66,6 +67,16 @@ def missing_strace() -> str | None:
     return f"strace may not trace here: {done.stderr.strip()}" if done.returncode else None
 
 
+def missing_logind() -> str | None:
+    """A mount namespace, a bus, and elogind, which cannot be installed beside systemd's libraries and is unpacked."""
+    if os.geteuid() != 0:
+        return f"this is user {os.geteuid()}, not root"
+    absent = [name for name in ("dbus-daemon", "dbus-send", "unshare") if not find_program(name)]
+    absent += [] if (ELOGIND / "elogind").exists() else ["elogind, unpacked"]
+    absent += [] if importlib.util.find_spec("dbus_fast") else ["the extra 'sessions'"]
+    return f"not there: {', '.join(absent)}" if absent else None
+
+
 @dataclass
 class Piece:
     """Something a machine has or lacks."""
@@ -83,6 +94,7 @@ def _install() -> str:
 
 PIECES = (
     Piece("root", "privileged", missing_root, "sudo make test"),
+    Piece("a logind of their own", "logind", missing_logind, "sudo make test"),
     Piece("the servers of a Kerberos realm", "realm", missing_servers, _install()),
     Piece("strace", "traced", missing_strace, _install()),
     Piece("the extra 'kerberos'", "realm", missing_kerberos, f"{_install()} && make test"),

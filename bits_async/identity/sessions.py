@@ -1,0 +1,279 @@
+"""Who is logged on: the end of logon sessions, as the system's session manager tells it.
+
+On Linux that is logind (org.freedesktop.login1 on the system bus; systemd-logind or elogind, through dbus-fast of the extra `sessions`).
+Where there is none (a container, cron, no bus, no dbus-fast) nobody is ever logged off: only an end that was seen is an end. What ends
+while logind is restarted, or while the bus is away, is told when it is back: the sessions that were known are compared with those
+that are left.
+
+Nothing here knows what a token or a job is.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from dbus_fast import Message
+    from dbus_fast.aio import MessageBus
+
+LOGIND: Final = "org.freedesktop.login1"
+LOGIND_PATH: Final = "/org/freedesktop/login1"
+MANAGER: Final = "org.freedesktop.login1.Manager"
+BUS: Final = "org.freedesktop.DBus"
+SYSTEM_BUS: Final = "unix:path=/run/dbus/system_bus_socket"
+CALL_DEADLINE: Final = 5.0  # seconds for one answer of logind
+BACK_AFTER: Final = (1.0, 5.0, 30.0)  # seconds between two looks for a bus that went away
+
+log = logging.getLogger("bits_async.sessions")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnded:
+    """Somebody logged off.
+
+    Attributes:
+        user: whose session it was, as `LocalIdentity.key` names users ("uid:1000").
+        session: which session; None: the user has none left.
+    """
+
+    user: str
+    session: str | None
+
+
+class Sessions(Protocol):
+    """The logon sessions of this machine, from the moment that they are watched."""
+
+    async def ended(self) -> SessionEnded:
+        """The next log-off; never returns where nobody tells of any."""
+
+    async def user_of(self, session: str) -> str | None:
+        """Whose session it is now (`LocalIdentity.key`); None: there is no such session, or nobody who knows."""
+
+
+@asynccontextmanager
+async def watch_sessions(address: str | None = None) -> AsyncIterator[Sessions]:
+    """Watch while the block is open.
+
+    Args:
+        address: of the system bus; None: DBUS_SYSTEM_BUS_ADDRESS, else the usual one.
+    """
+    if sys.platform == "win32" or not _has_dbus():
+        yield NoSessions()
+        return
+    watcher = _Logind(address or os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS)
+    await watcher.start()
+    try:
+        yield watcher
+    finally:
+        await watcher.stop()
+
+
+WatchSessions = Callable[[], AbstractAsyncContextManager[Sessions]]
+
+
+def _has_dbus() -> bool:
+    try:
+        import dbus_fast  # noqa: F401
+    except ImportError:
+        log.info("dbus-fast is not installed (extra 'sessions'): log-offs are not seen")
+        return False
+    return True
+
+
+class NoSessions:
+    """Nobody tells of log-offs."""
+
+    async def ended(self) -> SessionEnded:
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("never")
+
+    async def user_of(self, session: str) -> str | None:
+        return None
+
+
+class _Logind:
+    """The sessions that logind manages. One task keeps the connection; signals arrive in between."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._bus: MessageBus | None = None
+        self._known: dict[str, str] = {}  # session -> user
+        self._ended: deque[SessionEnded] = deque()
+        self._news = asyncio.Event()
+        self._look = asyncio.Event()  # logind is there (again): compare
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Watches from here on: what ends after this returned is told."""
+        looked = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._run(looked), name="bits-sessions")
+        await asyncio.wait({self._task, looked}, return_when=asyncio.FIRST_COMPLETED)
+        if self._task.done():
+            self._task.result()
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def ended(self) -> SessionEnded:
+        while not self._ended:
+            self._news.clear()
+            await self._news.wait()
+        return self._ended.popleft()
+
+    async def user_of(self, session: str) -> str | None:
+        bus = self._bus
+        if bus is None:
+            return None
+        try:
+            return (await self._list(bus)).get(session)
+        except (OSError, EOFError, TimeoutError, _Refused):
+            return None
+
+    # -- the connection
+
+    async def _run(self, looked: "asyncio.Future[None]") -> None:
+        patience = iter(BACK_AFTER)
+        while True:
+            try:
+                bus = await self._connect()
+            except (OSError, EOFError, TimeoutError, _Refused, ValueError) as exc:  # ValueError: no address of a bus
+                delay = next(patience, BACK_AFTER[-1])
+                log.info("no system bus at %s (%s): log-offs are not seen", self._address, type(exc).__name__)
+            else:
+                patience = iter(BACK_AFTER)
+                delay = BACK_AFTER[0]
+                await self._follow(bus, looked)
+                log.warning("the system bus went away: log-offs are seen when it is back")
+            _done(looked)
+            await asyncio.sleep(delay)
+
+    async def _connect(self) -> "MessageBus":
+        from dbus_fast.aio import MessageBus
+
+        bus = MessageBus(bus_address=self._address)
+        try:
+            async with asyncio.timeout(CALL_DEADLINE):
+                await bus.connect()
+            bus.add_message_handler(self._heard)
+            for rule in (
+                f"type='signal',sender='{LOGIND}',interface='{MANAGER}'",
+                f"type='signal',sender='{BUS}',interface='{BUS}',member='NameOwnerChanged',arg0='{LOGIND}'",
+            ):
+                await _call(bus, _Peer(BUS, "/org/freedesktop/DBus", BUS), "AddMatch", "s", [rule])
+        except BaseException:
+            await _hang_up(bus)
+            raise
+        self._bus = bus
+        return bus
+
+    async def _follow(self, bus: "MessageBus", looked: "asyncio.Future[None]") -> None:
+        """Compare now and whenever logind is back, until the bus goes away."""
+        gone = asyncio.ensure_future(_until_gone(bus))
+        self._look.set()
+        try:
+            while not gone.done():
+                if self._look.is_set():
+                    self._look.clear()
+                    with contextlib.suppress(OSError, EOFError, TimeoutError, _Refused):  # no logind: nobody is logged off
+                        self._compare(await self._list(bus))
+                    _done(looked)
+                look = asyncio.ensure_future(self._look.wait())
+                await asyncio.wait({gone, look}, return_when=asyncio.FIRST_COMPLETED)
+                look.cancel()
+        finally:
+            gone.cancel()
+            self._bus = None
+            await _hang_up(bus)
+
+    # -- what logind says
+
+    async def _list(self, bus: "MessageBus") -> dict[str, str]:
+        answer = await _call(bus, _Peer(LOGIND, LOGIND_PATH, MANAGER), "ListSessions", "", [])
+        return {session: _user(uid) for session, uid, *_ in answer.body[0]}
+
+    def _compare(self, found: dict[str, str]) -> None:
+        """Tell what ended while nobody was told."""
+        before, self._known = self._known, found
+        for session, user in before.items():
+            if found.get(session) != user:
+                self._tell(SessionEnded(user, session))
+        for user in set(before.values()) - set(found.values()):
+            self._tell(SessionEnded(user, None))
+
+    def _heard(self, message: "Message") -> None:
+        from dbus_fast import MessageType
+
+        if message.message_type is not MessageType.SIGNAL:
+            return
+        if message.interface == BUS and message.member == "NameOwnerChanged" and message.body[0] == LOGIND and message.body[2]:
+            self._look.set()
+        elif message.interface == MANAGER and message.member == "SessionNew":
+            self._look.set()  # the signal does not say whose it is
+        elif message.interface == MANAGER and message.member == "SessionRemoved":
+            user = self._known.pop(message.body[0], None)
+            if user is not None:
+                self._tell(SessionEnded(user, message.body[0]))
+            else:
+                self._look.set()  # it began and ended between two looks
+        elif message.interface == MANAGER and message.member == "UserRemoved":
+            self._tell(SessionEnded(_user(message.body[0]), None))
+
+    def _tell(self, ended: SessionEnded) -> None:
+        self._ended.append(ended)
+        self._news.set()
+
+
+class _Refused(Exception):
+    """An error for an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    name: str
+    path: str
+    interface: str
+
+
+async def _call(bus: "MessageBus", peer: _Peer, member: str, signature: str, body: list[object]) -> "Message":
+    from dbus_fast import Message, MessageType
+
+    question = Message(destination=peer.name, path=peer.path, interface=peer.interface, member=member, signature=signature, body=body)
+    async with asyncio.timeout(CALL_DEADLINE):
+        answer = await bus.call(question)
+    if answer is None or answer.message_type is not MessageType.METHOD_RETURN:
+        raise _Refused
+    return answer
+
+
+async def _until_gone(bus: "MessageBus") -> None:
+    with contextlib.suppress(OSError, EOFError):
+        await bus.wait_for_disconnect()  # type: ignore[no-untyped-call]
+
+
+async def _hang_up(bus: "MessageBus") -> None:
+    """The connection is closed, and its descriptor too, when it returns."""
+    if bus.connected:
+        bus.disconnect()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CALL_DEADLINE):
+                await _until_gone(bus)
+    elif bus._sock is not None:
+        bus._sock.close()  # a connection that never came about: disconnect() leaves it open
+
+
+def _user(uid: int) -> str:
+    return f"uid:{uid}"
+
+
+def _done(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

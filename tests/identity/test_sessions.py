@@ -1,0 +1,152 @@
+"""Log-offs are told once, whatever happens to logind and the bus in between; where nobody tells of any, nobody is logged off."""
+
+import asyncio
+import builtins
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bits_async.identity import sessions
+from bits_async.identity.sessions import SessionEnded, Sessions, watch_sessions
+
+if TYPE_CHECKING:
+    from tests.local_users import LocalUser
+    from tests.logind import Logind, Session, SystemBus
+
+needs_logind = pytest.mark.logind
+PATIENCE = 20.0
+
+
+@pytest.fixture
+def bus() -> Iterator["SystemBus"]:
+    from tests.logind import SystemBus
+
+    with SystemBus() as server:
+        yield server
+
+
+@pytest.fixture
+def logind(bus: "SystemBus") -> Iterator["Logind"]:
+    from tests.logind import Logind
+
+    with Logind(bus) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def back_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "BACK_AFTER", (0.05,))
+
+
+async def begin(bus: "SystemBus", user: "LocalUser") -> "Session":
+    from tests.logind import Session
+
+    return await Session.begin(bus.address, user.uid)
+
+
+async def heard(watcher: Sessions, count: int) -> list[SessionEnded]:
+    async with asyncio.timeout(PATIENCE):
+        return [await watcher.ended() for _ in range(count)]
+
+
+async def known(watcher: Sessions, session: "Session") -> str:
+    """Whose it is, once the watcher knows of it."""
+    end = asyncio.get_running_loop().time() + PATIENCE
+    while asyncio.get_running_loop().time() < end:
+        user = await watcher.user_of(session.name)
+        if user is not None and session.name in watcher._known:  # type: ignore[attr-defined]
+            return user
+        await asyncio.sleep(0.01)
+    raise TimeoutError(f"logind does not know {session.name}")
+
+
+async def nothing(watcher: Sessions) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await watcher.ended()
+
+
+@needs_logind
+async def test_a_log_off_is_the_end_of_the_session_and_of_the_users_last(
+    bus: "SystemBus", logind: "Logind", users: Mapping[str, "LocalUser"]
+) -> None:
+    alice = users["bitsalice"]
+    async with watch_sessions(bus.address) as watcher:
+        first, second = await begin(bus, alice), await begin(bus, alice)
+        assert await known(watcher, first) == await known(watcher, second) == f"uid:{alice.uid}"
+        await first.end()
+        assert await heard(watcher, 1) == [SessionEnded(f"uid:{alice.uid}", first.name)]
+        assert await watcher.user_of(first.name) is None
+        await second.end()
+        assert await heard(watcher, 2) == [SessionEnded(f"uid:{alice.uid}", second.name), SessionEnded(f"uid:{alice.uid}", None)]
+
+
+@needs_logind
+async def test_a_session_that_was_there_before_the_watch_is_seen_to_end(
+    bus: "SystemBus", logind: "Logind", users: Mapping[str, "LocalUser"]
+) -> None:
+    session = await begin(bus, users["bitsbob"])
+    async with watch_sessions(bus.address) as watcher:
+        await session.end()
+        assert SessionEnded(f"uid:{users['bitsbob'].uid}", session.name) in await heard(watcher, 2)
+
+
+@needs_logind
+async def test_what_ends_while_logind_is_restarted_is_told_when_it_is_back(
+    bus: "SystemBus", logind: "Logind", users: Mapping[str, "LocalUser"]
+) -> None:
+    session = await begin(bus, users["bitsalice"])
+    user = f"uid:{users['bitsalice'].uid}"
+    async with watch_sessions(bus.address) as watcher:
+        await known(watcher, session)
+        logind.kill()
+        assert await watcher.user_of(session.name) is None
+        await nothing(watcher)
+        await session.abandon()
+        logind.start_again()
+        assert set(await heard(watcher, 2)) == {SessionEnded(user, session.name), SessionEnded(user, None)}
+        later = await begin(bus, users["bitsalice"])
+        await known(watcher, later)
+        await later.end()
+        assert SessionEnded(user, later.name) in await heard(watcher, 2)
+
+
+@needs_logind
+async def test_a_bus_that_goes_away_logs_nobody_off_and_is_followed_again(users: Mapping[str, "LocalUser"]) -> None:
+    from tests.logind import Logind, SystemBus
+
+    with SystemBus() as bus:
+        async with watch_sessions(bus.address) as watcher:
+            bus.ask_to_stop()
+            assert bus.process is not None
+            bus.process.wait()
+            await nothing(watcher)
+            bus._start()
+            with Logind(bus):
+                session = await begin(bus, users["bitsalice"])
+                await known(watcher, session)
+                await session.end()
+                assert SessionEnded(f"uid:{users['bitsalice'].uid}", session.name) in await heard(watcher, 2)
+
+
+async def test_without_a_bus_nobody_is_logged_off(tmp_path: Path) -> None:
+    for address in (f"unix:path={tmp_path}/none", "no address"):
+        async with watch_sessions(address) as watcher:
+            assert await watcher.user_of("c1") is None
+            await nothing(watcher)
+
+
+async def test_without_dbus_fast_nobody_is_logged_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = builtins.__import__
+
+    def absent(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "dbus_fast":
+            raise ImportError(name)
+        return honest(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    async with watch_sessions() as watcher:
+        assert await watcher.user_of("c1") is None
+        await nothing(watcher)
