@@ -405,7 +405,7 @@ class MitKdc(Server):
 
 
 class Apache(Server):
-    """Apache with one big file under /pub, /basic, /digest, /neg (Kerberos) and /ntlm, each over http and https.
+    """Apache with one big file under /pub, /dated (no ETag), /basic, /digest, /neg (Kerberos) and /ntlm, each over http and https.
 
     Everything is there once more below /slow, paced.
     """
@@ -414,7 +414,7 @@ class Apache(Server):
         *("mpm_event", "authn_core", "authn_file", "authz_core", "authz_user", "auth_basic", "auth_digest", "auth_gssapi"),
         *("alias", "filter", "session", "request", "mime", "headers", "ratelimit", "env", "socache_shmcb", "ssl"),
     )
-    locations = ("pub", "basic", "digest", "neg", "ntlm")
+    locations = ("pub", "dated", "basic", "digest", "neg", "ntlm")
 
     def __init__(self, kdc: Realm, authority: Authority, *, size: int = 8 * 1024 * 1024, slow_kib_per_second: int = 1024) -> None:
         super().__init__("apache")
@@ -500,6 +500,9 @@ LimitRequestFieldSize 65536
 <Location /slow>
  SetOutputFilter RATE_LIMIT
  SetEnv rate-limit {self._slow}
+</Location>
+<Location /dated>
+ FileETag None
 </Location>
 <LocationMatch "^(/slow)?/neg/">
  AuthType GSSAPI

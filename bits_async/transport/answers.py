@@ -606,12 +606,15 @@ def validator_of(headers: Headers, size: int | None) -> Validator:
 
     A Last-Modified without a strong ETag beside it counts only when the answer's Date is a second later or more (RFC 9110,
     8.8.2.2): a file written in this very second may be written again in it and keep its date. A date far in the future was set
-    by somebody and not by a clock; it counts.
+    by somebody and not by a clock; it counts. An ETag that is nothing but that date and the size, as nginx makes them, is worth no
+    more than these: while they are fresh it is weak.
     """
     etag, last_modified = _once(headers, "ETag"), _once(headers, "Last-Modified")
     found = Validator(etag if ENTITY_TAG.fullmatch(etag or "") else None, last_modified, size)
     modified, date = found.modified, http_date(_once(headers, "Date"))
     fresh = modified is not None and date is not None and -CLOCK_SKEW <= (date - modified).total_seconds() < 1
+    if fresh and modified is not None and size is not None and etag == f'"{int(modified.timestamp()):x}-{size:x}"':
+        return replace(found, etag=f"W/{etag}", last_modified=None)
     if modified is None or (fresh and not found.strong):
         return replace(found, last_modified=None)
     return found

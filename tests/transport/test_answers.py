@@ -1066,6 +1066,16 @@ def test_a_server_that_says_it_knows_no_ranges_is_not_asked_for_some_again() -> 
     assert not verdict.same
 
 
+def test_an_etag_made_of_a_fresh_date_and_the_size_is_as_weak_as_these() -> None:
+    def found(etag: str, date: str) -> Validator:
+        return validator_of(HeaderFields([("ETag", etag), ("Last-Modified", "Thu, 01 Jan 1970 00:04:16 GMT"), ("Date", date)]), 0x200)
+
+    fresh, later = "Thu, 01 Jan 1970 00:04:16 GMT", "Thu, 01 Jan 1970 00:04:17 GMT"
+    assert found('"100-200"', fresh) == Validator('W/"100-200"', None, 0x200)
+    assert found('"100-200"', later).strong == '"100-200"'
+    assert found('"100-201"', fresh).strong == '"100-201"', "made of something else"
+
+
 FILE = replace(PINNED, media_type="application/octet-stream")
 PAGE = "Content-Type: text/html; charset=utf-8"
 
