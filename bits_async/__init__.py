@@ -58,6 +58,7 @@ The map of the package; imports point from a lower line to a higher one only:
       parties.py        a job's network side: credentials, TLS, the origins they are bound to
       handles.py        Job, JobFile, TokenOptions, and the callback that a job takes
       places.py         where a user's transfers keep their state
+      logoff.py         what a log-off does to jobs
       orders.py         one file from create to complete
       manager.py        BitsManager, download(): the API
     testing.py          what applications need to test against us without a network

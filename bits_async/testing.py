@@ -25,6 +25,7 @@ from typing import Final, Self, final
 
 from .auth.policy import Origin
 from .errors import AuthFailed, BitsError, ErrorCode, ErrorContext, NetworkError, RemoteFileError, error_from_status, make_error
+from .identity.sessions import SessionEnded, Sessions
 from .identity.tokens import LocalIdentity, Token
 from .jobs.manager import Seams, seams
 from .transport.answers import Accept, AlreadyComplete, Answer, Asked, Complete, FileChanged, HeaderFields, Refuse, Restart, judge
@@ -189,9 +190,11 @@ class FakeNetwork:
         self._silent_after: int | None = None
         self._news = asyncio.Event()  # of silence and disconnection
         self._undo: Undo[Seams | None] | None = None
+        self._ended_sessions: set[str] = set()
+        self._session_watchers: list[_FakeSessions] = []
 
     def __enter__(self) -> Self:
-        self._undo = seams.set(Seams(self, self.clock, self._watch, self._run_command))
+        self._undo = seams.set(Seams(self, self.clock, self._watch, self._run_command, self._watch_sessions))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
@@ -238,6 +241,21 @@ class FakeNetwork:
         await asyncio.sleep(0)
         self.commands.append(FakeCommand(program, tuple(parameters), token.name, dict(variables)))
         return self._statuses.pop(0) if self._statuses else 0
+
+    def log_off(self, session: str) -> None:
+        """The logon session ends, and with it the tokens that are tied to it."""
+        self._ended_sessions.add(session)
+        for watcher in list(self._session_watchers):
+            watcher.tell(SessionEnded(None, session))
+
+    @contextlib.asynccontextmanager
+    async def _watch_sessions(self) -> AsyncIterator[Sessions]:
+        watcher = _FakeSessions(self._ended_sessions)
+        self._session_watchers.append(watcher)
+        try:
+            yield watcher
+        finally:
+            self._session_watchers.remove(watcher)
 
     def disconnect(self) -> None:
         """The network is lost: jobs wait for it (BG_E_NETWORK_DISCONNECTED) until `reconnect()`. Their managers notice at once."""
@@ -435,8 +453,28 @@ class _FakeIdentity:
         """Nothing is held."""
 
 
-def fake_token(name: str, *, elevated: bool = False) -> Token:
-    """An identity for tests: owner of jobs, helper, or whom a fake server requires. A real manager refuses it."""
+class _FakeSessions:
+    """Every session lives until the test ends it."""
+
+    def __init__(self, ended: set[str]) -> None:
+        self._ended = ended
+        self._told: asyncio.Queue[SessionEnded] = asyncio.Queue()
+
+    def tell(self, ended: SessionEnded) -> None:
+        self._told.put_nowait(ended)
+
+    async def ended(self) -> SessionEnded:
+        return await self._told.get()
+
+    async def user_of(self, session: str) -> str | None:
+        return None if session in self._ended else f"fake:{session}"
+
+
+def fake_token(name: str, *, elevated: bool = False, session: str | None = None) -> Token:
+    """An identity for tests: owner of jobs, helper, or whom a fake server requires. A real manager refuses it.
+
+    With `session` it is tied to a logon session, and ends with it (`FakeNetwork.log_off`).
+    """
     if not name:
         raise ValueError("a fake token has a name")
-    return Token._make(_FakeIdentity(name, elevated), fake=True)
+    return Token._make(_FakeIdentity(name, elevated), fake=True, session=session)

@@ -40,7 +40,7 @@ RANKS_OF_JOBS = (
     {"transfer", "notify", "certificates", "conditions", "callbacks"},
     {"roster"},
     {"engine"},
-    {"arguments", "door", "parties", "places"},
+    {"arguments", "door", "logoff", "parties", "places"},
     {"handles"},
     {"orders"},
     {"manager"},

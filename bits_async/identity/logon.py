@@ -31,6 +31,7 @@ from ..errors import (
 )
 from . import kerberos, native
 from .ambient import current_token
+from .sessions import watch_sessions
 from .threads import TokenExecutor, in_own_thread, prepare, wear, wearing
 from .tokens import DelegationTarget, ImpersonationLevel, LocalIdentity, LocalUser, Token
 
@@ -80,6 +81,21 @@ async def for_user(user: str | int, network: "spnego.Credential | None") -> Toke
     # belongs to.
     principal = await wear(local, _principal, credential)
     return Token._make(local, network=_named(credential, principal), principal=principal)
+
+
+async def for_session(session: str, network: "spnego.Credential | None") -> Token:
+    """See `Token.for_session`."""
+    if not isinstance(session, str):
+        raise TypeError(f"a session is named by text, not {type(session).__name__}")
+    async with watch_sessions() as sessions:
+        try:
+            user = await sessions.user_of(session)
+        except LookupError as exc:
+            raise ImpersonationFailed(f"nobody knows whose session {show_text(session, 80)} is: {exc}") from None
+    if user is None:
+        raise ImpersonationFailed(f"there is no session {show_text(session, 80)}")
+    token = await for_user(int(user.removeprefix("uid:")), network)
+    return Token._make(token.local, network=token.network, principal=token.principal, session=session)
 
 
 def _find(user: str | int) -> LocalIdentity:

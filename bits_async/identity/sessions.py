@@ -39,11 +39,11 @@ class SessionEnded:
     """Somebody logged off.
 
     Attributes:
-        user: whose session it was, as `LocalIdentity.key` names users ("uid:1000").
+        user: whose session it was, as `LocalIdentity.key` names users ("uid:1000"); None: nobody knows any more.
         session: which session; None: the user has none left.
     """
 
-    user: str
+    user: str | None
     session: str | None
 
 
@@ -54,7 +54,11 @@ class Sessions(Protocol):
         """The next log-off; never returns where nobody tells of any."""
 
     async def user_of(self, session: str) -> str | None:
-        """Whose session it is now (`LocalIdentity.key`); None: there is no such session, or nobody who knows."""
+        """Whose session it is now (`LocalIdentity.key`); None: there is no such session.
+
+        Raises:
+            LookupError: nobody knows.
+        """
 
 
 @asynccontextmanager
@@ -95,7 +99,7 @@ class NoSessions:
         raise AssertionError("never")
 
     async def user_of(self, session: str) -> str | None:
-        return None
+        raise LookupError("nobody manages sessions here")
 
 
 class _Logind:
@@ -132,11 +136,11 @@ class _Logind:
     async def user_of(self, session: str) -> str | None:
         bus = self._bus
         if bus is None:
-            return None
+            raise LookupError("there is no system bus")
         try:
             return (await self._list(bus)).get(session)
         except (OSError, EOFError, TimeoutError, _Refused):
-            return None
+            raise LookupError("logind does not answer") from None
 
     # -- the connection
 

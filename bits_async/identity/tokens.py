@@ -220,6 +220,18 @@ class Token:
         return await for_user(user, network)
 
     @classmethod
+    async def for_session(cls, session: str, *, network: "spnego.Credential | None" = None) -> "Token":
+        """The user of a logon session of this machine (logind's name of it: `loginctl list-sessions`), tied to it: when the session ends,
+        the token does, and jobs that need it hear of it (BITS: log-off).
+
+        Raises:
+            ImpersonationFailed: There is no such session, nobody who knows (no logind, or dbus-fast is not installed), or as `for_user`.
+        """
+        from .logon import for_session
+
+        return await for_session(session, network)
+
+    @classmethod
     def for_network(cls, network: "spnego.Credential") -> "Token":
         """This process on the machine, that credential on the network. Needs no privilege."""
         from .logon import for_network

@@ -3,6 +3,7 @@
 The door knows tokens and owner keys, and nothing of what a job does.
 """
 
+from collections.abc import Callable
 from typing import final
 
 from ..auth.policy import credential_fingerprint
@@ -31,11 +32,13 @@ class Door:
     Args:
         fingerprint_key: the journal's, for what proves a principal (threat model, T7).
         fakes: tokens of `bits_async.testing` may be used.
+        note: hears of each token that jobs may carry.
     """
 
-    def __init__(self, fingerprint_key: bytes, *, fakes: bool) -> None:
+    def __init__(self, fingerprint_key: bytes, *, fakes: bool, note: Callable[[Token], None] = lambda _: None) -> None:
         self._fingerprint_key = fingerprint_key
         self._fakes = fakes
+        self._note = note
 
     def refuse_fake(self, token: Token) -> None:
         """A token of `bits_async.testing` is nobody's on a real network.
@@ -57,6 +60,7 @@ class Door:
         self.refuse_fake(token)
         if token.level.value < ImpersonationLevel.IMPERSONATE.value:
             raise ImpersonationFailed(f"a token of level {token.level.name} cannot act", identity=token.name)
+        self._note(token)
         return token
 
     def check_helper(self, token: Token, caller: Token) -> None:

@@ -971,6 +971,15 @@ class Engine:
         self.setter_found(entry.job.owner, token)
         self._wake.set()
 
+    def forget_setters(self, gone: Callable[[Token | None], bool]) -> None:
+        """Tokens of setters that are given up: their commands wait for them to come again."""
+        for key in [key for key, token in self._setters.items() if gone(token)]:
+            del self._setters[key]
+        for entry in self.roster:
+            if entry.outbox.commander is not None and gone(entry.outbox.commander[1]):
+                entry.outbox.commander = None
+                self.announce(entry)
+
     def setter_found(self, key: OwnerKey, token: Token) -> None:
         """A token that matches the key of whoever set commands: those that wait for it are run."""
         self._setters[key] = token

@@ -19,6 +19,7 @@ from ..errors import AccessDenied, BitsError, InvalidArgument, NotFound
 from ..identity import native
 from ..identity.ambient import current_token
 from ..identity.processes import run_command
+from ..identity.sessions import WatchSessions, watch_sessions
 from ..identity.threads import TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.lane import Lanes, Network
@@ -32,6 +33,7 @@ from .conditions import Conditions
 from .door import Door, identity_of
 from .engine import Engine
 from .handles import Desk, Job, JobFile
+from .logoff import LogOffs
 from .model import JobPriority, OwnerKey
 from .notify import EventStream, Progress
 from .orders import Order, carry_out
@@ -48,12 +50,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Seams:
-    """What `bits_async.testing` puts in place of the network, the time and other programs."""
+    """What `bits_async.testing` puts in place of the network, the time, other programs and logon sessions."""
 
     network: Network
     clock: Clock
     connectivity: Callable[[], Connectivity]
     run_command: RunCommand
+    sessions: WatchSessions
 
 
 async def _run_command(token: Token, program: str, parameters: Sequence[str], variables: Mapping[str, str]) -> int:
@@ -117,6 +120,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._destinations: set[Path] = set()
         self._refusals = Refusals()
+        self._log_offs: LogOffs | None = None
 
     # -- life -------------------------------------------------------------------------------------------------------------------------
 
@@ -161,7 +165,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             adopt=_adopt,
             hold=self._one_shot is not None,
         )
-        door = Door(self._store.fingerprint_key, fakes=self._seams is not None)
+        self._log_offs = LogOffs(engine, self._seams.sessions if self._seams else watch_sessions)
+        door = Door(self._store.fingerprint_key, fakes=self._seams is not None, note=self._log_offs.note)
         self._desk = Desk(engine, asyncio.get_running_loop(), door, parties, self._limits)  # the first attempts and logon() need it
         await engine.start()
 
@@ -194,6 +199,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
 
     async def _close(self, engine: Engine, grace: float) -> None:
         try:
+            if self._log_offs is not None:
+                await self._log_offs.aclose()
             await engine.stop(grace)
         finally:
             await self._close_parts()

@@ -324,6 +324,21 @@ class Roster:
             entry.owner = token
         return waited
 
+    def owners_gone(self, gone: Callable[[Token | None], bool]) -> Collection[OwnerKey]:
+        """Owners whose token is given up. Their jobs have none until they come themselves."""
+        keys = {key for key, token in self._owners.items() if gone(token)}
+        for key in keys:
+            self._owners[key] = self._adopted[key] = None
+            self._stale.update(JobPriority)
+        return keys
+
+    async def touched_by(self, gone: Callable[[Token | None], bool], owners: Collection[OwnerKey]) -> Sequence[Entry]:
+        """Jobs that carry such a token, or whose owner was given up and who need a helper."""
+        apart = [job_id for job_id, rest in self._remnants.items() if gone(rest.owner) or gone(rest.helper)]
+        helped = [job_id for key in owners for job_id in await self._store.with_helper(owner_sid=key.sid)]
+        looked_at = dict.fromkeys([*self, *await self.find_all([*dict.fromkeys([*apart, *helped])])])
+        return [entry for entry in looked_at if gone(entry.owner) or gone(entry.helper) or entry.job.owner in owners]
+
     def owner_refused(self, key: OwnerKey, reason: BitsError) -> None:
         """Asking for that token failed."""
         self._reasons[key] = reason

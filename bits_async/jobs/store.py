@@ -371,6 +371,9 @@ class Store(Protocol):
     async def with_destination(self, path: Path, *, owner_sid: str) -> list[UUID]:
         """Jobs of that owner with a file for that path, oldest first."""
 
+    async def with_helper(self, *, owner_sid: str) -> list[UUID]:
+        """Unfinished jobs of that owner, not in ERROR, whose helper flags are not 0."""
+
     async def save(self, *changes: Change) -> None:
         """All changes, in this order, or none of them; durable when it returns. Cancelled, it is finished first.
 
@@ -779,6 +782,10 @@ class SqliteStore:
         """See `Store.with_destination`."""
         return [UUID(row["id"]) for row in await self._ask(_WITH_DESTINATION, path=path, owner_sid=owner_sid)]
 
+    async def with_helper(self, *, owner_sid: str) -> list[UUID]:
+        """See `Store.with_helper`."""
+        return [UUID(row["id"]) for row in await self._ask(_WITH_HELPER, owner_sid=owner_sid)]
+
     async def _ask(self, sql: str, **values: Any) -> list[Row]:
         return await finish(self._asked(sql, _columns(**values)))
 
@@ -1080,6 +1087,7 @@ _RECOVERY: Final = (
     UPDATE jobs SET gives_up_at = iif(no_progress_timeout > 0, :now + CAST(1000000 * (no_progress_timeout - stalled) AS INTEGER), NULL)
     WHERE state = 5 AND retry_at IS NULL""",
 )
+_WITH_HELPER: Final = "SELECT id FROM jobs WHERE helper_flags <> 0 AND state IN (0, 3, 5) AND owner_sid = :owner_sid"
 _LOST_HELPERS: Final = """
     UPDATE jobs SET state = 4, {error}, error_job_id = id, error_count = error_count + 1, retry_at = NULL,
         owed = notify_flags & 2

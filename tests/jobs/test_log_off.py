@@ -1,0 +1,235 @@
+"""A log-off takes the tokens that are tied to the session from the jobs, at once and everywhere; what is finished is left alone."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import bits_async as bits
+from bits_async import BitsManager, ErrorCode, HelperTokenFlags, Job, JobState, Token, WaitingReason, impersonate
+from bits_async.testing import FakeNetwork, fake_token
+
+if TYPE_CHECKING:
+    from tests.local_users import LocalUser
+
+URL = "https://files.test/f"
+BODY = b"log-off" * 1000
+NETWORK, LOCAL = HelperTokenFlags.NETWORK, HelperTokenFlags.LOCAL_FILE
+
+
+@pytest.fixture
+def network() -> Iterator[FakeNetwork]:
+    with FakeNetwork() as network:
+        network.serve(URL, BODY)
+        yield network
+
+
+@pytest.fixture
+async def manager(network: FakeNetwork, tmp_path: Path) -> AsyncIterator[BitsManager]:
+    async with BitsManager(store=tmp_path / "queue.db") as manager:
+        yield manager
+
+
+async def make(
+    manager: BitsManager, path: Path, *, owner: Token, helper: Token | None = None, flags: HelperTokenFlags = HelperTokenFlags.NONE
+) -> Job:
+    job = await manager.create_job(path.name, owner=owner)
+    await job.add_file(URL, path)
+    await help_with(job, owner, helper, flags)
+    return job
+
+
+async def help_with(job: Job, owner: Token, helper: Token | None, flags: HelperTokenFlags) -> None:
+    with impersonate(owner):
+        options = await job.token_options()
+    if helper is not None:
+        with impersonate(helper):
+            await options.set_helper_token()
+    await options.set_helper_token_flags(flags)
+
+
+async def state(job: Job, *wanted: JobState) -> None:
+    async with asyncio.timeout(20):
+        async with job.events(follow=True) as stream:
+            async for _ in stream:
+                if job.state in wanted:
+                    return
+
+
+async def settled(manager: BitsManager) -> None:
+    """The log-off has been worked off: one that came later has an effect."""
+    probe = await make(manager, Path("/nowhere/probe"), owner=fake_token("probe", session="probe"), flags=NETWORK)
+    manager._seams.network.log_off("probe")  # type: ignore[union-attr,attr-defined]
+    await state(probe, JobState.ERROR)
+    await probe.cancel()
+
+
+@pytest.mark.parametrize("flags", [NETWORK, LOCAL, NETWORK | LOCAL])
+@pytest.mark.parametrize("before", ["suspended", "queued", "transferring", "retrying"])
+async def test_an_unfinished_job_that_needs_its_helper_is_in_error_at_once(
+    manager: BitsManager, network: FakeNetwork, tmp_path: Path, before: str, flags: HelperTokenFlags
+) -> None:
+    helper = fake_token("bob", session="s1")
+    job = await make(manager, tmp_path / "f", owner=fake_token("alice"), helper=helper, flags=flags)
+    if before == "queued":
+        other = await make(manager, tmp_path / "g", owner=fake_token("carol"))
+        network.pause()
+        await other.resume()
+        await state(other, JobState.CONNECTING, JobState.TRANSFERRING)
+        await job.resume()
+        assert job.state is JobState.QUEUED
+    elif before == "transferring":
+        network.pause()
+        await job.resume()
+        await state(job, JobState.CONNECTING, JobState.TRANSFERRING)
+    elif before == "retrying":
+        network.clock.freeze()
+        network.fail(URL, times=1)
+        await job.resume()
+        await state(job, JobState.TRANSIENT_ERROR)
+    network.log_off("s1")
+    await state(job, JobState.ERROR)
+    assert job.error is not None
+    assert job.error.code == ErrorCode.BG_E_TOKEN_REQUIRED
+    assert "logged off" in str(job.error)
+    assert job.error_count >= 1
+    with impersonate(fake_token("admin", elevated=True)):
+        options = await job.token_options()
+    assert options.helper_token_sid is None
+    assert options.helper_token_flags is flags
+    assert helper.closed
+
+
+@pytest.mark.parametrize("recovery", ["another helper", "no helper"])
+async def test_it_goes_on_with_another_helper_or_without_one(
+    manager: BitsManager, network: FakeNetwork, tmp_path: Path, recovery: str
+) -> None:
+    alice = fake_token("alice")
+    job = await make(manager, tmp_path / "f", owner=alice, helper=fake_token("bob", session="s1"), flags=NETWORK)
+    network.pause()
+    await job.resume()
+    await state(job, JobState.CONNECTING, JobState.TRANSFERRING)
+    network.log_off("s1")
+    await state(job, JobState.ERROR)
+    network.resume()
+    if recovery == "another helper":
+        await help_with(job, alice, fake_token("bob", session="s2"), NETWORK)
+    else:
+        await help_with(job, alice, None, HelperTokenFlags.NONE)
+    await job.resume()
+    await job.wait()
+    (path,) = await job.complete()
+    assert path.read_bytes() == BODY
+    assert network.requests[-1].identity == ("bob" if recovery == "another helper" else "alice")
+
+
+async def test_a_finished_job_is_left_alone_and_says_so_when_it_needs_the_token(
+    manager: BitsManager, network: FakeNetwork, tmp_path: Path
+) -> None:
+    alice = fake_token("alice")
+    by_network = await make(manager, tmp_path / "f", owner=alice, helper=fake_token("bob", session="s1"), flags=NETWORK)
+    by_file = await make(manager, tmp_path / "g", owner=alice, helper=fake_token("eve", session="s1"), flags=LOCAL)
+    for job in (by_network, by_file):
+        await job.resume()
+        await job.wait()
+    network.log_off("s1")
+    await settled(manager)
+    assert by_network.state is by_file.state is JobState.TRANSFERRED
+    assert await by_network.complete() == (tmp_path / "f",)
+    with pytest.raises(bits.TokenRequired):
+        await by_file.complete()
+    assert by_file.state is JobState.TRANSFERRED
+
+
+async def test_other_sessions_and_tokens_without_one_stay(manager: BitsManager, network: FakeNetwork, tmp_path: Path) -> None:
+    alice = fake_token("alice")
+    kept = [
+        await make(manager, tmp_path / "f", owner=alice, helper=fake_token("bob", session="s2"), flags=NETWORK),
+        await make(manager, tmp_path / "g", owner=alice, helper=fake_token("bob"), flags=NETWORK),
+    ]
+    network.log_off("s1")
+    await settled(manager)
+    for job in kept:
+        await job.resume()
+        await job.wait()
+    assert [request.identity for request in network.requests] == ["bob", "bob"]
+
+
+async def test_jobs_of_an_owner_who_logged_off_wait_until_he_is_back(manager: BitsManager, network: FakeNetwork, tmp_path: Path) -> None:
+    running = await make(manager, tmp_path / "f", owner=fake_token("alice", session="s1"))
+    network.pause()
+    await running.resume()
+    await state(running, JobState.CONNECTING, JobState.TRANSFERRING)
+    network.log_off("s1")
+    await state(running, JobState.QUEUED)
+    await settled(manager)
+    assert running.waiting is not None
+    assert running.waiting.reason is WaitingReason.NO_OWNER_TOKEN
+    network.resume()
+    with impersonate(fake_token("alice", session="s2")):
+        back = await manager.get_job(running.id)
+    await back.wait()
+    assert await back.complete() == (tmp_path / "f",)
+
+
+async def test_the_owners_log_off_takes_the_helper_along(manager: BitsManager, network: FakeNetwork, tmp_path: Path) -> None:
+    job = await make(manager, tmp_path / "f", owner=fake_token("alice", session="s1"), helper=fake_token("bob"), flags=NETWORK)
+    network.log_off("s1")
+    await state(job, JobState.ERROR)
+    assert job.error is not None
+    assert job.error.code == ErrorCode.BG_E_TOKEN_REQUIRED
+    assert "owner logged off" in str(job.error)
+
+
+async def test_jobs_that_nobody_holds_are_found_too(manager: BitsManager, network: FakeNetwork, tmp_path: Path) -> None:
+    alice = fake_token("alice", session="s1")
+    ids = []
+    for number in range(5):
+        job = await make(manager, tmp_path / f"{number}", owner=alice, helper=fake_token("bob"), flags=NETWORK)
+        ids.append(job.id)
+        del job
+    network.log_off("s1")
+    await settled(manager)
+    with impersonate(fake_token("admin", elevated=True)):
+        jobs = [await manager.get_job(job_id) for job_id in ids]
+    assert {job.state for job in jobs} == {JobState.ERROR}
+
+
+async def test_a_token_whose_session_was_over_already_is_given_up_too(manager: BitsManager, network: FakeNetwork, tmp_path: Path) -> None:
+    network.log_off("s1")
+    job = await make(manager, tmp_path / "f", owner=fake_token("alice"), helper=fake_token("bob", session="s1"), flags=NETWORK)
+    await state(job, JobState.ERROR)
+    assert job.error is not None
+    assert job.error.code == ErrorCode.BG_E_TOKEN_REQUIRED
+
+
+@pytest.mark.privileged
+@pytest.mark.logind
+async def test_a_real_log_off_ends_the_token_of_the_session(
+    users: Mapping[str, "LocalUser"], world_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.logind import Logind, Session, SystemBus
+    from tests.peers import Origin
+
+    bob = users["bitsbob"]
+    world_dir.chmod(0o777)
+    with SystemBus() as bus, Logind(bus):
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus.address)
+        session = await Session.begin(bus.address, bob.uid)
+        helper = await Token.for_session(session.name)
+        assert (helper.local.key, helper.session) == (f"uid:{bob.uid}", session.name)
+        async with Origin() as origin, BitsManager(store=tmp_path / "queue.db") as manager:
+            url = origin.serve("/f", BODY)
+            job = await manager.create_job("real")
+            await job.set_minimum_retry_delay(3600)
+            await job.add_file(url, world_dir / "f")
+            await help_with(job, Token.for_process(), helper, LOCAL)
+            await session.end()
+            await state(job, JobState.ERROR)
+            assert job.error is not None
+            assert job.error.code == ErrorCode.BG_E_TOKEN_REQUIRED
+            assert helper.closed
+            with pytest.raises(bits.ImpersonationFailed, match="no session"):
+                await Token.for_session(session.name)
