@@ -1002,7 +1002,7 @@ class PartFile:
         self._discarded = False
         self.destination = destination
         self.written_to = 0
-        self._dirty_from = 0
+        self._dirty: dict[int, int] = {}  # stretches not yet written back, end to start; a thread touches only the one it writes
 
     def __repr__(self) -> str:
         return f"<PartFile of {self.destination}>"
@@ -1101,6 +1101,15 @@ class PartFile:
         if any(chunks):
             await self._run("write", self._store, offset, chunks)
 
+    async def append(self, piece: "Slice", chunks: Sequence[Chunk]) -> None:
+        """Put these bytes at `piece.written`, which moves on in the thread as in `receive`: also when the wait for it is cancelled."""
+        if any(chunks):
+            await self._run("write", self._append, piece, chunks)
+
+    def _append(self, handles: _Handles, piece: "Slice", chunks: Sequence[Chunk]) -> None:
+        self._store(handles, piece.written, chunks)
+        piece.advance(sum(map(len, chunks)))
+
     async def receive(
         self,
         detached: "Detached",
@@ -1170,10 +1179,11 @@ class PartFile:
     def _account(self, file: int, offset: int, end: int) -> None:
         self._reservation.consume(offset, end)
         self.written_to = end
-        self._dirty_from = min(self._dirty_from, offset)
-        if end - self._dirty_from >= _WRITE_BACK:
-            native.write_back(file, self._dirty_from, end - self._dirty_from)
-            self._dirty_from = end
+        start = self._dirty.pop(offset, offset)
+        if end - start < _WRITE_BACK:
+            self._dirty[end] = start
+        else:
+            native.write_back(file, start, end - start)
 
     async def reserve(self, offset: int, length: int, *, keep_free: int = 0) -> None:
         """Preallocate what will be written from `offset` on, at most `RESERVE_AHEAD` ahead of what was written (T18).
@@ -1199,6 +1209,7 @@ class PartFile:
         self._digests.rewrite(length)
         await self._run("write", _cut, length)
         self._reservation.clear()
+        self._dirty.clear()
         self.written_to = min(self.written_to, length)
 
     # -- digests --

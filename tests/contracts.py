@@ -175,7 +175,15 @@ class StoreContract:
         assert look(stored) == look(StoredJob(job, (first, second), tuple(by_place)))
 
     async def test_the_ranges_of_a_file_and_the_switches_of_a_job_are_there_after_a_restart(self, store: Store, again: Any) -> None:
-        job = a_job(maximum_bandwidth=0.5, maximum_download_size=2**63, dynamic_content=True, high_performance=True, on_demand_mode=True)
+        job = a_job(
+            maximum_bandwidth=0.5,
+            maximum_download_size=2**63,
+            dynamic_content=True,
+            high_performance=True,
+            on_demand_mode=True,
+            files_at_once=3,
+            segments=4,
+        )
         ranges = (FileRange(2**62, 1), FileRange(0, 100), FileRange(2**62 + 1))
         file, plain = a_file(job, ranges=ranges, validated=True), a_file(job, 1, wanted=ranges, position=2**62)
         await store.save(job, file, plain)

@@ -124,6 +124,13 @@ def checked_notify_flags(flags: NotifyFlags) -> NotifyFlags:
     return flags
 
 
+def checked_count(name: str, count: int, most: int) -> int:
+    """A whole number from 1 to `most`."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+        raise InvalidArgument(f"{name} takes a whole number from 1 to {most}, not {count!r}")
+    return count
+
+
 def checked_text(name: str, text: str, most: int) -> str:
     """Text of so many characters at most.
 

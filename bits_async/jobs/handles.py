@@ -39,6 +39,7 @@ from .arguments import (
     StrPath,
     checked_bandwidth,
     checked_bool,
+    checked_count,
     checked_file,
     checked_helper_flags,
     checked_notify_flags,
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
 
 DISPLAY_NAME_LENGTH: Final = 256
 DESCRIPTION_LENGTH: Final = 1024
+SIDE_BY_SIDE: Final = 64  # more than any server that is not asked first will bear
 STORED: Final = (AuthTarget.PROXY, AuthScheme.NEGOTIATE)  # the grant that BITS_JOB_PROPERTY_USE_STORED_CREDENTIALS stands for
 MAX_NOTIFICATION_INTERVAL: Final = (2**32 - 1) / 1000
 
@@ -431,6 +433,16 @@ class Job:
         return self._entry.job.high_performance
 
     @property
+    def files_at_once(self) -> int:
+        """Files that are fetched side by side."""
+        return self._entry.job.files_at_once
+
+    @property
+    def segments(self) -> int:
+        """Ranges of one large file that are fetched side by side."""
+        return self._entry.job.segments
+
+    @property
     def notify_interface(self) -> "BackgroundCopyCallback | None":
         """What is told what becomes of the job."""
         listener = self._entry.outbox.listener
@@ -670,6 +682,30 @@ class Job:
                 code = ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_ADDFILE
                 raise self._unfit("high_performance is set before the first file is added", code)
             await engine.change(self._entry, high_performance=checked)
+
+    async def set_files_at_once(self, count: int) -> None:
+        """Fetch up to so many files side by side, each on a connection of its own and all as one identity; 1: one after the other.
+
+        For many small files. `Limits.connections_per_host` bounds the connections whatever is asked for here. Takes effect when the job
+        runs next.
+
+        Raises:
+            InvalidArgument: not a whole number from 1 to 64.
+        """
+        await self._set(files_at_once=checked_count("files_at_once", count, SIDE_BY_SIDE))
+
+    async def set_segments(self, count: int) -> None:
+        """Fetch a large file in up to so many ranges side by side, each on a connection of its own; 1: in one stream.
+
+        For lines that lose packets, and servers that give each connection only so much. All ranges are of one version of the file; if one
+        of them meets another version, the whole file begins anew. It needs a server that serves ranges and gives a validator; from others
+        the file comes in one stream. `Limits.connections_per_host` bounds the connections whatever is asked for here. Takes effect when
+        the job runs next.
+
+        Raises:
+            InvalidArgument: not a whole number from 1 to 64.
+        """
+        await self._set(segments=checked_count("segments", count, SIDE_BY_SIDE))
 
     async def _set_early(self, name: str, value: object) -> None:
         """Set what the first resume makes final."""

@@ -359,6 +359,8 @@ class JobRecord:
     dynamic_content: bool = False  # fetched in one go or anew; FOREGROUND only
     high_performance: bool = False  # no checkpoints while a file is fetched
     on_demand_mode: bool = False  # of its files only what was asked for is fetched
+    files_at_once: int = 1  # each on a connection of its own
+    segments: int = 1  # of one file, fetched at once, each on a connection of its own
     error: BitsError | None = None
     error_file: int | None = None  # index of the file the error is about
     error_count: int = 0

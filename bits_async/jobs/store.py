@@ -255,6 +255,8 @@ SCHEMA: Final = (
     ALTER TABLE files ADD COLUMN media_type TEXT;
     ALTER TABLE files ADD COLUMN refetches INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE files ADD COLUMN wrong_digest TEXT;
+    ALTER TABLE jobs ADD COLUMN files_at_once INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE jobs ADD COLUMN segments INTEGER NOT NULL DEFAULT 1;
     CREATE INDEX jobs_owing ON jobs (number) WHERE owed <> 0 AND notify_program IS NOT NULL;
     """,
 )
@@ -1440,6 +1442,8 @@ def _job_row(job: JobRecord) -> Values:
         dynamic_content=job.dynamic_content,
         high_performance=job.high_performance,
         on_demand_mode=job.on_demand_mode,
+        files_at_once=job.files_at_once,
+        segments=job.segments,
         **{f"error_{name}": error.get(name) for name in _ERROR_FIELDS},
         error_file=job.error_file,
         error_count=job.error_count,
@@ -1626,6 +1630,8 @@ def _job(row: Row) -> JobRecord:
         dynamic_content=bool(row["dynamic_content"]),
         high_performance=bool(row["high_performance"]),
         on_demand_mode=bool(row["on_demand_mode"]),
+        files_at_once=row["files_at_once"],
+        segments=row["segments"],
         error=_error(row),
         error_file=row["error_file"],
         error_count=row["error_count"],

@@ -9,9 +9,9 @@ This module decides nothing about jobs: it raises what went wrong and its caller
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from ..clock import Clock
 from ..errors import BitsError, ErrorCode, ErrorContext, LocalFileError, NetworkError, ValidationFailed, make_error, show_url
@@ -30,10 +30,12 @@ from ..transport.ranges import (
     Slice,
     Validator,
     complete,
+    divide,
     filled,
     local_size,
     locate,
     missing,
+    recover,
 )
 from ..transport.timeouts import Pace, Timeouts
 from .model import FileRecord, JobRecord
@@ -43,6 +45,7 @@ WRITE_AFTER: Final = 0.25  # seconds of silence after which a smaller batch is w
 CHECKPOINT_BYTES: Final = 32 << 20
 CHECKPOINT_SECONDS: Final = 5.0
 LOOK: Final = 0.1  # seconds between two looks at a body that a thread moves
+SEGMENT: Final = 4 << 20  # a range that has less is not worth a connection of its own
 FILE_RESTARTS: Final = 3
 REFETCHES: Final = 2  # of a file whose digest is wrong
 SEAM: Final = 64 << 10  # bytes fetched once more, where nothing but the answer says that the rest is of the same version
@@ -117,6 +120,8 @@ class _Download:
     hashed: Digests = NO_DIGESTS  # what the running digests are compared with in the end
     went_back: bool = False  # to the URL that the application named, and no server has answered since
     others: tuple[Slice, ...] = ()  # on demand: what is there besides the piece
+    segments: tuple[Slice, ...] = ()  # in place of the piece, while the file is fetched in several ranges at once
+    abreast: int = 1  # so many of them at once
 
     @property
     def index(self) -> int:
@@ -124,18 +129,23 @@ class _Download:
 
     @property
     def slices(self) -> tuple[Slice, ...]:
-        """All that is there, for the journal."""
-        return filled((*self.others, self.piece)) if self.record.wanted else (replace(self.piece),)
+        """All that is there, for the journal. Several: the length of the file says nothing, not even in the boot that wrote it."""
+        return filled(self.pieces) if self.record.wanted else tuple(replace(each) for each in self.pieces)
+
+    @property
+    def pieces(self) -> tuple[Slice, ...]:
+        """All that is there, as it grows."""
+        return self.segments or (*self.others, self.piece)
 
     @property
     def count(self) -> int:
         """Bytes that are there."""
-        return sum(each.written - each.start for each in (self.piece, *self.others))
+        return sum(each.written - each.start for each in self.pieces)
 
     @property
     def at_risk(self) -> bool:
         """Bytes are written that a loss of power would take."""
-        return any(each.durable < each.written for each in (self.piece, *self.others))
+        return any(each.durable < each.written for each in self.pieces)
 
 
 def _size(download: _Download) -> int | None:
@@ -162,17 +172,33 @@ def _behind(detached: Detached, moved: int) -> Detached:
     return replace(detached, already=detached.already[moved:], length=detached.length - moved) if moved else detached
 
 
-async def _ended(task: "asyncio.Task[int]") -> None:
-    """Cancel the task and wait for its end through any number of cancels of our own: until then it uses what is ours."""
-    task.cancel()
+async def _ended(*tasks: "asyncio.Task[Any]") -> None:
+    """Cancel the tasks and wait for their end through any number of cancels of our own: until then they use what is ours."""
+    for task in tasks:
+        task.cancel()
     cancelled = False
-    while not task.done():
+    while pending := [task for task in tasks if not task.done()]:
         try:
-            await asyncio.wait({task})
+            await asyncio.wait(pending)
         except asyncio.CancelledError:
             cancelled = True
     if cancelled:
         raise asyncio.CancelledError
+
+
+async def _side_by_side(works: "Sequence[Coroutine[Any, Any, None]]") -> None:
+    """All of them at once. The first that fails stops the others, which end as at a cancel, and its error is raised."""
+    if len(works) == 1:
+        await works[0]
+        return
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        await _ended(*tasks)
+    failures = [task.exception() for task in (*done, *tasks) if not task.cancelled()]
+    for failure in filter(None, failures):
+        raise failure
 
 
 class _WrongBytes(Exception):
@@ -206,26 +232,34 @@ class Attempt:
         self._pair = pair
         self._party = party
         self._reconnects = 0
+        self._under_way: set[int] = set()  # files, by index
 
     async def run(self) -> None:
-        """Transfer the files that are not yet transferred, in order; on demand, what was asked for of them.
+        """Transfer the files that are not yet transferred, in order, as many at once as the job wants; on demand, what was asked for
+        of them.
 
         Raises:
             BitsError: what stopped the attempt; `transient` says whether another may help.
         """
         pair, executors = self._pair, self._shop.executors
         local, remote = pair.acting_for(HelperTokenFlags.LOCAL_FILE), pair.acting_for(HelperTokenFlags.NETWORK)
-        with (
-            self._shop.clock.working(),
-            executors.lease(local, "files") as files,
-            executors.lease(remote, "security") as security,
-        ):
-            while (record := next((file for file in self._recorder.files if self._to_do(file)), None)) is not None:
-                party = await self._party(remote, security, record.index)
-                await self._transfer(record, files, party)  # files may be added meanwhile
+        with executors.lease(local, "files") as files, executors.lease(remote, "security") as security:
+            hands = min(self._recorder.job.files_at_once, sum(map(self._to_do, self._recorder.files)))
+            await _side_by_side([self._work(remote, files, security) for _ in range(max(1, hands))])
+
+    async def _work(self, remote: Token, files: TokenExecutor, security: TokenExecutor) -> None:
+        """One file after the other, each that nobody else is at; files may be added meanwhile."""
+        with self._shop.clock.working():
+            while (record := next(filter(self._to_do, self._recorder.files), None)) is not None:
+                self._under_way.add(record.index)
+                try:
+                    await self._transfer(record, files, await self._party(remote, security, record.index))
+                finally:
+                    self._under_way.discard(record.index)
 
     def _to_do(self, file: FileRecord) -> bool:
-        return file.outstanding if self._recorder.job.on_demand_mode else not file.transferred
+        outstanding = file.outstanding if self._recorder.job.on_demand_mode else not file.transferred
+        return outstanding and file.index not in self._under_way
 
     async def _transfer(self, record: FileRecord, files: TokenExecutor, party: Party) -> None:
         download = await self._open(record, files)
@@ -252,7 +286,8 @@ class Attempt:
         fresh = part is None
         if part is None:
             record, part = await self._create(replace(record, part=None, slices=(), validator=None), files)
-        return _Download(record, part, Slice(0, None, 0, 0), None, self._shop.clock.monotonic(), fresh)
+        abreast = self._recorder.job.segments
+        return _Download(record, part, Slice(0, None, 0, 0), None, self._shop.clock.monotonic(), fresh, abreast=abreast)
 
     async def _create(self, record: FileRecord, files: TokenExecutor) -> tuple[FileRecord, PartFile]:
         """A new part file. The journal knows its name before it exists: a process that dies then leaves nothing that nobody knows of."""
@@ -285,15 +320,28 @@ class Attempt:
     async def _begin(self, download: _Download) -> None:
         """Find out where to go on. The journal knows of the part file, and in which boot it is written, before anything is asked for."""
         record = download.record
-        position = await self._position(record, download.part)
-        if position:  # else nothing is kept of that version, and any other is as good
-            download.piece, download.validator = Slice(0, record.size, position, position), record.validator
-        download.fresh = not position
-        download.checkpoint_from = position
+        if len(record.slices) > 1:
+            await self._take_up_segments(download)
+        else:
+            position = await self._position(record, download.part)
+            if position:  # else nothing is kept of that version, and any other is as good
+                download.piece, download.validator = Slice(0, record.size, position, position), record.validator
+        download.fresh = not download.count
+        download.checkpoint_from = download.count
         if record.part is None or record.boot_id != self._shop.boot_id:
             await self._keep(download)
         await self._start_digest(download)
-        self._recorder.moved(record.index, position)
+        self._moved(download)
+
+    async def _take_up_segments(self, download: _Download) -> None:
+        """Only what was made durable counts: the length of a file with holes says nothing."""
+        record = download.record
+        kept = recover(record.slices, length=await download.part.length(), same_boot=False)
+        if kept is not None and self._can_go_on(record.validator):
+            download.segments, download.validator = kept, record.validator
+        else:
+            self._recorder.restarted(record.index, self._why_anew, changed=False)
+            await download.part.truncate(0)
 
     async def _position(self, record: FileRecord, part: PartFile) -> int:
         """Where to go on: in the boot that wrote the file its length counts, after another boot only what was made durable."""
@@ -323,20 +371,20 @@ class Attempt:
         return DYNAMIC if self._recorder.job.dynamic_content else NO_VALIDATOR
 
     async def _start_digest(self, download: _Download) -> None:
-        download.hashed = _held_to(download)
+        download.hashed = NO_DIGESTS if download.segments else _held_to(download)
         await download.part.start_digest(download.hashed.names, download.piece.written if download.hashed else 0)
 
     # -- fetching ---------------------------------------------------------------------------------------------------------------------
 
     async def _fetch(self, download: _Download, party: Party) -> None:
         while not download.complete:
-            start = download.piece.written
+            start = download.count
             try:
-                await self._request(download, party)
+                await (self._request_segments if self._divisible(download) else self._request)(download, party)
             except _WrongBytes as wrong:
                 await self._distrust(download, wrong)
             except FileChanged as change:
-                weaker = download.condition.weaker(download.validator) if change.same else None
+                weaker = download.condition.weaker(download.validator) if change.same and not download.segments else None
                 if weaker is not None:
                     download.condition = weaker
                 elif change.changed:
@@ -356,7 +404,7 @@ class Attempt:
                     download.complete = True
             except BitsError as error:
                 if not await self._back_to_original(download, error):
-                    await self._reopen(download, error, download.piece.written > start)
+                    await self._reopen(download, error, download.count > start)
 
     async def _fetch_wanted(self, download: _Download, party: Party) -> None:
         """On demand: one stretch after the other of what was asked for; the file is transferred if that is all of it."""
@@ -397,10 +445,7 @@ class Attempt:
         self._moved(download)
 
     def _turn_to(self, download: _Download, start: int, end: int | None) -> None:
-        unsaved = download.piece.written - download.checkpoint_from
         download.others, download.piece, download.complete = download.slices, Slice.fresh(start, end), False
-        download.part.written_to = start
-        download.checkpoint_from = start - unsaved
 
     async def _request(self, download: _Download, party: Party) -> None:
         piece = download.piece
@@ -413,6 +458,7 @@ class Attempt:
             if SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_REPORT in party.options.flags:
                 await self._rename(download, body.url)
             await self._pin(download, asked, body)
+            self._refuse_part(download, asked, body)
             self._recorder.answered()
             download.went_back = False
             first = await self._across_the_seam(download, body, seam)
@@ -420,9 +466,9 @@ class Attempt:
             download.part.start_content_digest(content.names, piece.written)
             detached = None if first else await body.detach()
             if detached is None:
-                await self._pump(download, body, first)
+                await self._pump(download, piece, body, first)
             else:
-                await self._receive(download, body, detached, party.timeouts)
+                await self._receive(download, piece, body, detached, party.timeouts)
             if content and not seam and piece.written - before == body.length:
                 await self._compare_content(download, content)
         if body.length is None:
@@ -431,6 +477,41 @@ class Attempt:
                 download.validator = replace(download.validator, size=piece.written)
         elif piece.end is not None:
             download.complete = piece.written >= piece.end
+
+    def _divisible(self, download: _Download) -> bool:
+        """Whether the rest of the file can be fetched in several ranges; what was begun so is also ended so."""
+        size, record = _size(download), download.record
+        if size is None or record.ranges or record.wanted or download.condition is not Condition.VERSION:
+            return False
+        wanted = download.segments or (download.abreast > 1 and size - download.count >= 2 * SEGMENT)
+        return bool(wanted) and self._can_go_on(download.validator)
+
+    async def _request_segments(self, download: _Download, party: Party) -> None:
+        """Fetch the rest of the file in several ranges at once, each on a connection of its own, all of one version.
+
+        The journal knows of all ranges before a byte is written in one of them.
+        """
+        size = _size(download)
+        assert size is not None, "divisible"
+        download.segments = divide(download.pieces, size, download.abreast, SEGMENT)
+        await self._keep(download)
+        await self._start_digest(download)
+        rest = iter([piece for piece in download.segments if not piece.done])
+        await _side_by_side([self._fetch_segments(download, rest, party) for _ in range(download.abreast)])
+        download.piece, download.segments, download.complete = Slice(0, size, size, 0), (), True
+
+    async def _fetch_segments(self, download: _Download, rest: Iterator[Slice], party: Party) -> None:
+        for piece in rest:
+            while not piece.done:
+                end = min(piece.end or 0, piece.written + MAX_REQUEST)
+                asked = Asked(download.record.url, piece.written, end, download.validator)
+                async with self._shop.network.get(party, asked) as body:
+                    self._refuse_elsewhere(asked, body)
+                    detached = await body.detach()
+                    if detached is None:
+                        await self._pump(download, piece, body)
+                    else:
+                        await self._receive(download, piece, body, detached, party.timeouts)
 
     def _asked(self, download: _Download) -> Asked:
         """The bytes to ask for next."""
@@ -442,6 +523,9 @@ class Attempt:
             raise make_error(code, ErrorContext.REMOTE_FILE, message, url=record.url)
         end = download.piece.end
         limit = None if end is None or end - position <= MAX_REQUEST else position + MAX_REQUEST
+        job = self._recorder.job
+        if end is None and not position and download.abreast > 1 and job.http.plain and not job.dynamic_content:
+            limit = SEGMENT  # the answer says whether there is enough for more ranges, and a version to ask them of
         start = max(0, position - SEAM) if download.condition is Condition.NONE else position
         return Asked(
             record.url,
@@ -464,8 +548,7 @@ class Attempt:
 
     async def _pin(self, download: _Download, asked: Asked, body: Body) -> None:
         """The first answer names the version that every later one must be of; the journal knows it before the first byte is written."""
-        if body.start != asked.start:
-            raise make_error(ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorContext.REMOTE_FILE, "the answer starts elsewhere", url=body.url)
+        self._refuse_elsewhere(asked, body)
         if download.validator is None or download.validator.size is None:
             self._refuse_outside(download.record, body.total)
             named = body.url == download.record.url  # a redirect may lead elsewhere next time, and an ETag is of its own resource only
@@ -481,6 +564,18 @@ class Attempt:
         self._refuse_too_large(download, download.count + (download.piece.remaining or 0))
         if body.length is not None:
             await download.part.reserve(download.piece.written, min(body.length, RESERVE_AHEAD))
+
+    def _refuse_elsewhere(self, asked: Asked, body: Body) -> None:
+        if body.start != asked.start:
+            raise make_error(ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorContext.REMOTE_FILE, "the answer starts elsewhere", url=body.url)
+
+    def _refuse_part(self, download: _Download, asked: Asked, body: Body) -> None:
+        """A first range is of no use where the next cannot be of the same version: then the file comes in one stream."""
+        rest = download.piece.remaining
+        if asked.part or asked.end is None or None in (rest, body.length) or body.length == rest or self._can_go_on(download.validator):
+            return
+        download.abreast = 1
+        raise FileChanged(None, self._why_anew, changed=False)
 
     def _refuse_outside(self, record: FileRecord, size: int | None) -> None:
         for each in record.wanted or record.ranges:
@@ -518,27 +613,27 @@ class Attempt:
         if found != expected.of(name):
             raise _WrongBytes(f"{name} of a part of the file is {found}, the server said {expected.of(name)}", found)
 
-    async def _pump(self, download: _Download, body: Body, first: bytes = b"") -> None:
+    async def _pump(self, download: _Download, piece: Slice, body: Body, first: bytes = b"") -> None:
         chunks, batch, size = aiter(body), [first] if first else [], len(first)
         limits = Chain(*self._recorder.levels)
         most = _batch(limits)
         try:
             while (chunk := await _next(chunks, WRITE_AFTER if batch else None)) is not None:
                 if chunk:
-                    if download.piece.end is None:
+                    if piece.end is None:
                         self._refuse_too_large(download, download.count + size + len(chunk))
                     batch.append(chunk)
                     size += len(chunk)
                 if size >= most or not chunk:
                     full, moved, batch, size = batch, size, [], 0
-                    await self._write(download, full)
+                    await self._write(download, piece, full)
                     await self._rest(limits, moved)
                     most = _batch(limits)
         finally:
             if batch:
                 if limits.limited:
                     limits.acquire(size)  # paid for by those who come next
-                await self._write(download, batch)  # what has arrived is kept, whatever ended the body
+                await self._write(download, piece, batch)  # what has arrived is kept, whatever ended the body
 
     async def _rest(self, limits: Chain, moved: int) -> None:
         """Wait until these bytes are paid for."""
@@ -546,31 +641,29 @@ class Attempt:
             for seconds in limits.rests(moved):
                 await self._shop.clock.sleep(seconds)
 
-    async def _write(self, download: _Download, batch: Sequence[bytes]) -> None:
-        piece = download.piece
+    async def _write(self, download: _Download, piece: Slice, batch: Sequence[bytes]) -> None:
         try:
-            await download.part.write(piece.written, batch)
+            await download.part.append(piece, batch)
         finally:
-            piece.advance(max(0, download.part.written_to - piece.written))  # a write is finished before its cancel goes on
             self._moved(download)
         await self._checkpoint_when_due(download)
 
-    async def _receive(self, download: _Download, body: Body, detached: Detached, timeouts: Timeouts) -> None:
+    async def _receive(self, download: _Download, piece: Slice, body: Body, detached: Detached, timeouts: Timeouts) -> None:
         """The fast way: a thread of the file token moves the rest of the body from its socket; here it is only watched."""
-        piece, start = download.piece, download.piece.written
+        start = piece.written
         try:
-            while not await self._move(download, _behind(detached, piece.written - start), timeouts):
+            while not await self._move(download, piece, _behind(detached, piece.written - start), timeouts):
                 pass
         except BitsError as error:
             raise error.located(url=body.url) from None
         finally:
             body.reattach(piece.written - start)
 
-    async def _move(self, download: _Download, detached: Detached, timeouts: Timeouts) -> bool:
+    async def _move(self, download: _Download, piece: Slice, detached: Detached, timeouts: Timeouts) -> bool:
         """True: all is there. False: a limit was set where there was none, or the last one lifted, and the rest goes another way."""
         limits = limiter(*self._recorder.levels)
         pace = Pace(timeouts)
-        move = asyncio.ensure_future(download.part.receive(detached, download.piece, limits, None, idle=timeouts.idle, pace=pace))
+        move = asyncio.ensure_future(download.part.receive(detached, piece, limits, None, idle=timeouts.idle, pace=pace))
         try:
             while not move.done():
                 await asyncio.wait({move}, timeout=LOOK)
@@ -590,19 +683,19 @@ class Attempt:
     async def _checkpoint_when_due(self, download: _Download) -> None:
         if self._recorder.job.high_performance:
             return
-        clock, written = self._shop.clock, download.piece.written
-        if written - download.checkpoint_from >= CHECKPOINT_BYTES or clock.monotonic() - download.checkpoint_at >= CHECKPOINT_SECONDS:
+        clock, count = self._shop.clock, download.count
+        if count - download.checkpoint_from >= CHECKPOINT_BYTES or clock.monotonic() - download.checkpoint_at >= CHECKPOINT_SECONDS:
+            download.checkpoint_at, download.checkpoint_from = clock.monotonic(), count  # segments have one checkpoint between them
             await self._checkpoint(download)
 
     async def _checkpoint(self, download: _Download) -> None:
-        position = download.piece.written  # read before the sync: a thread may be writing on
+        count, written = download.count, [(each, each.written) for each in download.pieces]  # before the sync: threads may write on
         await download.part.sync()
-        for other in download.others:
-            other.checkpoint(other.written)
-        download.piece.checkpoint(position)
+        for piece, position in written:
+            piece.checkpoint(max(position, piece.durable))  # another segment's checkpoint may have been later and quicker
         await self._keep(download)
         download.checkpoint_at = self._shop.clock.monotonic()
-        download.checkpoint_from = position
+        download.checkpoint_from = count
 
     async def _keep(self, download: _Download, *, transferred: bool = False) -> None:
         record, part = download.record, download.part.record
@@ -621,7 +714,13 @@ class Attempt:
     # -- when it does not go straight ---------------------------------------------------------------------------------------------------
 
     async def _reopen(self, download: _Download, error: BitsError, moved: bool) -> None:
-        """Open a connection that broke after new bytes again, a few times in one attempt; anything else ends the attempt."""
+        """Open a connection that broke after new bytes again, a few times in one attempt; anything else ends the attempt.
+
+        Several connections at once may be more than a server or the way there bears: then half of them are tried first.
+        """
+        if download.segments and download.abreast > 1 and error.transient and not isinstance(error, LocalFileError):
+            download.abreast //= 2
+            return
         if not (isinstance(error, NetworkError) and error.transient and moved and self._reconnects < RECONNECTS):
             raise error
         if not self._recorder.job.http.plain:
@@ -671,7 +770,9 @@ class Attempt:
     async def _anew(self, download: _Download, reason: str, *, changed: bool) -> None:
         log.info("job %s: %s is fetched anew: %s", download.record.job_id, show_url(download.record.url), reason)
         await download.part.truncate(0)  # before the journal hears of it: bytes of one version are never taken for another's
-        download.piece, download.others = Slice(0, None, 0, 0), ()
+        if download.segments and not changed:
+            download.abreast = 1  # the server does not serve ranges as it should
+        download.piece, download.others, download.segments = Slice(0, None, 0, 0), (), ()
         download.complete = bool(download.record.wanted)  # with this piece; the next one is chosen anew
         download.validator = None
         download.fresh = True

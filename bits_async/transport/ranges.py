@@ -241,6 +241,31 @@ def merge(slices: Iterable[Slice]) -> tuple[Slice, ...]:
     return tuple(merged)
 
 
+def divide(slices: Iterable[Slice], size: int, parts: int, least: int) -> tuple[Slice, ...]:
+    """The slices of a file of `size` bytes, and fresh ones for what none of them covers, so that `parts` of them are not done.
+
+    The longest rest is halved as long as there are too few and each half has `least` bytes; what is written stays in its slice.
+    """
+    pieces, position = list[Slice](), 0
+    for each in merge(slices):
+        if each.start > position:
+            pieces.append(Slice.fresh(position, each.start))
+        position = size if each.end is None else each.end
+        pieces.append(Slice(each.start, position, each.written, each.durable))
+    if position < size or not pieces:
+        pieces.append(Slice.fresh(position, size))
+    while sum(not each.done for each in pieces) < parts:
+        longest = max(pieces, key=lambda each: each.remaining or 0)
+        rest = longest.remaining or 0
+        if rest < 2 * least:
+            break
+        middle = longest.written + (rest + 1) // 2
+        place = pieces.index(longest)
+        halves = Slice(longest.start, middle, longest.written, longest.durable), Slice.fresh(middle, longest.end)
+        pieces[place : place + 1] = halves
+    return tuple(pieces)
+
+
 def complete(slices: Sequence[Slice], size: int) -> bool:
     """Whether the slices are all written and cover [0, size) exactly: no hole, no overlap, nothing beyond."""
     position = 0

@@ -246,6 +246,8 @@ ORDERS = {
     "set_dynamic_content": Order(lambda job: job.set_dynamic_content(True), BEFORE_RESUME, ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME),
     "set_on_demand_mode": Order(lambda job: job.set_on_demand_mode(True), BEFORE_RESUME, ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME),
     "set_high_performance": Order(lambda job: job.set_high_performance(True), {}, ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_ADDFILE),
+    "set_files_at_once": Order(lambda job: job.set_files_at_once(2), SAME),
+    "set_segments": Order(lambda job: job.set_segments(2), SAME),
     "set_http_method": Order(lambda job: job.set_http_method("POST"), BEFORE_RESUME, ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME),
     "set_custom_headers": Order(lambda job: job.set_custom_headers([("X-Tenant", "a")]), SAME),
     "make_custom_headers_write_only": Order(lambda job: job.make_custom_headers_write_only(), SAME),

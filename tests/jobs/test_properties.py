@@ -33,6 +33,8 @@ SET: dict[str, tuple[Any, Any]] = {
     "dynamic_content": (True, "set_dynamic_content"),
     "on_demand_mode": (True, "set_on_demand_mode"),
     "high_performance": (True, "set_high_performance"),
+    "segments": (4, "set_segments"),
+    "files_at_once": (8, "set_files_at_once"),
 }
 
 

@@ -128,7 +128,7 @@ async def scene(
 
 def watch(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Note who moves bytes."""
-    splice, store, write = PartFile._splice, PartFile._store, PartFile.write
+    splice, store, append = PartFile._splice, PartFile._store, PartFile.append
     chunks: list[object] = []
 
     def spliced(self: PartFile, *args: Any) -> int:
@@ -144,13 +144,13 @@ def watch(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         scene.moved.append("chunks")
         chunks.append(None)
         try:
-            await write(self, *args)
+            await append(self, *args)
         finally:
             chunks.pop()
 
     monkeypatch.setattr(PartFile, "_splice", spliced)
     monkeypatch.setattr(PartFile, "_store", stored)
-    monkeypatch.setattr(PartFile, "write", written)
+    monkeypatch.setattr(PartFile, "append", written)
 
 
 async def test_files_arrive_whole_and_share_one_connection(no_leaks: None, scene: Scene) -> None:

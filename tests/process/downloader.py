@@ -26,7 +26,8 @@ def start(url: str, path: Path, **more: Any) -> "subprocess.Popen[str]":
     Args:
         url, path: what is downloaded.
         more: sha256, store, queue (true: a job of a `BitsManager`, left TRANSFERRED), cancel (true: which is then cancelled),
-            checkpoint (bytes), die, slowly (seconds that each write to the file takes more).
+            segments and segment (of a queue: how many, and bytes of the smallest), checkpoint (bytes), die, slowly (seconds that
+            each write to the file takes more).
     """
     order = json.dumps({"url": url, "path": str(path), **more})
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -114,6 +115,7 @@ async def _queue(order: dict[str, Any]) -> None:
 
     async with bits.BitsManager(store=order["store"]) as manager:
         job = await manager.create_job("killed")
+        await job.set_segments(order.get("segments", 1))
         await job.add_file(order["url"], order["path"], sha256=order.get("sha256"))
         await job.resume()
         await job.wait()
@@ -131,6 +133,7 @@ def main(arguments: Sequence[str]) -> None:
     from bits_async.jobs import transfer
 
     order = json.loads(arguments[0])
+    transfer.SEGMENT = order.get("segment", transfer.SEGMENT)  # type: ignore[misc]
     transfer.CHECKPOINT_BYTES = order.get("checkpoint", transfer.CHECKPOINT_BYTES)  # type: ignore[misc]
     if "die" in order:
         _doom(order["die"])
