@@ -7,6 +7,12 @@ identity touches the file is a parameter, the `TokenExecutor`; nothing here ever
 else may have put another file there. So device and inode decide whether a file is ours, before it is reopened, replaced, renamed
 or deleted, and once more after the rename (T15, T17). No finalizer touches a path.
 
+**Power.** What the journal says of a file is true after a loss of power, in this order: the name of a part file is journalled before
+the file is made (`new_draft`), so nothing is left that nobody knows of; bytes are synced, and the name of their file once, before
+their position is journalled (`sync`); the whole file is synced before it is renamed, and the directory after that, before the
+journal calls it committed (`commit`); a removed name is synced before the journal forgets it (`discard_part`). What is not synced
+may be there or not, in part or as zeros: it is never counted, and cut off when the file is opened in another boot.
+
 **Threads.** Each call is one hop to a thread of the token, and a cancel waits for that thread. A thread that does not come back
 in time is given up on together with the part file: its descriptors stay open until the thread leaves them (`_Handles`), every
 later call fails, and this process does not reopen the file meanwhile. So the calls that own a descriptor or change a file go
@@ -203,6 +209,7 @@ class _Handles:
         self.file: int | None = None
         self.record: PartRecord | None = None
         self.committed = False
+        self.named = False  # the name of the part file survives a loss of power
 
     def __enter__(self) -> "_Handles":
         with self._lock:
@@ -675,7 +682,14 @@ def _unlink(directory: Directory, record: PartRecord) -> bool:
 
 def _discard(handles: _Handles) -> bool:
     assert handles.record is not None, "published before anybody can discard"
-    return _unlink(handles.opened()[0], handles.record)
+    return _synced(handles.opened()[0], _unlink(handles.opened()[0], handles.record))
+
+
+def _synced(directory: Directory, gone: bool) -> bool:
+    """The journal forgets a removed file next: after a loss of power it must not be back."""
+    if gone:
+        native.sync_directory(directory)
+    return gone
 
 
 def _discard_draft(handles: _Handles, destination: Path, job_id: UUID, draft: str, uid: int | None) -> bool:
@@ -684,7 +698,8 @@ def _discard_draft(handles: _Handles, destination: Path, job_id: UUID, draft: st
         handles.directory = directory = _open(destination.parent)
     except FileNotFoundError:
         return True
-    return _remove_stray(directory, _part_name(destination.name, job_id, draft, native.max_name(directory)), uid)
+    name = _part_name(destination.name, job_id, draft, native.max_name(directory))
+    return _synced(directory, _remove_stray(directory, name, uid))
 
 
 def _discard_recorded(handles: _Handles, record: PartRecord) -> bool:
@@ -693,7 +708,7 @@ def _discard_recorded(handles: _Handles, record: PartRecord) -> bool:
         handles.directory = directory = _open(Path(record.directory))
     except FileNotFoundError:
         return True
-    return record.is_directory(os.stat(directory)) and _unlink(directory, record)
+    return record.is_directory(os.stat(directory)) and _synced(directory, _unlink(directory, record))
 
 
 def _look_for_committed(handles: _Handles, destination: Path, record: PartRecord) -> int | None:
@@ -720,7 +735,11 @@ def _cut(handles: _Handles, length: int) -> None:
 
 
 def _sync(handles: _Handles) -> None:
-    native.datasync(handles.opened()[1])
+    directory, file = handles.opened()
+    native.datasync(file)
+    if not handles.named:
+        native.sync_directory(directory)  # durable bytes need a durable name
+        handles.named = True
 
 
 def _trim_and_sync(handles: _Handles, trim: bool) -> None:
