@@ -352,6 +352,7 @@ class Engine:
             self.announce(entry)
         if entry.job.state not in (JobState.TRANSFERRED, JobState.ERROR) or entry.job.state is before.state:
             self.notifier.modified(entry)
+        self.notifier.look(entry)  # the flags may be others
         self._wake.set()
 
     async def _told(self, entry: Entry, index: int | None, turn: int) -> None:

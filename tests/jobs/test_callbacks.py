@@ -7,6 +7,7 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import spnego
 import bits_async as bits
 from bits_async import ErrorCode, JobState, NotifyFlags, WaitingReason
 from bits_async.identity.logon import NetworkOnly
+from bits_async.jobs.callbacks import commander
 from bits_async.testing import FakeNetwork, fake_token
 
 F = NotifyFlags
@@ -176,6 +178,8 @@ async def test_a_callback_may_be_a_plain_function_and_complete_its_job(scene: Sc
     await let_things_happen()
     assert seen == [True, (scene.directory / "a",)]
     assert (scene.directory / "a").read_bytes() == URLS[0].encode() * 1000
+    await scene.reopened(job)
+    assert [each async for each in scene.manager.enum_jobs()] == []  # that it was told did not bring it back
 
 
 async def test_what_happened_before_the_callback_was_set_is_told_at_once(scene: Scene) -> None:
@@ -245,6 +249,50 @@ async def test_a_callback_that_fails_is_told_again_later_and_nothing_behind_it_b
     assert "callback's file_transferred failed: RuntimeError" in caplog.text
 
 
+async def test_what_happens_again_while_it_is_told_is_told_again(scene: Scene) -> None:
+    class Resumes(Told):
+        async def job_error(self, job: bits.Job, error: bits.BitsError) -> None:
+            self.heard.append(job.error_count)
+            if len(self.heard) == 1:
+                await job.resume()
+                await until(lambda: job.state is JobState.ERROR)
+
+    job, told = await scene.job(MISSING), Resumes()
+    await job.set_notify_interface(told)
+    await job.resume()
+    await until(lambda: len(told.heard) == 2)
+    await let_things_happen()
+    assert told.heard == [1, 2]
+
+
+async def test_a_callback_that_fails_after_it_dealt_with_the_job_delays_nothing(scene: Scene) -> None:
+    class Resumes(Told):
+        async def job_error(self, job: bits.Job, error: bits.BitsError) -> None:
+            self.heard.append(job.error_count)
+            if len(self.heard) == 1:
+                scene.network.pause()
+                await job.resume()
+                raise RuntimeError
+
+    job, told = await scene.job(MISSING), Resumes()
+    await job.set_notify_interface(told)
+    await job.resume()
+    await until(lambda: len(told.heard) == 1 and job.state is not JobState.ERROR)
+    await let_things_happen()
+    scene.network.resume()
+    await until(lambda: len(told.heard) == 2)  # the clock stands still
+
+
+async def test_a_file_whose_content_was_refused_is_not_told_of(scene: Scene) -> None:
+    job, told = await scene.job(flags=ENDS_AND_FILES), Told()
+    await job.resume()
+    await job.wait()
+    await job.files[0].set_validation_state(False)
+    await job.set_notify_interface(told)
+    await let_things_happen()
+    assert told.heard == [("error", ErrorCode.BG_E_VALIDATION_FAILED)]
+
+
 async def test_an_end_that_is_over_is_not_told_of_any_more(scene: Scene) -> None:
     job, told = await scene.job(MISSING), Told()
     await job.resume()
@@ -263,6 +311,15 @@ async def test_flags_count_from_when_they_are_set_and_are_kept_by_the_journal(sc
     await job.set_notify_flags(ENDS_AND_FILES)  # too late
     await let_things_happen()
     assert told.heard == []
+    failed, silent = await scene.job(MISSING), Told()
+    await failed.resume()
+    await scene.manager.join()
+    await failed.set_notify_flags(F.DISABLE)
+    await failed.set_notify_interface(silent)
+    await let_things_happen()
+    assert silent.heard == []
+    await failed.set_notify_flags(ENDS_AND_FILES)  # it is still owed
+    await until(lambda: silent.heard)
     await scene.reopened(job)
     assert (await scene.manager.get_job(job.id)).notify_flags == ENDS_AND_FILES
 
@@ -306,6 +363,30 @@ async def test_at_most_four_callbacks_of_a_user_are_at_work_and_the_queue_goes_o
     go.set()
     await until(lambda: all(told.heard for _, told in jobs))
     assert at_work == {"alice": 6, "bob": 1}
+
+
+async def test_a_callback_that_waits_for_its_place_is_not_called_when_another_took_it_or_the_job_left(scene: Scene) -> None:
+    go = asyncio.Event()
+
+    async def hang(_: str) -> None:
+        await go.wait()
+
+    jobs: list[tuple[bits.Job, Told]] = []
+    for number in range(6):
+        job, told = await scene.job(name=str(number)), Told(hang)
+        await job.set_notify_interface(told)
+        await job.resume()
+        await job.wait()
+        jobs.append((job, told))
+    await let_things_happen()
+    (replaced, old), (gone, unheard) = jobs[4:]
+    new = Told()
+    await replaced.set_notify_interface(new)
+    await gone.cancel()
+    go.set()
+    await until(lambda: new.heard and all(told.heard for _, told in jobs[:4]))
+    await let_things_happen()
+    assert (old.heard, unheard.heard, new.heard) == ([], [], ["transferred"])
 
 
 async def test_t11_a_callback_runs_in_the_context_in_which_it_was_set(scene: Scene) -> None:
@@ -389,8 +470,20 @@ async def test_ranges_are_told_of_when_they_are_there_for_good_and_each_byte_onc
         await job.wait()
         scene.advance(1)
         await let_things_happen()
-    found = [each for _, name, *each in told.heard if name == "a"]
+    found = [each for what, name, *each in told.heard if (what, name) == ("ranges", "a")]
     assert [(each.initial_offset, each.length) for told in found for each in told] == [(100, 50), (300, 10), (150, 70)]
+
+
+async def test_ranges_are_told_of_before_the_end_whatever_the_interval(scene: Scene) -> None:
+    job, told = await scene.job(flags=F.FILE_RANGES_TRANSFERRED | F.JOB_TRANSFERRED), Told()
+    await job.set_on_demand_mode(True)
+    await job.set_notify_interface(told)
+    for ranges in ([bits.FileRange(0, 10)], [bits.FileRange(0)]):
+        await job.files[0].request_file_ranges(ranges)
+        await job.resume()
+        await job.wait()
+    await until(lambda: "transferred" in told.heard)
+    assert [each if isinstance(each, str) else each[0] for each in told.heard] == ["ranges", "ranges", "transferred"]
 
 
 async def test_a_callback_is_replaced_and_removed(scene: Scene) -> None:
@@ -571,16 +664,23 @@ async def test_at_most_four_commands_of_a_user_run_at_a_time(scene: Scene, monke
         return 0
 
     monkeypatch.setattr(scene.manager._desk.engine.notifier, "_run_command", run)
-    for number in range(6):
+    alice, jobs = fake_token("alice"), []
+    for number in range(8):
         job = await scene.job(name=str(number))
-        with bits.impersonate(fake_token("alice" if number < 5 else "bob")):
+        with bits.impersonate(alice if number < 7 else fake_token("bob")):
             await job.set_notify_cmd_line(PROGRAM)
         await job.resume()
         await job.wait()
+        jobs.append(job)
     await let_things_happen()
     assert sorted(running) == ["alice"] * 4 + ["bob"]
+    with bits.impersonate(fake_token("carol")):
+        await jobs[5].set_notify_cmd_line(PROGRAM)  # while it waits for its place
+    await jobs[6].complete()
     go.set()
-    await until(lambda: len(running) == 6)
+    await until(lambda: len(running) == 7)
+    await let_things_happen()
+    assert sorted(running) == ["alice"] * 5 + ["bob", "carol"]
 
 
 async def test_a_command_that_is_owed_at_a_restart_waits_for_its_setter_s_token_and_says_so(scene: Scene) -> None:
@@ -683,6 +783,20 @@ async def test_a_command_that_cannot_be_meant_is_refused(scene: Scene, program: 
     with pytest.raises(bits.InvalidArgument) as caught:
         await job.set_notify_cmd_line(program, parameters)
     assert caught.value.code == code
+
+
+async def test_t05_a_token_runs_the_commands_of_the_setter_it_was_brought_for_and_no_other(scene: Scene) -> None:
+    job = await scene.job()
+    with bits.impersonate(fake_token("bob")):
+        await job.set_notify_cmd_line(PROGRAM)
+    entry = job._entry
+    found = commander(entry)
+    assert found is not None
+    assert found.name == "bob"
+    entry.job = replace(entry.job, notify_setter=entry.job.owner)  # another setter's command, and bob's token still there
+    assert commander(entry) is entry.owner
+    entry.job = replace(entry.job, notify_setter=replace(entry.job.owner, sid="fake:dave"))
+    assert commander(entry) is None
 
 
 async def test_a_command_is_removed(scene: Scene) -> None:
