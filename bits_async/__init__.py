@@ -123,6 +123,7 @@ if TYPE_CHECKING:
     from .jobs.manager import download as download
     from .jobs.model import Cancellation as Cancellation
     from .jobs.model import Completion as Completion
+    from .jobs.model import CostFlags as CostFlags
     from .jobs.model import FileProgress as FileProgress
     from .jobs.model import JobPriority as JobPriority
     from .jobs.model import JobProgress as JobProgress
@@ -140,6 +141,8 @@ if TYPE_CHECKING:
     from .jobs.notify import JobChanged as JobChanged
     from .jobs.notify import Progress as Progress
     from .jobs.notify import Retrying as Retrying
+    from .jobs.policies import CostSource as CostSource
+    from .jobs.policies import GroupPolicy as GroupPolicy
     from .jobs.scheduler import Limits as Limits
     from .transport.options import SecurityFlags as SecurityFlags
     from .transport.proxies import ProxySettings as ProxySettings
@@ -179,6 +182,7 @@ _HOMES: Final = {
     "jobs.model": (
         "Cancellation",
         "Completion",
+        "CostFlags",
         "FileProgress",
         "JobPriority",
         "JobProgress",
@@ -199,6 +203,7 @@ _HOMES: Final = {
         "Progress",
         "Retrying",
     ),
+    "jobs.policies": ("CostSource", "GroupPolicy"),
     "jobs.scheduler": ("Limits",),
     "transport.options": ("SecurityFlags",),
     "transport.proxies": ("ProxySettings", "ProxyUsage"),

@@ -189,6 +189,8 @@ _ADVICE: Mapping[int, str] = MappingProxyType(
         ErrorCode.BG_E_EMPTY: "add a file before resuming the job",
         ErrorCode.BG_E_DESTINATION_LOCKED: "wait for the other transfer to this path, or cancel it",
         ErrorCode.BG_E_NETWORK_DISCONNECTED: "the job goes on by itself when the network is back",
+        ErrorCode.BG_E_BLOCKED_BY_POLICY: "the job goes on by itself when the policy allows it; FOREGROUND jobs are exempt",
+        ErrorCode.BG_E_BLOCKED_BY_COST_TRANSFER_POLICY: "the job goes on by itself when the cost is allowed; set_cost_flags allows others",
         ErrorCode.BG_E_MISSING_FILE_SIZE: "the server must announce the size of the file",
         ErrorCode.BG_E_INSUFFICIENT_RANGE_SUPPORT: "the server must support byte ranges, or use a foreground job",
         ErrorCode.BG_E_INVALID_SERVER_RESPONSE: "the server or something between broke the protocol; look at its log",
@@ -537,6 +539,8 @@ _CLASS_OF_CODE: Mapping[int, type[BitsError]] = MappingProxyType(
         ErrorCode.BG_E_TOO_MANY_FILES_IN_JOB: AccessDenied,
         ErrorCode.BG_E_TOO_MANY_RANGES_IN_FILE: AccessDenied,
         ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT: NetworkError,
+        ErrorCode.BG_E_BLOCKED_BY_POLICY: BitsError,
+        ErrorCode.BG_E_BLOCKED_BY_COST_TRANSFER_POLICY: BitsError,
     }
 )
 

@@ -19,6 +19,7 @@ from bits_async.errors import BitsError, ErrorCode, ErrorContext, InvalidState, 
 from bits_async.files import PartRecord
 from bits_async.identity.tokens import HelperTokenFlags
 from bits_async.jobs.model import (
+    CostFlags,
     FileRecord,
     GrantRecord,
     GrantRemoved,
@@ -177,6 +178,8 @@ class StoreContract:
     async def test_the_ranges_of_a_file_and_the_switches_of_a_job_are_there_after_a_restart(self, store: Store, again: Any) -> None:
         job = a_job(
             maximum_bandwidth=0.5,
+            own_download_time=True,
+            cost_flags=CostFlags.TRANSFER_NO_SURCHARGE,
             maximum_download_size=2**63,
             dynamic_content=True,
             high_performance=True,

@@ -19,6 +19,8 @@ BitsError
 BitsManager
 Cancellation
 Completion
+CostFlags
+CostSource
 DelegationTarget
 ErrorCode
 ErrorContext
@@ -30,6 +32,7 @@ FileProgress
 FileRange
 FileRestarted
 FileTransferred
+GroupPolicy
 HelperTokenFlags
 Hosts
 ImpersonationFailed

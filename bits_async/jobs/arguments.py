@@ -16,7 +16,7 @@ from ..identity.tokens import HelperTokenFlags
 from ..transport.answers import MAX_URL, check_url
 from ..transport.digests import Digests
 from ..transport.ranges import FileRange
-from .model import FileRecord, NotifyFlags
+from .model import CostFlags, FileRecord, NotifyFlags
 
 if TYPE_CHECKING:
     from yarl import URL
@@ -158,3 +158,12 @@ def checked_bandwidth(value: float | None) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise InvalidArgument(f"maximum_bandwidth takes bytes per second, more than 0, or None, not {value!r}")
     return float(value)
+
+
+def checked_cost_flags(flags: CostFlags) -> CostFlags:
+    """CostFlags with a cost among them: with none the job would never run."""
+    if not isinstance(flags, CostFlags):
+        raise InvalidArgument(f"cost flags are CostFlags, not {flags!r}")
+    if not flags & CostFlags.TRANSFER_ALWAYS & ~CostFlags.IGNORE_CONGESTION:
+        raise InvalidArgument("cost flags name at least one cost at which the job may run")
+    return flags

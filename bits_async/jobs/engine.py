@@ -195,7 +195,7 @@ class Engine:
         self._offset = _offset(*self._looked)
         self._moment: datetime | None = None  # the next one at which the journal has something due
         self._moments_stale = True
-        self._idle_moment: datetime | None = None  # the next one at which nobody has touched a job for too long
+        self._idle_moments: dict[bool, datetime] = {}  # the next ones at which nobody has touched a job (of elevated owners) for too long
         self._network_returned = False
         self._put_aside: list[Entry] = []  # wait for an event since this round of the loop; it may have happened before
         self._looked_through: int | None = 0  # of the jobs that wait for an event: so far; None: all
@@ -344,8 +344,10 @@ class Engine:
             self._moments_stale = True
         for file in files:
             entry.files[file.index : file.index + 1] = [file]
-        if entry.bucket is not None and "maximum_bandwidth" in fields:
-            entry.bucket.set_rate(entry.job.maximum_bandwidth)
+        if entry.bucket is not None:
+            if "maximum_bandwidth" in fields:
+                entry.bucket.set_rate(entry.job.maximum_bandwidth)
+            entry.levels = self._conditions.levels(entry.job, entry.bucket)
         if "state" in fields:
             entry.outbox.turns[None] += 1
         if entry.job.state is not before.state or "retry_at" in fields:
@@ -430,7 +432,7 @@ class Engine:
         job = entry.job
         if job.state is JobState.TRANSIENT_ERROR:
             if (reason := _awaited(job)) is not None:
-                return Waiting(reason)
+                return self._waiting_for(reason, job)
             return Waiting(WaitingReason.RETRY, job.retry_at, f"{job.retry_number}: {_short(job.error)}")
         if job.state is JobState.SUSPENDED:
             return Waiting(WaitingReason.SUSPENDED)
@@ -443,7 +445,15 @@ class Engine:
             return Waiting(WaitingReason.NO_OWNER_TOKEN, detail=absence.message if absence else "")
         if not job.may_run:
             return Waiting(WaitingReason.NOT_FOREGROUND)
+        if not self._conditions.is_settled(job):
+            return Waiting(WaitingReason.COST, detail="nobody has said yet what it is")
         return Waiting(WaitingReason.QUEUE)
+
+    def _waiting_for(self, reason: WaitingReason, job: JobRecord) -> Waiting:
+        if reason is WaitingReason.POLICY:
+            allowed = self._conditions.allowance(job.priority)
+            return Waiting(reason, allowed.until if allowed.blocked else None, allowed.rule.value if allowed.rule else "")
+        return Waiting(reason)
 
     async def until(self, done: Callable[[], bool]) -> None:
         """Wait until `done()`; it is asked again after every change of any job.
@@ -766,6 +776,8 @@ class Engine:
                 self._wake.clear()
                 self._looked = self.clock.monotonic(), self.clock.now()
                 await self._follow_the_clock()
+                if self._conditions.refresh():
+                    self._conditions_changed()
                 await self._come_due()
                 await self._expire()
                 await self._let_go()
@@ -863,11 +875,12 @@ class Engine:
             self._wake.set()
 
     async def _maybe_let_go(self, entry: Entry) -> None:
-        job, url = entry.job, entry.next_url
-        if job.state is not JobState.TRANSIENT_ERROR or _awaited(job) is None or entry.held:
+        job, reason = entry.job, _awaited(entry.job)
+        if job.state is not JobState.TRANSIENT_ERROR or reason is None or entry.held:
             return  # of what is held the end of the command reminds us
-        if url is None or self._conditions.in_reach(job.proxy, url):
-            await self.change(entry, state=advance(job.state, Outcome.NETWORK_BACK))
+        if self._conditions.over(reason, job, entry.next_url):
+            event = Outcome.NETWORK_BACK if reason is WaitingReason.NETWORK else Outcome.ALLOWED
+            await self.change(entry, state=advance(job.state, event))
 
     async def _run_commands(self) -> None:
         """Bring the jobs into memory that owe somebody the run of a command, a page each round: there the notifier sees to them."""
@@ -903,16 +916,21 @@ class Engine:
             if entry.work is not None and now >= self._download_deadline(entry):
                 entry.overdue = True
                 entry.stop()
-        if self._limits.job_inactivity_timeout is not None:
-            await self._cancel_untouched(timedelta(seconds=self._limits.job_inactivity_timeout))
+        for elevated in (False, True):
+            timeout = self._conditions.limits(self._limits, elevated=elevated).job_inactivity_timeout
+            if timeout is not None:
+                await self._cancel_untouched(timedelta(seconds=timeout), elevated=elevated)
 
-    async def _cancel_untouched(self, limit: timedelta) -> None:
+    async def _cancel_untouched(self, limit: timedelta, *, elevated: bool) -> None:
         _, now = self._looked
-        if self._idle_moment is not None and self._idle_moment > now:
+        moment = self._idle_moments.pop(elevated, None)
+        if moment is not None and moment > now:
+            self._idle_moments[elevated] = moment
             return
-        page = await self.roster.longest_untouched()
+        page = await self.roster.longest_untouched(elevated=elevated)
         idle = [job_id for job_id, when in page if when + limit <= now]
-        self._idle_moment = None if idle else min((when + limit for _, when in page), default=now + limit)
+        if not idle:
+            self._idle_moments[elevated] = min((when + limit for _, when in page), default=now + limit)
         for entry in await self.roster.find_all(idle):
             if entry.held or entry.job.state.is_active or entry.job.state.is_final or entry.job.modified + limit > now:
                 continue
@@ -920,7 +938,11 @@ class Engine:
             await self.cancel(entry)
 
     def _download_deadline(self, entry: Entry) -> float:
-        return entry.started + max(0.0, entry.job.maximum_download_time - entry.job.active)
+        return entry.started + max(0.0, self.maximum_download_time(entry.job) - entry.job.active)
+
+    def maximum_download_time(self, job: JobRecord) -> float:
+        """Seconds that it may spend CONNECTING and TRANSFERRING: its own, or what group policy says."""
+        return self._conditions.maximum_download_time(job)
 
     def _patience(self, entry: Entry, timeout: float) -> datetime | None:
         """When a job that waits for an event has waited too long; None: it may for ever."""
@@ -932,7 +954,7 @@ class Engine:
         """Seconds until something is due that was not when this round of the loop began; None: only a change brings something."""
         if self._wake.is_set():
             return None  # it will not sleep
-        (began, seen), limit = self._looked, self._limits.job_inactivity_timeout
+        began, seen = self._looked
         if self._moments_stale or (self._moment is not None and self._moment <= seen):
             self._moments_stale = False
             self._moment = await self.roster.next_due(seen)
@@ -942,7 +964,8 @@ class Engine:
             due += [entry.started + self._limits.time_slice for entry in running]
         now, wall = self.clock.monotonic(), self.clock.now()
         waits = [moment - now for moment in due if moment > began]
-        waits += [(each - wall).total_seconds() for each in (self._moment, self._idle_moment if limit is not None else None) if each]
+        moments = (self._moment, self._conditions.next_change(), *self._idle_moments.values())
+        waits += [(each - wall).total_seconds() for each in moments if each is not None]
         return min((max(0.0, seconds) for seconds in waits), default=None)
 
     def _search_owner(self, entry: Entry) -> None:
@@ -1008,10 +1031,14 @@ class Engine:
 
     def _may_start(self, entry: Entry) -> bool:
         job = entry.job
-        if job.state is not JobState.QUEUED or entry.owner is None or not job.may_run:
+        if job.state is not JobState.QUEUED or entry.owner is None or not job.may_run or not self._conditions.is_settled(job):
             return False
         url = entry.next_url  # of a host that may be out of reach the answer is waited for
         return self._conditions.hindrance(job, url) is None and (url is None or bool(self._conditions.in_reach(job.proxy, url)))
+
+    def overridden(self, entry: Entry) -> bool:
+        """Whether group policy limits the job's speed more than its own limit does."""
+        return self._conditions.overrides(entry.job)
 
     def _start(self, entry: Entry) -> None:
         self._turns += 1
@@ -1056,7 +1083,7 @@ class Engine:
             state = advance(entry.job.state, Outcome.ALL_FILES_DONE)
             await self.change(entry, state=state, active=active, completed=now, error=None, retry_number=0, stalled=0.0)
         elif work.cancelled() and entry.overdue:
-            message = f"the job has been transferring for {entry.job.maximum_download_time:g} s"
+            message = f"the job has been transferring for {self.maximum_download_time(entry.job):g} s"
             error = make_error(ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=entry.job.id)
             await self._failed(entry, error, active)
         elif work.cancelled() and entry.hindrance is not None:
@@ -1080,9 +1107,11 @@ class Engine:
         if error.transient and not job.http.plain:
             error.transient = False  # only the application knows whether such a request may be made twice
             error.advice = f"resume the job if its {job.http.method} may be made again"
-        if error.transient and entry.hindrance is None and isinstance(error, NetworkError):
+        if error.transient and entry.hindrance is not None:
+            error = entry.hindrance.error  # the attempt ended by itself while it was being stopped
+        elif error.transient and isinstance(error, NetworkError):
             error = await self._lost(entry, error)
-        await self._put_off(entry, error, active, untimed=entry.hindrance is not None)
+        await self._put_off(entry, error, active, untimed=error.transient and entry.hindrance is not None)
 
     async def _lost(self, entry: Entry, error: BitsError) -> BitsError:
         """BG_E_NETWORK_DISCONNECTED in the place of an error that shows only that the host is out of reach."""
@@ -1151,7 +1180,11 @@ def _renamed(file: FileRecord, url: str) -> FileRecord:
     return replace(file, url=url, original_url=url, validator=validator, restarts=0, refetches=0, wrong_digest=None)
 
 
-_AWAITED: Final[Mapping[int, WaitingReason]] = {ErrorCode.BG_E_NETWORK_DISCONNECTED: WaitingReason.NETWORK}
+_AWAITED: Final[Mapping[int, WaitingReason]] = {
+    ErrorCode.BG_E_NETWORK_DISCONNECTED: WaitingReason.NETWORK,
+    ErrorCode.BG_E_BLOCKED_BY_POLICY: WaitingReason.POLICY,
+    ErrorCode.BG_E_BLOCKED_BY_COST_TRANSFER_POLICY: WaitingReason.COST,
+}
 
 
 def _awaited(job: JobRecord) -> WaitingReason | None:

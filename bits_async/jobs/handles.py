@@ -39,6 +39,7 @@ from .arguments import (
     StrPath,
     checked_bandwidth,
     checked_bool,
+    checked_cost_flags,
     checked_count,
     checked_file,
     checked_helper_flags,
@@ -56,6 +57,7 @@ from .model import (
     RETRY_DELAY_FLOOR,
     Cancellation,
     Completion,
+    CostFlags,
     FileProgress,
     FileRecord,
     GrantRemoved,
@@ -404,8 +406,13 @@ class Job:
 
     @property
     def maximum_download_time(self) -> float:
-        """Seconds that the job may spend CONNECTING and TRANSFERRING, counted from its last resume."""
-        return self._entry.job.maximum_download_time
+        """Seconds that the job may spend CONNECTING and TRANSFERRING, counted from its last resume: its own, else group policy's."""
+        return self._desk.engine.maximum_download_time(self._entry.job)
+
+    @property
+    def cost_flags(self) -> CostFlags:
+        """The costs of the connection at which the job may run."""
+        return self._entry.job.cost_flags
 
     @property
     def maximum_bandwidth(self) -> float | None:
@@ -626,13 +633,18 @@ class Job:
         """
         await self._set(description=checked_text("description", description, DESCRIPTION_LENGTH))
 
-    async def set_maximum_bandwidth(self, bytes_per_second: float | None) -> None:
+    async def set_maximum_bandwidth(self, bytes_per_second: float | None) -> ErrorCode:
         """How fast the job's bytes may come, FOREGROUND or not; None: as fast as the manager allows. Counts at once.
+
+        Returns:
+            S_OK; BG_S_OVERRIDDEN_BY_POLICY: it is set, but group policy now allows the job less than that.
 
         Raises:
             InvalidArgument: not a positive number.
         """
         await self._set(maximum_bandwidth=checked_bandwidth(bytes_per_second))
+        overridden = self._desk.engine.overridden(self._entry)
+        return ErrorCode.BG_S_OVERRIDDEN_BY_POLICY if overridden else ErrorCode.S_OK
 
     async def set_maximum_download_size(self, size: int | None) -> None:
         """Bytes that the files of the job may have together, before the first resume. A job that would get more fails.
@@ -733,8 +745,22 @@ class Job:
             raise self._unfit("dynamic content, and a file that is fetched on demand, is not made of ranges")
 
     async def set_maximum_download_time(self, seconds: float) -> None:
-        """Seconds that the job may spend CONNECTING and TRANSFERRING; then it fails with BG_E_MAXDOWNLOAD_TIMEOUT. Resume counts anew."""
-        await self._set(maximum_download_time=checked_seconds("maximum_download_time", seconds))
+        """Seconds that the job may spend CONNECTING and TRANSFERRING; then it fails with BG_E_MAXDOWNLOAD_TIMEOUT. Resume counts anew.
+
+        Goes before the time that group policy sets.
+        """
+        await self._set(maximum_download_time=checked_seconds("maximum_download_time", seconds), own_download_time=True)
+
+    async def set_cost_flags(self, flags: CostFlags) -> None:
+        """The costs of the connection at which the job may run (BITS's "transfer policy"); at once, for a running job too.
+
+        At another cost the job waits in TRANSIENT_ERROR with BG_E_BLOCKED_BY_COST_TRANSFER_POLICY, and goes on when the cost changes.
+        What the connection costs, `BitsManager(cost_source=)` tells; without it every job runs.
+
+        Raises:
+            InvalidArgument: no CostFlags, or none at which a job could run.
+        """
+        await self._set(cost_flags=checked_cost_flags(flags))
 
     async def set_minimum_retry_delay(self, seconds: float) -> None:
         """Seconds between a transient error and the next attempt, 5 at least (smaller values are raised to it, as BITS does)."""

@@ -22,6 +22,7 @@ from ..identity.processes import run_command
 from ..identity.sessions import WatchSessions, watch_sessions
 from ..identity.threads import TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token
+from ..limits import Bucket
 from ..transport.lane import Lanes, Network
 from ..transport.network import Connectivity, watch_network
 from ..transport.proxies import ProxySettings
@@ -38,7 +39,8 @@ from .model import JobPriority, OwnerKey
 from .notify import EventStream, Progress
 from .orders import Order, carry_out
 from .parties import Parties
-from .places import OneShot, default_store, locked, make_state_directories, private_store, state_directory
+from .places import OneShot, default_store, locked, make_state_directories, private_store, read_policy, state_directory
+from .policies import CostSource, GroupPolicy, effective_limits, overrides
 from .roster import Entry
 from .scheduler import Limits
 from .store import SqliteStore, finish
@@ -81,6 +83,9 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         run: False: jobs can be edited, nothing is transferred.
         logon: asked once per owner whose token a restart has lost; a token that does not match the job's owner is not used.
         maximum_bandwidth: bytes per second of all jobs together, FOREGROUND included; None: no limit.
+        policy: what the machine's administrator allows: a `GroupPolicy`, or its TOML file, which is read when the manager is entered and
+            must be writable for its administrator (root or this user) only; None: everything.
+        cost_source: tells what the connection costs (`Job.set_cost_flags`); None: nothing.
     """
 
     def __init__(
@@ -94,6 +99,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         run: bool = True,
         logon: Callable[[Job], Awaitable[Token | None]] | None = None,
         maximum_bandwidth: float | None = None,
+        policy: GroupPolicy | StrPath | None = None,
+        cost_source: CostSource | None = None,
     ) -> None:
         if ssl is not None and not isinstance(ssl, SSLContext):
             raise InvalidArgument(f"ssl= takes an ssl.SSLContext or None, not {ssl!r}")
@@ -105,12 +112,10 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._run = run
         self._logon = logon
         self._seams = seams.get()
-        clock = self._seams.clock if self._seams else SystemClock()
-        connectivity = None
-        if run:
-            connectivity = self._seams.connectivity() if self._seams else watch_network(clock=clock)
-        self._clock: Clock = clock
-        self._conditions = Conditions(clock=clock, connectivity=connectivity, maximum_bandwidth=checked_bandwidth(maximum_bandwidth))
+        self._clock: Clock = self._seams.clock if self._seams else SystemClock()
+        self._machine = Bucket(checked_bandwidth(maximum_bandwidth), self._clock.monotonic)
+        self._policy = policy if policy is None or isinstance(policy, GroupPolicy) else Path(os.path.abspath(os.fspath(policy)))
+        self._cost_source = cost_source
         self._one_shot: OneShot | None = None  # for download(): found jobs wait until their owner and helper are set
         self._desk: Desk | None = None
         self._network: Network | None = None
@@ -121,6 +126,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._destinations: set[Path] = set()
         self._refusals = Refusals()
         self._log_offs: LogOffs | None = None
+        self._overridden: frozenset[str] = frozenset()
 
     # -- life -------------------------------------------------------------------------------------------------------------------------
 
@@ -141,6 +147,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         with self._executors.lease(Token.for_process(), "files") as files:
             boot_id = await files.run(native.boot_id)
             await files.run(self._tls.effective)  # reads the authorities' certificates
+            policy = await files.run(read_policy, self._policy) if isinstance(self._policy, Path) else self._policy
             if self._path is None or self._one_shot:
                 await files.run(make_state_directories, state_directory() / "downloads")
             if self._one_shot is not None:
@@ -153,11 +160,18 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         await self._store.open()
         shop = Workshop(self._network, self._executors, self._clock, boot_id)
         parties = Parties(self._tls, self._auth_rules, self._timeouts, self._executors, self._refusals, self._handles)
+        conditions = Conditions(
+            clock=self._clock,
+            machine=self._machine,
+            connectivity=self._seams.connectivity() if self._seams else watch_network(clock=self._clock),
+            policy=policy,
+            cost=self._cost_source,
+        )
         engine = Engine(
             store=self._store,
             shop=shop,
             limits=self._limits,
-            conditions=self._conditions,
+            conditions=conditions,
             run=self._run,
             party=parties.party,
             find_owner=self._find_owner,
@@ -167,7 +181,9 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         )
         self._log_offs = LogOffs(engine, self._seams.sessions if self._seams else watch_sessions)
         door = Door(self._store.fingerprint_key, fakes=self._seams is not None, note=self._log_offs.note)
-        self._desk = Desk(engine, asyncio.get_running_loop(), door, parties, self._limits)  # the first attempts and logon() need it
+        limits = effective_limits(self._limits, policy)
+        self._desk = Desk(engine, asyncio.get_running_loop(), door, parties, limits)  # the first attempts and logon() need it
+        self._overridden = overrides(policy)
         await engine.start()
 
     @property
@@ -230,20 +246,30 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._desk.ready()
         return self._desk
 
-    # -- speed ------------------------------------------------------------------------------------------------------------------------
+    # -- limits -----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> Limits:
+        """Those that count for owners that are not elevated: what was set, with the numbers of group policy in the place of its own."""
+        return self._limits if self._desk is None else self._desk.limits
+
+    @property
+    def overridden_by_policy(self) -> frozenset[str]:
+        """What group policy decides, whatever is set here (BG_S_OVERRIDDEN_BY_POLICY): names of `Limits`, and "bandwidth"."""
+        return self._overridden
 
     @property
     def maximum_bandwidth(self) -> float | None:
         """Bytes per second of all jobs together; None: no limit."""
-        return self._conditions.machine.rate
+        return self._machine.rate
 
     def set_maximum_bandwidth(self, bytes_per_second: float | None) -> None:
-        """Change it, for transfers under way too; None: no limit.
+        """Change it, for transfers under way too; None: no limit. Where group policy allows less, that counts.
 
         Raises:
             InvalidArgument: not a positive number.
         """
-        self._conditions.machine.set_rate(checked_bandwidth(bytes_per_second))
+        self._machine.set_rate(checked_bandwidth(bytes_per_second))
 
     # -- jobs -------------------------------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,27 @@ class JobPriority(enum.Enum):
     LOW = 3
 
 
+class CostFlags(enum.Flag):
+    """BITS_COST_STATE: what a connection costs, and, as a set of these, at which costs a job may run (the five TRANSFER_ values)."""
+
+    UNRESTRICTED = 0x1
+    CAPPED_USAGE_UNKNOWN = 0x2
+    BELOW_CAP = 0x4
+    NEAR_CAP = 0x8
+    OVERCAP_CHARGED = 0x10
+    OVERCAP_THROTTLED = 0x20
+    USAGE_BASED = 0x40
+    ROAMING = 0x80
+    RESERVED = 0x40000000
+    IGNORE_CONGESTION = 0x80000000
+
+    TRANSFER_UNRESTRICTED = 0x80000021
+    TRANSFER_STANDARD = 0x80000067
+    TRANSFER_NO_SURCHARGE = 0x8000006F
+    TRANSFER_NOT_ROAMING = 0x8000007F
+    TRANSFER_ALWAYS = 0x800000FF
+
+
 class Command(enum.Enum):
     """What a caller asks of a job."""
 
@@ -92,6 +113,7 @@ class Outcome(enum.Enum):
     FAILED = "fatal error"
     RETRY_DUE = "retry delay over"
     NETWORK_BACK = "network back"
+    ALLOWED = "policy and cost allow it"
     REOPENED = "journal opened"
 
 
@@ -118,6 +140,8 @@ class WaitingReason(enum.Enum):
     NO_OWNER_TOKEN = "waiting for the owner's token"  # noqa: S105 - a sentence, not a secret
     RETRY = "retry"
     NETWORK = "waiting for the network"
+    POLICY = "held up by group policy"
+    COST = "held up by the cost of the connection"
     MANAGER_CLOSED = "the manager runs no transfers"
     NOTIFICATION = "a notification is owed"
 
@@ -134,6 +158,8 @@ class Waiting:
         if self.reason is WaitingReason.RETRY:
             at = f" at {self.until.astimezone():%H:%M}" if self.until else ""
             return f"retry {self.detail.partition(':')[0]}{at}:{self.detail.partition(':')[2]}"
+        if self.reason is WaitingReason.POLICY and self.until is not None:
+            return f"{self.reason.value} until {self.until.astimezone():%Y-%m-%d %H:%M}"
         return f"{self.reason.value}: {self.detail}" if self.detail else self.reason.value
 
 
@@ -253,6 +279,7 @@ NEXT: Final[Mapping[tuple[JobState, Command | Outcome], JobState]] = MappingProx
         (S.TRANSIENT_ERROR, C.COMPLETE): S.ACKNOWLEDGED,
         (S.TRANSIENT_ERROR, O.RETRY_DUE): S.QUEUED,
         (S.TRANSIENT_ERROR, O.NETWORK_BACK): S.QUEUED,
+        (S.TRANSIENT_ERROR, O.ALLOWED): S.QUEUED,
         (S.TRANSIENT_ERROR, O.FAILED): S.ERROR,
         (S.ERROR, C.RESUME): S.QUEUED,
         (S.ERROR, C.RESUME_UNFINISHED): S.QUEUED,
@@ -354,6 +381,8 @@ class JobRecord:
     minimum_retry_delay: float = RETRY_DELAY
     no_progress_timeout: float = NO_PROGRESS_TIMEOUT
     maximum_download_time: float = MAX_DOWNLOAD_TIME
+    own_download_time: bool = False  # the job set it, so that it goes before group policy
+    cost_flags: CostFlags = CostFlags.TRANSFER_ALWAYS
     maximum_bandwidth: float | None = None  # bytes per second; None: no limit of its own
     maximum_download_size: int | None = None  # bytes of all files together; None: any number
     dynamic_content: bool = False  # fetched in one go or anew; FOREGROUND only

@@ -1,14 +1,29 @@
-"""Where a user's transfers keep their state, and the lock on the destination of a `download()`."""
+"""Where a user's transfers keep their state, the lock on the destination of a `download()`, and the file of group policy."""
 
 import hashlib
+import os
+import stat
+import sys
 from pathlib import Path
 from typing import Final, final
 
-from ..errors import ErrorCode, ErrorContext, LocalFileError, StoreError, make_error, scrub
+from ..errors import (
+    AccessDenied,
+    ErrorCode,
+    ErrorContext,
+    InvalidArgument,
+    LocalFileError,
+    StoreError,
+    error_from_os,
+    make_error,
+    scrub,
+)
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import Token
+from .policies import GroupPolicy
 from .secrets import os_fault, release_lock, take_lock
 
+_LARGEST_POLICY: Final = 1 << 20  # bytes
 STATE_ADVICE: Final = "set HOME or XDG_STATE_HOME to a directory where this user may write"
 
 
@@ -98,3 +113,35 @@ def make_state_directories(path: Path) -> None:
         except OSError as exc:
             fault = os_fault(exc, each, "make the directory for")
             raise StoreError(fault.message, code=fault.code, transient=False, path=each, advice=STATE_ADVICE) from scrub(exc)
+
+
+def read_policy(path: Path) -> GroupPolicy:
+    """The group policy of a TOML file. What others may write is nobody's policy (T27).
+
+    Raises:
+        LocalFileError: it cannot be read. AccessDenied: somebody else than root or this user may write it. InvalidArgument: see
+            `GroupPolicy.from_toml`.
+    """
+    try:
+        content = _read_private(path)
+    except OSError as exc:
+        raise error_from_os(exc, path=path, identity=None, doing="read") from scrub(exc)
+    try:
+        return GroupPolicy.from_toml(content.decode())
+    except UnicodeDecodeError:
+        raise InvalidArgument("the group policy is not UTF-8", path=path) from None
+    except InvalidArgument as error:
+        raise error.located(path=path) from None
+
+
+def _read_private(path: Path) -> bytes:
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_POLICY:
+            raise InvalidArgument("a group policy is a file of at most 1 MiB", path=path)
+        if sys.platform != "win32" and (found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022):
+            raise AccessDenied("the group policy may be written by others than its administrator", path=path)
+        return os.read(file, _LARGEST_POLICY)
+    finally:
+        os.close(file)

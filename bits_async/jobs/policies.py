@@ -47,7 +47,7 @@ from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from ..errors import BitsError, ErrorCode, ErrorContext, InvalidArgument, make_error, show_text
-from .model import JobPriority
+from .model import CostFlags, JobPriority
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -508,27 +508,6 @@ def overrides(policy: GroupPolicy | None) -> frozenset[str]:
 
 
 # -- cost ---------------------------------------------------------------------------------------------------------------------------------
-
-
-class CostFlags(enum.Flag):
-    """BITS_COST_STATE: what a connection costs, and, as a set of these, at which costs a job may run (the five TRANSFER_ values)."""
-
-    UNRESTRICTED = 0x1
-    CAPPED_USAGE_UNKNOWN = 0x2
-    BELOW_CAP = 0x4
-    NEAR_CAP = 0x8
-    OVERCAP_CHARGED = 0x10
-    OVERCAP_THROTTLED = 0x20
-    USAGE_BASED = 0x40
-    ROAMING = 0x80
-    RESERVED = 0x40000000
-    IGNORE_CONGESTION = 0x80000000
-
-    TRANSFER_UNRESTRICTED = 0x80000021
-    TRANSFER_STANDARD = 0x80000067
-    TRANSFER_NO_SURCHARGE = 0x8000006F
-    TRANSFER_NOT_ROAMING = 0x8000007F
-    TRANSFER_ALWAYS = 0x800000FF
 
 
 _COSTS: Final = CostFlags.TRANSFER_ALWAYS & ~CostFlags.IGNORE_CONGESTION

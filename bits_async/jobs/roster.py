@@ -381,11 +381,12 @@ class Roster:
         page = await self._store.owing(after, PAGE)
         return await self.find_all([job_id for _, job_id in page]), page[-1][0] if len(page) == PAGE else None
 
-    async def longest_untouched(self) -> list[tuple[UUID, datetime]]:
-        """Jobs that are not at work and were not changed for longest, a page of them, with the time of that change."""
+    async def longest_untouched(self, *, elevated: bool) -> list[tuple[UUID, datetime]]:
+        """Jobs of elevated owners, or of others, that are not at work and were not changed for longest, a page of them, with the time of
+        that change."""
         if self._stay is not None:
             return []
-        page = await self._store.longest_untouched(PAGE + len(self._running))
+        page = await self._store.longest_untouched(PAGE + len(self._running), elevated=elevated)
         return [(job_id, when) for job_id, when in page if job_id not in self._running]
 
     async def pages(self, owner_sid: str | None) -> AsyncIterator[Sequence[Entry]]:

@@ -68,6 +68,7 @@ from ..transport.ranges import FileRange, Slice, Validator
 from .model import (
     RETRY_DELAY_FLOOR,
     Change,
+    CostFlags,
     FileRecord,
     GrantRecord,
     GrantRemoved,
@@ -232,6 +233,9 @@ SCHEMA: Final = (
     ALTER TABLE jobs ADD COLUMN notify_setter TEXT;                 -- JSON object, as the owner_ columns
     ALTER TABLE jobs ADD COLUMN minimum_notification_interval REAL NOT NULL DEFAULT 0.5;
     ALTER TABLE jobs ADD COLUMN maximum_bandwidth REAL;             -- bytes per second; NULL: no limit
+    ALTER TABLE jobs ADD COLUMN own_download_time INTEGER NOT NULL DEFAULT 0 CHECK (own_download_time IN (0, 1));
+    UPDATE jobs SET own_download_time = 1 WHERE maximum_download_time <> 7776000;
+    ALTER TABLE jobs ADD COLUMN cost_flags INTEGER NOT NULL DEFAULT 2147483903;  -- TRANSFER_ALWAYS
     ALTER TABLE jobs ADD COLUMN owed INTEGER NOT NULL DEFAULT 0;    -- what happened and nobody was told of
     ALTER TABLE files ADD COLUMN owed INTEGER NOT NULL DEFAULT 0 CHECK (owed IN (0, 1));
     ALTER TABLE jobs ADD COLUMN turn INTEGER NOT NULL DEFAULT 0;   -- grows each time the job begins to run
@@ -243,7 +247,7 @@ SCHEMA: Final = (
     ALTER TABLE jobs ADD COLUMN gives_up_at INTEGER;
     CREATE INDEX jobs_by_moment ON jobs (ifnull(retry_at, gives_up_at)) WHERE state = 5;
     CREATE INDEX jobs_awaiting ON jobs (number) WHERE state = 5 AND retry_at IS NULL;
-    CREATE INDEX jobs_by_change ON jobs (modified);
+    CREATE INDEX jobs_by_change ON jobs (owner_elevated, modified);
     CREATE INDEX jobs_with_helper ON jobs (state) WHERE helper_flags <> 0;
     CREATE INDEX files_by_path ON files (path);
     ALTER TABLE files ADD COLUMN part_maker TEXT;                   -- a local user; NULL: not known
@@ -358,8 +362,8 @@ class Store(Protocol):
     async def owing(self, after: int, count: int) -> list[tuple[int, UUID]]:
         """Jobs with a command that is to be run, in the order of their creation, from behind the one with that number; so many at most."""
 
-    async def longest_untouched(self, count: int) -> list[tuple[UUID, datetime]]:
-        """The jobs that have not been changed for longest, so many at most, with the time of that change."""
+    async def longest_untouched(self, count: int, *, elevated: bool) -> list[tuple[UUID, datetime]]:
+        """The jobs of elevated owners, or of others, that have not been changed for longest, so many at most, with the time of that."""
 
     async def numbered(self, after: int, *, owner_sid: str | None, count: int) -> list[tuple[int, UUID]]:
         """Jobs (None: of any owner) in the order of their creation, from behind the one with that number; so many at most."""
@@ -761,9 +765,10 @@ class SqliteStore:
         """See `Store.owing`."""
         return [(row["number"], UUID(row["id"])) for row in await self._ask(_OWING, after=after, count=count)]
 
-    async def longest_untouched(self, count: int) -> list[tuple[UUID, datetime]]:
+    async def longest_untouched(self, count: int, *, elevated: bool) -> list[tuple[UUID, datetime]]:
         """See `Store.longest_untouched`."""
-        return [(UUID(row["id"]), _EPOCH + row["modified"] * _MICROSECOND) for row in await self._ask(_UNTOUCHED, count=count)]
+        rows = await self._ask(_UNTOUCHED, count=count, elevated=elevated)
+        return [(UUID(row["id"]), _EPOCH + row["modified"] * _MICROSECOND) for row in rows]
 
     async def numbered(self, after: int, *, owner_sid: str | None, count: int) -> list[tuple[int, UUID]]:
         """See `Store.numbered`."""
@@ -1070,7 +1075,7 @@ _AWAITING: Final = """
 _OWING: Final = """
     SELECT number, id FROM jobs INDEXED BY jobs_owing WHERE owed <> 0 AND notify_program IS NOT NULL AND number > :after
     ORDER BY number LIMIT :count"""
-_UNTOUCHED: Final = "SELECT id, modified FROM jobs ORDER BY modified LIMIT :count"
+_UNTOUCHED: Final = "SELECT id, modified FROM jobs WHERE owner_elevated = :elevated ORDER BY modified LIMIT :count"
 _NUMBERED: Final = "SELECT number, id FROM jobs WHERE number > :after ORDER BY number LIMIT :count"
 _NUMBERED_OF_OWNER: Final = "SELECT number, id FROM jobs WHERE owner_sid = :owner_sid AND number > :after ORDER BY number LIMIT :count"
 _LAST_NUMBER: Final = "SELECT ifnull(max(number), 0) AS number FROM jobs"
@@ -1438,6 +1443,8 @@ def _job_row(job: JobRecord) -> Values:
         no_progress_timeout=float(job.no_progress_timeout),
         maximum_download_time=float(job.maximum_download_time),
         maximum_bandwidth=job.maximum_bandwidth,
+        own_download_time=job.own_download_time,
+        cost_flags=job.cost_flags,
         maximum_download_size=job.maximum_download_size,
         dynamic_content=job.dynamic_content,
         high_performance=job.high_performance,
@@ -1626,6 +1633,8 @@ def _job(row: Row) -> JobRecord:
         no_progress_timeout=row["no_progress_timeout"],
         maximum_download_time=row["maximum_download_time"],
         maximum_bandwidth=row["maximum_bandwidth"],
+        own_download_time=bool(row["own_download_time"]),
+        cost_flags=CostFlags(row["cost_flags"]),
         maximum_download_size=_maybe_int(row["maximum_download_size"]),
         dynamic_content=bool(row["dynamic_content"]),
         high_performance=bool(row["high_performance"]),

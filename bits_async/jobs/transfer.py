@@ -70,7 +70,7 @@ class Recorder(Protocol):
 
     @property
     def levels(self) -> Sequence[Bucket]:
-        """What limits the speed, from the machine to the job; the same ones during an attempt."""
+        """What limits the speed, from the machine to the job; others when the job's priority changes."""
         ...
 
     async def keep(self, file: FileRecord) -> None:
@@ -615,7 +615,8 @@ class Attempt:
 
     async def _pump(self, download: _Download, piece: Slice, body: Body, first: bytes = b"") -> None:
         chunks, batch, size = aiter(body), [first] if first else [], len(first)
-        limits = Chain(*self._recorder.levels)
+        levels = self._recorder.levels
+        limits = Chain(*levels)
         most = _batch(limits)
         try:
             while (chunk := await _next(chunks, WRITE_AFTER if batch else None)) is not None:
@@ -628,6 +629,9 @@ class Attempt:
                     full, moved, batch, size = batch, size, [], 0
                     await self._write(download, piece, full)
                     await self._rest(limits, moved)
+                    if self._recorder.levels != levels:
+                        levels = self._recorder.levels
+                        limits = Chain(*levels)
                     most = _batch(limits)
         finally:
             if batch:
@@ -660,16 +664,17 @@ class Attempt:
             body.reattach(piece.written - start)
 
     async def _move(self, download: _Download, piece: Slice, detached: Detached, timeouts: Timeouts) -> bool:
-        """True: all is there. False: a limit was set where there was none, or the last one lifted, and the rest goes another way."""
-        limits = limiter(*self._recorder.levels)
-        pace = Pace(timeouts)
+        """True: all is there. False: other limits hold, or there was none and one was set (or the reverse): the rest goes another way."""
+        levels = self._recorder.levels
+        limits, pace = limiter(*levels), Pace(timeouts)
         move = asyncio.ensure_future(download.part.receive(detached, piece, limits, None, idle=timeouts.idle, pace=pace))
         try:
             while not move.done():
                 await asyncio.wait({move}, timeout=LOOK)
                 self._moved(download)
                 await self._checkpoint_when_due(download)
-                if (limits is None) == any(level.rate is not None for level in self._recorder.levels) and not move.done():
+                others = self._recorder.levels != levels or (limits is None) == any(level.rate is not None for level in levels)
+                if others and not move.done():
                     return False
             move.result()
             return True

@@ -4,6 +4,7 @@ The same over real sockets is in `tests/loopback/test_bandwidth.py`; the buckets
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,96 @@ async def test_a_rate_that_is_none_is_refused(network: FakeNetwork, store: Path,
             manager.set_maximum_bandwidth(rate)
         assert job.state is JobState.SUSPENDED
         assert (manager.maximum_bandwidth, job.maximum_bandwidth) == (None, None)
+
+
+# -- group policy
+
+INTERNET = """
+[max_internet_bandwidth]
+limit = 8000
+from = 8
+to = 17
+limit_outside = 800
+"""
+CLASSES = """
+[bandwidth_limits.non_work]
+high = 8000
+normal = 800
+low = 80
+"""
+
+
+@pytest.fixture
+def endless(network: FakeNetwork, no_disk: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(testing, "PIECE", 2 << 10)
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    network.serve(URL, Zeros(1 << 40), etag='"v1"')  # type: ignore[arg-type]
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+async def together(network: FakeNetwork, *jobs: bits.Job) -> None:
+    """Let their first bytes come at the same moment."""
+    network.pause()
+    for job in jobs:
+        await job.resume()
+    await until(lambda: len(network.requests) == len(jobs))
+    network.resume()
+
+
+async def pace(network: FakeNetwork, *jobs: bits.Job, seconds: float) -> list[float]:
+    """Bytes per second of each job, from now on."""
+    begin, counts = network.clock.monotonic(), [moved(job) for job in jobs]
+    await until(lambda: network.clock.monotonic() >= begin + seconds)
+    passed = network.clock.monotonic() - begin
+    return [(moved(job) - count) / passed for job, count in zip(jobs, counts, strict=True)]
+
+
+async def test_one_limit_for_all_background_jobs_and_none_for_the_foreground(
+    network: FakeNetwork, endless: None, store: Path, tmp_path: Path
+) -> None:
+    policy, limits = bits.GroupPolicy.from_toml(INTERNET), bits.Limits(background_jobs=2)
+    async with bits.BitsManager(store=store, policy=policy, limits=limits) as manager:
+        jobs = [await a_job(manager, tmp_path, priority=priority) for priority in (JobPriority.HIGH, JobPriority.LOW)]
+        front = await a_job(manager, tmp_path)
+        assert await front.set_maximum_bandwidth(0.5 * MB) == bits.ErrorCode.S_OK, "its own limit counts"
+        await together(network, *jobs, front)
+        found = await pace(network, *jobs, front, seconds=3)
+        assert found == pytest.approx([0.05 * MB, 0.05 * MB, 0.5 * MB], rel=0.1)
+
+
+async def test_the_limit_changes_at_the_end_of_the_interval(network: FakeNetwork, endless: None, store: Path, tmp_path: Path) -> None:
+    async with bits.BitsManager(store=store, policy=bits.GroupPolicy.from_toml(INTERNET)) as manager:
+        job = await a_job(manager, tmp_path, priority=JobPriority.NORMAL)
+        await together(network, job)
+        assert await pace(network, job, seconds=2) == pytest.approx([0.1 * MB], rel=0.1)
+        network.clock.advance(8 * 3600 - network.clock.monotonic())
+        assert await pace(network, job, seconds=2) == pytest.approx([1 * MB], rel=0.1)
+        assert len(network.requests) == 1
+
+
+async def test_each_priority_has_its_own_limit_and_a_job_moves_with_its_priority(
+    network: FakeNetwork, endless: None, store: Path, tmp_path: Path
+) -> None:
+    async with bits.BitsManager(store=store, policy=bits.GroupPolicy.from_toml(CLASSES)) as manager:
+        assert manager.overridden_by_policy == {"bandwidth"}
+        job = await a_job(manager, tmp_path, priority=JobPriority.NORMAL)
+        await together(network, job)
+        assert await pace(network, job, seconds=3) == pytest.approx([0.1 * MB], rel=0.1)
+        await job.set_priority(JobPriority.HIGH)
+        assert await pace(network, job, seconds=3) == pytest.approx([1 * MB], rel=0.1)
+        await job.set_priority(JobPriority.FOREGROUND)
+        begin, clock = moved(job), network.clock.monotonic()
+        await until(lambda: moved(job) > begin + (8 << 20))
+        assert network.clock.monotonic() <= clock + 1
+        assert len(network.requests) == 1, "the request went on"
+
+
+async def test_a_job_s_limit_above_the_policy_s_is_set_and_said_to_be_overridden(network: FakeNetwork, store: Path, tmp_path: Path) -> None:
+    async with bits.BitsManager(store=store, policy=bits.GroupPolicy.from_toml(CLASSES)) as manager:
+        job = await a_job(manager, tmp_path, priority=JobPriority.NORMAL)
+        for own, code in ((0.2 * MB, "BG_S_OVERRIDDEN_BY_POLICY"), (None, "BG_S_OVERRIDDEN_BY_POLICY"), (0.05 * MB, "S_OK")):
+            assert (await job.set_maximum_bandwidth(own)).name == code
+            assert job.maximum_bandwidth == own

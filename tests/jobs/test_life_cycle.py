@@ -240,6 +240,7 @@ ORDERS = {
     "add_file_with_ranges": Order(add_file_with_ranges, SAME),
     "replace_remote_prefix": Order(lambda job: job.replace_remote_prefix("https://other.test", "https://h.test"), SAME),
     "set_maximum_bandwidth": Order(lambda job: job.set_maximum_bandwidth(1e6), SAME),
+    "set_cost_flags": Order(lambda job: job.set_cost_flags(bits.CostFlags.TRANSFER_STANDARD), SAME),
     "set_maximum_download_size": Order(
         lambda job: job.set_maximum_download_size(10**6), BEFORE_RESUME, ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME
     ),

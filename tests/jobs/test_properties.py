@@ -29,6 +29,8 @@ SET: dict[str, tuple[Any, Any]] = {
     "minimum_retry_delay": (9.0, "set_minimum_retry_delay"),
     "no_progress_timeout": (0.0, "set_no_progress_timeout"),
     "maximum_download_time": (1.0, "set_maximum_download_time"),
+    "cost_flags": (bits.CostFlags.TRANSFER_STANDARD, "set_cost_flags"),
+    "maximum_bandwidth": (1e6, "set_maximum_bandwidth"),
     "maximum_download_size": (10, "set_maximum_download_size"),
     "dynamic_content": (True, "set_dynamic_content"),
     "on_demand_mode": (True, "set_on_demand_mode"),
