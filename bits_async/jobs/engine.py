@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -1074,6 +1075,7 @@ class Engine:
     async def _settle(self, entry: Entry, work: asyncio.Task[None]) -> None:
         active = entry.job.active + self.clock.monotonic() - entry.started
         failure = None if work.cancelled() else work.exception()
+        _empty_frames(failure)
         if self.failure is not None:
             return
         if failure is not None:
@@ -1190,6 +1192,19 @@ _AWAITED: Final[Mapping[int, WaitingReason]] = {
 def _awaited(job: JobRecord) -> WaitingReason | None:
     """What a job in TRANSIENT_ERROR waits for; None: for its next attempt."""
     return None if job.retry_at is not None or job.error is None else _AWAITED.get(job.error.code)
+
+
+def _empty_frames(error: BaseException | None) -> None:
+    """Leave a traceback its lines, and nothing of what the attempt had in its hands: the error stays with the job, and would keep it."""
+    seen: set[int] = set()
+    errors = [error]
+    while errors:
+        one = errors.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        traceback.clear_frames(one.__traceback__)
+        errors += [one.__cause__, one.__context__]
 
 
 def _offset(monotonic: float, wall: datetime) -> datetime:

@@ -195,6 +195,9 @@ class Roster:
 
     async def find_all(self, job_ids: Sequence[UUID]) -> list[Entry]:
         """These jobs, in this order; those that are not in the queue are left out."""
+        here = [self._live.get(job_id) for job_id in job_ids]
+        if None not in here:
+            return [entry for entry in here if entry is not None]
         async with self._reading:
             found = {job_id: entry for job_id in job_ids if (entry := self._live.get(job_id)) is not None}
             for stored in await self._store.load([job_id for job_id in job_ids if job_id not in found]):
