@@ -12,6 +12,7 @@ The map of the package; imports point from a lower line to a higher one only:
     identity/           WHO
       tokens.py         Token, TokenPair, flags, levels
       ambient.py        the identity that surrounds a call: impersonate(), current_token(), revert_to_self(), carry()
+      ntstatus.py       why a KDC of Active Directory refuses an account
       kerberos.py       what a realm's KDC is asked, and what its answers mean
       pam.py            the program that asks PAM; handed over as text
       logon.py          how tokens are made: logon_user(), s4u_logon(), Token.for_*

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from ..errors import AuthFailed, BitsError, ErrorCode, ErrorContext, LogonFailed, make_error, scrub, show_text
+from . import ntstatus
 from .tokens import OWN_CACHES
 
 if TYPE_CHECKING:
@@ -108,10 +109,19 @@ def ticket_by_password(credential: "spnego.Password", *, forwardable: bool = Fal
 
     context = krb5.init_context()
     client = krb5.parse_name_flags(context, str(credential.username).encode())
-    # A password of random 16-bit units (a managed service account) may hold lone surrogates; Windows hashes them as U+FFFD.
-    password = re.sub("[\ud800-\udfff]", "\ufffd", str(credential.password)).encode()
-    ticket = krb5.get_init_creds_password(context, client, _options(context, forwardable), password=password)
+    ticket = krb5.get_init_creds_password(context, client, _options(context, forwardable), password=_encoded(credential))
     return _kept(context, ticket)
+
+
+def _encoded(credential: "spnego.Password") -> bytes:
+    """A password of random 16-bit units (a managed service account) may hold lone surrogates; Windows hashes them as U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", str(credential.password)).encode()
+
+
+def why_revoked(credential: "spnego.Password") -> tuple[str, ErrorCode] | None:
+    """What Active Directory has against an account that it refused as revoked; asks once more. None: it does not say."""
+    status = ntstatus.ask(str(credential.username).encode(), _encoded(credential))
+    return None if status is None else ntstatus.WHY.get(status)
 
 
 def ticket_by_keytab(credential: "spnego.KerberosKeytab", *, forwardable: bool = False) -> Cache:
@@ -266,14 +276,15 @@ class Problem(NamedTuple):
     logon: ErrorCode | None = None
 
 
+_REVOKED: Final = -1765328366
 _WRONG: Final = Problem(_DENIED, "the KDC says that the password or key is wrong", "", ErrorCode.ERROR_LOGON_FAILURE)
 _SKEW: Final = Problem(_UNABLE, SKEW, "set the clock", ErrorCode.ERROR_TIME_SKEW)
 _PROBLEMS: Final[dict[int, Problem]] = {
     -1765328353: _WRONG,
     -1765328360: _WRONG,
     -1765328378: Problem(_DENIED, "the realm does not know this principal", "", ErrorCode.ERROR_NO_SUCH_USER),
-    -1765328366: Problem(
-        _DENIED, "the account is disabled, locked or expired", "ask the realm's administrator", ErrorCode.ERROR_ACCOUNT_RESTRICTION
+    _REVOKED: Problem(
+        _DENIED, "the account is disabled, locked or expired", "ask the realm's administrator", ErrorCode.ERROR_ACCOUNT_LOCKED_OUT
     ),
     -1765328361: Problem(
         _DENIED,
@@ -345,6 +356,11 @@ def problem_of(exc: Exception) -> Problem:
     number = getattr(base, "err_code", None) or getattr(base, "min_code", None) or getattr(base, "errno", None) or 0
     number = number - 2**32 if number >= 2**31 else number
     return _PROBLEMS.get(number) or Problem(_UNABLE, f"{type(base).__name__} {number or ''}".rstrip())
+
+
+def is_revoked(exc: Exception) -> bool:
+    """The KDC refused the account itself."""
+    return getattr(exc, "err_code", None) == _REVOKED
 
 
 def explain(exc: Exception) -> BitsError:

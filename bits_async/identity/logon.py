@@ -192,9 +192,9 @@ async def logon_user(
 
     Raises:
         LogonFailed: The code says why: ERROR_LOGON_FAILURE (wrong password or key), ERROR_NO_SUCH_USER, ERROR_PASSWORD_EXPIRED,
-            ERROR_ACCOUNT_EXPIRED, ERROR_ACCOUNT_LOCKED_OUT, ERROR_ACCOUNT_DISABLED, ERROR_ACCOUNT_RESTRICTION (one of these three,
-            the KDC does not say which), ERROR_NO_LOGON_SERVERS (no KDC, or none that answers within 10 seconds), ERROR_TIME_SKEW,
-            ERROR_TRUSTED_RELATIONSHIP_FAILURE (the KDC is not the realm's own).
+            ERROR_ACCOUNT_EXPIRED, ERROR_ACCOUNT_DISABLED, ERROR_ACCOUNT_LOCKED_OUT (or one of these two: not every KDC says which),
+            ERROR_ACCOUNT_RESTRICTION (hours, machines, policy), ERROR_NO_LOGON_SERVERS (no KDC, or none that answers within 10
+            seconds), ERROR_TIME_SKEW, ERROR_TRUSTED_RELATIONSHIP_FAILURE (the KDC is not the realm's own).
         ImpersonationFailed: The local user cannot be taken, or `local_user` is refused.
         InvalidArgument: The arguments do not go together.
     """
@@ -392,11 +392,20 @@ def _explained(func: Callable[..., T], *args: Any) -> T:
 
 def _prove(request: _Request) -> bool:
     """Asks the KDC; whether it is certain that it was the realm's own."""
-    cache = _first_ticket(request.credential)
+    import spnego
+
+    try:
+        cache = _first_ticket(request.credential)
+    except Exception as exc:
+        credential = request.credential
+        told = kerberos.why_revoked(credential) if isinstance(credential, spnego.Password) and kerberos.is_revoked(exc) else None
+        if told is None:
+            raise
+        raise LogonFailed(told[0], code=told[1]) from scrub(exc)
     try:
         if abs(kerberos.clock_difference(cache)) > kerberos.CLOCK_SKEW:
             raise LogonFailed(kerberos.SKEW, code=ErrorCode.ERROR_TIME_SKEW)
-        if not hasattr(request.credential, "password"):
+        if isinstance(request.credential, spnego.KerberosKeytab):
             return True
         keytab = request.verify_with or kerberos.default_keytab()
         if keytab is not None:
