@@ -27,6 +27,9 @@ from yarl import URL
 
 import bits_async as bits
 
+# The servers of this example speak NTLM without TLS. On a network that is for listed servers only: it can be relayed.
+RULES = bits.AuthRules(ntlm_over_http=bits.Hosts(["localhost"]))
+
 
 @dataclass
 class Downloads:
@@ -107,7 +110,7 @@ async def get(request: web.Request) -> web.Response:
 def make_app(directory: Path, origin: URL, proxy: bits.ProxySettings, credentials: Sequence[bits.AuthCredentials] = ()) -> web.Application:
     async def queue(app: web.Application) -> AsyncIterator[None]:
         """Opened before the first request, closed after the last one: aiohttp calls this around the application's life."""
-        async with bits.BitsManager(store=directory / "queue.db") as manager:
+        async with bits.BitsManager(store=directory / "queue.db", auth_rules=RULES) as manager:
             app[DOWNLOADS] = downloads = Downloads(manager, directory, origin, proxy, credentials)
             completing = asyncio.create_task(downloads.complete_transferred())
             yield

@@ -31,6 +31,9 @@ from embedded import EmbeddedServers
 import bits_async as bits
 from bits_async import AuthCredentials, AuthScheme, AuthTarget, HelperTokenFlags, Token
 
+# The servers of this example speak NTLM without TLS. On a network that is for listed servers only: it can be relayed.
+RULES = bits.AuthRules(ntlm_over_http=bits.Hosts(["localhost"]))
+
 MIB = 1024 * 1024
 SIZE, CUT_AFTER = 48 * MIB, 30 * MIB
 ALICE, HELPER = r"DEMO\alice", r"DEMO\helper"
@@ -117,7 +120,7 @@ async def play(servers: EmbeddedServers, cast: Cast, store: Path, destination: P
             if not isinstance(event, bits.Progress):
                 print(f"  {time.monotonic() - started:5.2f} s  {sentence(event)}")
 
-    async with bits.BitsManager(store=store) as manager:
+    async with bits.BitsManager(store=store, auth_rules=RULES) as manager:
         with bits.impersonate(cast.owner):
             telling = asyncio.create_task(tell(manager.events()))
         path = await manager.download(

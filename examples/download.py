@@ -13,6 +13,9 @@ from embedded import EmbeddedServers
 
 import bits_async as bits
 
+# The servers of this example speak NTLM without TLS. On a network that is for listed servers only: it can be relayed.
+RULES = bits.AuthRules(ntlm_over_http=bits.Hosts(["localhost"]))
+
 
 async def fetch(url: str, path: Path, proxy: str | None, credentials: list[bits.AuthCredentials] | None) -> None:
     def show(progress: bits.Progress) -> None:
@@ -20,7 +23,7 @@ async def fetch(url: str, path: Path, proxy: str | None, credentials: list[bits.
         print(f"{progress.state.name:15} {progress.bytes_transferred:,} of {total} bytes")
 
     try:
-        done = await bits.download(url, path, proxy=proxy, credentials=credentials, progress=show)
+        done = await bits.download(url, path, proxy=proxy, credentials=credentials, progress=show, auth_rules=RULES)
     except bits.BitsError as error:
         # One line for the operator: the BITS code, whose fault it was, the identity, the path or URL, and what to do.
         raise SystemExit(str(error)) from None

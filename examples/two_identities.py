@@ -18,9 +18,12 @@ from embedded import EmbeddedServers
 
 import bits_async as bits
 
+# The servers of this example speak NTLM without TLS. On a network that is for listed servers only: it can be relayed.
+RULES = bits.AuthRules(ntlm_over_http=bits.Hosts(["localhost"]))
+
 
 async def fetch(url: str, path: Path, proxy: str | None, helper: bits.Token, scheme: bits.AuthScheme, store: Path) -> None:
-    async with bits.BitsManager(store=store) as manager:
+    async with bits.BitsManager(store=store, auth_rules=RULES) as manager:
         job = await manager.create_job("nightly update", priority=bits.JobPriority.FOREGROUND)
         await job.add_file(url, path)
         if proxy is not None:
