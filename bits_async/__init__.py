@@ -44,6 +44,7 @@ The map of the package; imports point from a lower line to a higher one only:
     jobs/               DECIDE
       model.py          what a job is; the transition table
       secrets.py        secrets at rest
+      keys.py           where their key comes from: a file, a keyring, systemd
       store.py          durable job journal: SQLite
       policies.py       bandwidth schedules, cost, group policy (TOML)
       scheduler.py      who runs next, and when a failed job tries again
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     from .jobs.handles import Job as Job
     from .jobs.handles import JobFile as JobFile
     from .jobs.handles import TokenOptions as TokenOptions
+    from .jobs.keys import KeySource as KeySource
     from .jobs.manager import BitsManager as BitsManager
     from .jobs.manager import download as download
     from .jobs.model import Cancellation as Cancellation
@@ -180,6 +182,7 @@ _HOMES: Final = {
     "jobs.arguments": ("FileInfo",),
     "jobs.handles": ("BackgroundCopyCallback", "Job", "JobFile", "TokenOptions"),
     "jobs.manager": ("BitsManager", "download"),
+    "jobs.keys": ("KeySource",),
     "jobs.model": (
         "Cancellation",
         "Completion",

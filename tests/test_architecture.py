@@ -35,7 +35,7 @@ RANKS = (
 )
 RANKS_OF_JOBS = (
     {"model"},
-    {"store", "secrets", "policies"},
+    {"store", "keys", "secrets", "policies"},
     {"scheduler"},
     {"transfer", "notify", "certificates", "conditions", "callbacks"},
     {"roster"},

@@ -48,6 +48,7 @@ JobPriority
 JobProgress
 JobState
 JobTimes
+KeySource
 Limits
 LocalFileError
 LocalUser

@@ -34,6 +34,7 @@ from .conditions import Conditions
 from .door import Door, identity_of
 from .engine import Engine
 from .handles import Desk, Job, JobFile
+from .keys import KeySource
 from .logoff import LogOffs
 from .model import JobPriority, OwnerKey
 from .notify import EventStream, Progress
@@ -86,6 +87,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         policy: what the machine's administrator allows: a `GroupPolicy`, or its TOML file, which is read when the manager is entered and
             must be writable for its administrator (root or this user) only; None: everything.
         cost_source: tells what the connection costs (`Job.set_cost_flags`); None: nothing.
+        key: where the key comes from that seals credentials, custom headers and URLs' queries in the journal.
     """
 
     def __init__(
@@ -101,11 +103,15 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         maximum_bandwidth: float | None = None,
         policy: GroupPolicy | StrPath | None = None,
         cost_source: CostSource | None = None,
+        key: KeySource = KeySource.file(),  # noqa: B008 - a frozen value
     ) -> None:
+        if not isinstance(key, KeySource):
+            raise InvalidArgument(f"key= takes a KeySource, not {type(key).__name__}")
         if ssl is not None and not isinstance(ssl, SSLContext):
             raise InvalidArgument(f"ssl= takes an ssl.SSLContext or None, not {ssl!r}")
         self._path = None if store is None else Path(os.path.abspath(os.fspath(store)))
         self._tls = TlsSettings(ssl)
+        self._key = key
         self._limits = limits
         self._timeouts = timeouts
         self._auth_rules = auth_rules
@@ -155,7 +161,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             own = self._path is None or (self._one_shot is not None and self._one_shot.private)
             path = self._path or default_store()
             # our own place may be reached through links (a home directory often is); a path that was named may not (T13)
-            self._store = SqliteStore(Path(await files.run(os.path.realpath, path)) if own else path)
+            self._store = SqliteStore(Path(await files.run(os.path.realpath, path)) if own else path, key=self._key)
         self._network = self._seams.network if self._seams else Lanes(self._limits.connections_per_host, refusals=self._refusals)
         await self._store.open()
         shop = Workshop(self._network, self._executors, self._clock, boot_id)

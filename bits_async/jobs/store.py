@@ -43,7 +43,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeVar, final
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import aiosqlite
 
@@ -65,6 +65,7 @@ from ..transport.digests import Digests
 from ..transport.options import HttpOptions, SecurityFlags, headers_of_text, headers_text
 from ..transport.proxies import ProxySettings, ProxyUsage
 from ..transport.ranges import FileRange, Slice, Validator
+from .keys import KeySource
 from .model import (
     RETRY_DELAY_FLOOR,
     Change,
@@ -86,7 +87,6 @@ from .secrets import (
     SecretBox,
     check_private,
     guard_directory,
-    load_key,
     make_private,
     os_fault,
     release_lock,
@@ -262,6 +262,7 @@ SCHEMA: Final = (
     ALTER TABLE jobs ADD COLUMN files_at_once INTEGER NOT NULL DEFAULT 1;
     ALTER TABLE jobs ADD COLUMN segments INTEGER NOT NULL DEFAULT 1;
     CREATE INDEX jobs_owing ON jobs (number) WHERE owed <> 0 AND notify_program IS NOT NULL;
+    CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;  -- of the journal: key_source, key_id
     """,
 )
 """`SCHEMA[n]` takes a journal from version n to n + 1. Entries that were released are never edited."""
@@ -400,12 +401,14 @@ class SqliteStore:
         path: the database.
         make_parents: make every missing directory above it (0700), not only the last one. For places that this package chooses
             itself; in a path that somebody typed, a missing directory is rather a mistake.
+        key: where its key comes from.
     """
 
-    def __init__(self, path: StrPath, *, make_parents: bool = False) -> None:
+    def __init__(self, path: StrPath, *, make_parents: bool = False, key: KeySource = KeySource.file()) -> None:  # noqa: B008 - frozen
         whole = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
         self._path = Path(os.path.normpath(whole))
         self._make_parents = make_parents
+        self._key = key
         self._box: SecretBox | None = None
         self._db: aiosqlite.Connection | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -509,11 +512,23 @@ class SqliteStore:
             self._db = await aiosqlite.Connection(self._connect, iter_chunk_size=64)
             self._db.row_factory = sqlite3.Row
             await self._identify(self._db)
-            self._box = SecretBox(await self._in_thread(partial(load_key, self._side(".key"))))
             await self._configure(self._db)
             if died:
                 await self._examine(self._db)
             await self._migrate(self._db)
+            self._box = SecretBox(await self._load_key(self._db))
+
+    async def _load_key(self, db: aiosqlite.Connection) -> bytes:
+        """From the place that the journal remembers; a new journal, and one of a version that did not, is told now."""
+        settings = {row["name"]: row["value"] for row in await _fetch(db, "SELECT name, value FROM settings")}
+        if not settings and await self._in_thread(self._side(".key").exists):
+            settings = {"key_source": str(KeySource.file()), "key_id": uuid4().hex}
+        settings = settings or {"key_source": str(self._key), "key_id": uuid4().hex}
+        self._key.check(settings["key_source"], self.path)
+        key = await self._in_thread(partial(self._key.load, self._side(".key"), settings["key_id"]))
+        rows = [{"name": name, "value": value} for name, value in settings.items()]
+        await self._in_thread(partial(_each, self._raw, "INSERT OR IGNORE INTO settings VALUES (:name, :value)", rows))
+        return key
 
     async def _close_database(self) -> None:
         db, self._db = self._db, None
