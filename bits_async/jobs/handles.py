@@ -1127,8 +1127,9 @@ class BackgroundCopyCallback:
 
     A method may be a function or a coroutine function; a plain function must not block. What one raises is logged by its type alone. A
     file, a job transferred and a job in error are told of again then, after 5 seconds, twice as long each time up to
-    `minimum_retry_delay`, until the method returns; the rest is not. Whoever is told may complete or cancel the job. The notify flags say
-    which methods are called: without `Job.set_notify_flags` it is `job_transferred` and `job_error`.
+    `minimum_retry_delay`, until the method returns; the rest is not. Whoever is told may complete or cancel the job, but must not close the
+    manager, which waits for him. The notify flags say which methods are called: without `Job.set_notify_flags` it is `job_transferred`
+    and `job_error`.
     """
 
     def job_transferred(self, job: Job) -> Awaitable[None] | None:

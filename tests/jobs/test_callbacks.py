@@ -757,6 +757,22 @@ async def test_a_command_whose_setter_s_token_was_closed_is_not_run(scene: Scene
     assert scene.network.commands[0].identity == "carol"
 
 
+async def test_a_command_whose_setter_logged_off_waits_for_him(scene: Scene) -> None:
+    job = await scene.job()
+    with bits.impersonate(fake_token("bob", session="s1")):
+        await job.set_notify_cmd_line(PROGRAM)
+    scene.network.log_off("s1")
+    await until(lambda: commander(job._entry) is None)
+    await job.resume()
+    await job.wait()
+    await let_things_happen()
+    assert scene.network.commands == []
+    assert "waits for the token of bob" in str(job.waiting)
+    with bits.impersonate(fake_token("bob", session="s2", elevated=True)):
+        await scene.manager.get_job(job.id)
+    await until(lambda: scene.network.commands)
+
+
 async def test_t09_a_token_that_is_somebody_on_the_network_only_sets_no_command(scene: Scene) -> None:
     job = await scene.job()
     nobody = bits.Token._make(NetworkOnly("alice@REALM"), principal="alice@REALM")
