@@ -39,7 +39,7 @@ from ..errors import (
     show_text,
     show_url,
 )
-from ..files import PartFile, PartRecord, committed_length, discard_draft, discard_part, new_draft
+from ..files import FinishedPart, PartFile, PartRecord, commit_parts, committed_length, discard_draft, discard_part, new_draft
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token
 from ..limits import Bucket
@@ -74,6 +74,7 @@ from .scheduler import Candidate, Limits, choose, may_retry, retry_delay
 from .store import Store, finish
 from .transfer import Attempt, Workshop
 
+COMMIT_AT_ONCE: Final = 64  # files that are renamed in one hop and journalled in one transaction
 CLOCK_STEP: Final = timedelta(seconds=2)  # by so much the wall clock may run away from the monotonic one before the journal follows
 
 log = logging.getLogger("bits_async.jobs")
@@ -651,12 +652,21 @@ class Engine:
                 raise InvalidState(message, job_id=entry.job.id)
             await self.halt(entry)
             state = advance(entry.job.state, Command.COMPLETE)
-            for file in [file for file in entry.files if file.transferred and not file.committed]:
-                await self._commit(entry, file)
+            while waiting := [file for file in entry.files if file.transferred and not file.committed]:
+                if not await self._commit_some(entry, waiting[:COMMIT_AT_ONCE]):
+                    await self._commit(entry, waiting[0])
             dropped = [file for file in entry.files if not file.transferred]
             left = await self._discard_parts(entry, dropped)
             await self._leave(entry, state)
             return Completion([file.path for file in entry.files if file.committed], left, partial=bool(dropped))
+
+    async def _commit_some(self, entry: Entry, files: Sequence[FileRecord]) -> int:
+        """How many of them have their names now, from the first on; the next one is to be tried alone."""
+        with self.executors.lease(entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE), "files") as executor:
+            done = await commit_parts(executor, [_finished(file) for file in files])
+        if done:
+            await self.change(entry, files=[replace(file, committed=True, validated=True) for file in files[:done]])
+        return done
 
     async def _commit(self, entry: Entry, file: FileRecord) -> None:
         token = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
@@ -672,8 +682,7 @@ class Engine:
                     raise make_error(code, ErrorContext.LOCAL_FILE, message, path=file.path, identity=token.name, job_id=entry.job.id)
             else:
                 try:
-                    modified = file.validator.modified if file.validator else None
-                    await part.commit(mtime=modified.timestamp() if modified else None)
+                    await part.commit(mtime=_mtime(file))
                 finally:
                     await part.close()
         await self.change(entry, files=[replace(file, committed=True, validated=True)])
@@ -1214,6 +1223,17 @@ def _offset(monotonic: float, wall: datetime) -> datetime:
 
 def _later(moment: datetime | None, by: timedelta) -> datetime | None:
     return None if moment is None else moment + by
+
+
+def _finished(file: FileRecord) -> FinishedPart:
+    assert file.part is not None, "it was transferred into one"
+    return FinishedPart(file.path, file.part, _mtime(file))
+
+
+def _mtime(file: FileRecord) -> float | None:
+    """When the server says that the file was changed."""
+    modified = file.validator.modified if file.validator else None
+    return modified.timestamp() if modified else None
 
 
 def _short(error: BitsError | None) -> str:

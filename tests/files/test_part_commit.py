@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bits_async.errors import ErrorCode, ErrorContext, LocalFileError
-from bits_async.files import PartFile
+from bits_async.files import FinishedPart, PartFile, commit_parts
 from bits_async.identity import native
 from bits_async.identity.threads import TokenExecutor
 from tests.files.putting import JOB, open_below
@@ -285,7 +285,7 @@ async def test_t15_a_link_to_the_part_file_at_the_destination_is_replaced_like_a
 async def test_a_process_that_dies_in_commit_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     program = """
 import asyncio, os, pathlib, sys, uuid
-from bits_async.files import PartFile
+from bits_async.files import FinishedPart, PartFile, commit_parts
 from bits_async.identity import native
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
@@ -302,3 +302,60 @@ asyncio.run(main())
         done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "file"), call], check=False, timeout=30)
         assert done.returncode == 7
         assert (tmp_path / "file").read_bytes() == expected
+
+
+# -- many at once
+
+
+async def finished(files: TokenExecutor, *destinations: Path, mtime: float | None = None) -> list[FinishedPart]:
+    found = []
+    for destination in destinations:
+        part = await PartFile.create(files, destination, JOB)
+        await part.write(0, [b"the new file"])
+        await part.close()
+        found.append(FinishedPart(destination, part.record, mtime))
+    return found
+
+
+async def test_many_files_get_their_names_in_one_hop_and_each_directory_is_synced_once(
+    files: TokenExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "0").write_bytes(b"yesterday's")
+    (tmp_path / "0").chmod(0o640)
+    destinations = [*(tmp_path / str(number) for number in range(5)), tmp_path / "other/5"]
+    parts = await finished(files, *destinations, mtime=1e9)
+    synced: list[int] = []
+    sync, hops, run = native.sync_directory, list[str](), files.run
+    monkeypatch.setattr(native, "sync_directory", lambda fd: (synced.append(os.fstat(fd).st_ino), sync(fd))[1])
+    monkeypatch.setattr(files, "run", lambda func, *args: (hops.append("hop"), run(func, *args))[1])
+    assert await commit_parts(files, parts) == 6
+    assert [(path.read_bytes(), path.stat().st_mtime) for path in destinations] == [(b"the new file", 1e9)] * 6
+    assert mode_of(destinations[0]) == 0o640
+    assert sorted(synced) == sorted([tmp_path.stat().st_ino, (tmp_path / "other").stat().st_ino])
+    assert hops == ["hop"]
+    assert len(list(tmp_path.iterdir())) == 6, "no part file is left"
+
+
+@pytest.mark.parametrize("wrong", ["the part file is gone", "the destination is a directory"])
+async def test_many_files_stop_at_the_first_with_which_something_is_wrong(files: TokenExecutor, tmp_path: Path, wrong: str) -> None:
+    destinations = [tmp_path / str(number) for number in range(4)]
+    parts = await finished(files, *destinations)
+    if wrong == "the part file is gone":
+        parts[2].record.path.unlink()
+    else:
+        destinations[2].mkdir()
+    assert await commit_parts(files, parts) == 2
+    assert [path.is_file() for path in destinations] == [True, True, False, False]
+    assert await commit_parts(files, parts[3:]) == 1
+
+
+async def test_many_files_of_which_nobody_knows_whether_they_are_durable_do_not_count(
+    files: TokenExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    parts = await finished(files, tmp_path / "0", tmp_path / "1")
+    monkeypatch.setattr(native, "sync_directory", broken)
+    assert await commit_parts(files, parts) == 0

@@ -86,6 +86,26 @@ async def test_files_of_a_job_go_one_after_the_other_and_one_rename_each(network
         assert [f.progress.completed for f in files] == [True] * 3
 
 
+async def test_many_files_are_completed_in_few_transactions_and_one_that_is_damaged_is_named(network, store, out):
+    """Those before it have their names; those after it follow once it was fetched anew."""
+    for n in range(9):
+        network.serve(f"{URL}?{n}", bytes([n]) * 1000)
+    async with bits.BitsManager(store=store) as manager:
+        job = await manager.create_job("nine")
+        await job.add_file_set([bits.FileInfo(f"{URL}?{n}", out / f"f{n}") for n in range(9)])
+        await job.resume()
+        await job.wait()
+        next(out.glob(".f5.*")).unlink()
+        with pytest.raises(bits.LocalFileError) as caught:
+            await job.complete()
+        assert (caught.value.path, caught.value.code) == (out / "f5", bits.ErrorCode.BG_E_LOCAL_FILE_CHANGED)
+        assert sorted(path.name for path in out.glob("f*")) == [f"f{n}" for n in range(5)]
+        await job.resume()
+        await job.wait()
+        assert len(await job.complete()) == 9
+    assert {n: (out / f"f{n}").read_bytes() for n in (0, 5, 8)} == {n: bytes([n]) * 1000 for n in (0, 5, 8)}
+
+
 async def test_a_job_without_files_cannot_be_resumed_and_one_never_resumed_cannot_be_waited_for(network, store):
     async with bits.BitsManager(store=store) as manager:
         job = await manager.create_job("empty")
