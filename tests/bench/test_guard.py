@@ -142,16 +142,16 @@ def per_small_file(phase: Mapping[str, int], *names: str) -> float:
 
 def test_a_small_file_of_a_job_needs_few_transactions_hops_and_rounds_of_the_loop(counted):
     small = counted["small files"]
-    assert per_small_file(small, "transactions") <= 4.5
-    assert per_small_file(small, "hops") <= 18
-    assert per_small_file(small, "iterations") <= 75
+    assert per_small_file(small, "transactions") <= 3.6
+    assert per_small_file(small, "hops") <= 13
+    assert per_small_file(small, "iterations") <= 56
 
 
 @pytest.mark.traced
 def test_a_small_file_of_a_job_needs_few_system_calls_and_few_syncs(calls):
     small = calls["small files"]
-    assert per_small_file(small, *small) <= 540
-    assert per_small_file(small, "fsync", "fdatasync") <= 8
+    assert per_small_file(small, *small) <= 450
+    assert per_small_file(small, "fsync", "fdatasync") <= 6
 
 
 def test_all_files_of_one_identity_and_server_come_on_one_connection_and_with_one_handshake(counted):
