@@ -168,7 +168,7 @@ class Notifier:
     Args:
         clock: the engine's.
         task: starts a task in an empty context.
-        told: journals that somebody was told: of a file or (None) of the job, when it had been owed for the given time.
+        told: journals that somebody was told of a file, or (None) of the job's end, unless it was owed again since (by its turn).
         changed: what a job waits for has changed.
         run_command: how a command is run.
     """
@@ -285,6 +285,8 @@ class Notifier:
                     await self._pause(box, due - self._clock.monotonic())
         except BitsError:
             pass  # the journal is gone or closed: what could not be marked as told is told again after the restart
+        except Exception as error:
+            log.error("job %s: a defect in bits_async ended its notifications", subject.job.id, exc_info=error)
         finally:
             box.task = None
 
@@ -322,9 +324,12 @@ class Notifier:
             self._failed(subject, due, "; ".join(failures))
 
     async def _settle(self, subject: Subject, due: Due, turn: int) -> None:
+        trouble = subject.outbox.trouble
         subject.outbox.recovered()
         with _at_work(subject.outbox):
             await self._told(subject, due.file, turn)
+        if trouble and not subject.job.state.is_final:
+            self._changed(subject)
 
     async def _to_callback(self, subject: Subject, due: Due) -> str | None:
         """What went wrong; nothing (""); None: nothing was told, because something changed while it waited for its place."""

@@ -4,8 +4,10 @@ Real manager, real journal, real files; the clock stands still and no program is
 """
 
 import asyncio
+import contextlib
 import contextvars
 import logging
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -178,8 +180,9 @@ async def test_a_callback_may_be_a_plain_function_and_complete_its_job(scene: Sc
     await let_things_happen()
     assert seen == [True, (scene.directory / "a",)]
     assert (scene.directory / "a").read_bytes() == URLS[0].encode() * 1000
-    await scene.reopened(job)
-    assert [each async for each in scene.manager.enum_jobs()] == []  # that it was told did not bring it back
+    await scene.manager.aclose()
+    with contextlib.closing(sqlite3.connect(scene.directory / "queue.db")) as db:
+        assert db.execute("SELECT id FROM jobs").fetchall() == []  # that it was told did not bring it back
 
 
 async def test_what_happened_before_the_callback_was_set_is_told_at_once(scene: Scene) -> None:
@@ -608,7 +611,13 @@ async def test_a_command_that_fails_runs_again_after_the_retry_delay_until_it_en
         await let_things_happen()
         assert len(scene.network.commands) == runs
         scene.advance(1)
-    await until(lambda: len(scene.network.commands) == 3 and not job.waiting)
+    async with job.events(follow=True) as stream:
+        await until(lambda: len(scene.network.commands) == 3 and not job.waiting)
+        await let_things_happen()
+        await job.cancel()
+        seen = [event.waiting async for event in stream if isinstance(event, bits.JobChanged)]
+    assert seen[0] is not None
+    assert seen[1] is None  # whoever watches sees that it is over
     scene.advance(10_000)
     await let_things_happen()
     assert len(scene.network.commands) == 3
