@@ -6,6 +6,7 @@ Real manager, real journal, real files; the clock stands still and no program is
 import asyncio
 import contextlib
 import contextvars
+import gc
 import logging
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -487,6 +488,26 @@ async def test_ranges_are_told_of_before_the_end_whatever_the_interval(scene: Sc
         await job.wait()
     await until(lambda: "transferred" in told.heard)
     assert [each if isinstance(each, str) else each[0] for each in told.heard] == ["ranges", "ranges", "transferred"]
+
+
+async def test_a_callback_and_a_command_are_kept_when_nobody_holds_their_jobs(scene: Scene) -> None:
+    told = Told()
+
+    async def leave_alone() -> None:
+        heard = await scene.job(MISSING)
+        await heard.set_notify_interface(told)
+        commanded = await scene.job(name="x")
+        with bits.impersonate(fake_token("bob")):
+            await commanded.set_notify_cmd_line(PROGRAM)
+        scene.network.pause()
+        for job in (heard, commanded):
+            await job.resume()
+
+    await leave_alone()
+    gc.collect()
+    scene.network.resume()
+    await until(lambda: told.heard and scene.network.commands)
+    assert scene.network.commands[0].identity == "bob"
 
 
 async def test_a_callback_is_replaced_and_removed(scene: Scene) -> None:
