@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import gssapi
@@ -28,6 +29,7 @@ from bits_async import (
     s4u_logon,
 )
 from tests.active_directory import ActiveDirectory
+from tests.local_users import LocalUser as LocalAccount
 from tests.peers import SilentKdc
 from tests.realms import Apache, MitKdc, write_krb5_conf
 
@@ -219,7 +221,7 @@ async def test_t09_somebody_from_the_realm_is_nobody_on_this_machine(ad: ActiveD
 
 @pytest.mark.privileged
 async def test_t09_a_mapping_is_said_and_never_to_root_a_system_account_or_from_another_realm(
-    ad: ActiveDirectory, users: dict[str, object]
+    ad: ActiveDirectory, users: Mapping[str, LocalAccount]
 ) -> None:
     mapped = await log_on(ad, local_user="bitsalice")
     assert await bits.run_as(mapped, lambda: mapped.local.name) == "bitsalice"
@@ -228,6 +230,37 @@ async def test_t09_a_mapping_is_said_and_never_to_root_a_system_account_or_from_
         with pytest.raises(bits.ImpersonationFailed):
             await log_on(ad, local_user=local_user)
     assert (await log_on(ad, local_user=LocalUser("daemon", system=True))).local.name == "daemon"
+
+
+@pytest.mark.privileged
+async def test_t04_who_is_mapped_writes_as_the_local_user_and_shows_tickets_that_only_this_process_can_name(
+    ad: ActiveDirectory, users: Mapping[str, LocalAccount], directory_apache: Apache, tmp_path: Path
+) -> None:
+    alice = users["bitsalice"]
+    token = await s4u_logon("bob@AD.BITS.TEST", service=ad.keytab("engine"), local_user=alice.name)
+    both = HelperTokenFlags.LOCAL_FILE | HelperTokenFlags.NETWORK
+    path = await bits.download(directory_apache.url("/neg/big"), alice.home / "big", helper=token, helper_flags=both)
+    assert alice.owns(path)
+    directory_apache.hits(expect=1, user="bob@AD.BITS.TEST", status=200)
+    guessed = await Token.for_user(alice.name, network=spnego.KerberosCCache("MEMORY:guess", "bob@AD.BITS.TEST"))
+    with pytest.raises(bits.AuthFailed, match="only FILE: ticket caches"):
+        await fetch(directory_apache, guessed, tmp_path / "big")
+    path.unlink()
+
+
+@pytest.mark.privileged
+async def test_t27_a_keytab_is_read_as_whoever_names_it(
+    ad: ActiveDirectory, users: Mapping[str, LocalAccount], directory_apache: Apache, tmp_path: Path
+) -> None:
+    theirs, others = ad.keytab("helper", owner=users["bitsalice"].uid), ad.keytab("helper")
+    user = ad.principal("helper")
+    with bits.impersonate(await Token.for_user("bitsalice")):
+        for attempt in (lambda: logon_user(user, keytab=others), lambda: s4u_logon(user, service=others)):
+            with pytest.raises(LogonFailed, match="may not be read"):
+                await attempt()
+        token = await logon_user(user, keytab=theirs)
+    await fetch(directory_apache, token, tmp_path / "big")  # later tickets, too, are got as the one who named it
+    directory_apache.hits(expect=1, user=user, status=200)
 
 
 # -- the right to act for others

@@ -172,6 +172,12 @@ async def identities() -> None:
         assert_type(bits.current_token(), bits.Token)
     assert_type(await bits.run_as(token, len, "abc"), int)
     token.close()
+    somebody = bits.LocalUser("alice", realms=frozenset({"REALM"}))
+    assert_type(await bits.logon_user("alice", "secret", domain="REALM", local_user=somebody), bits.Token)
+    assert_type(await bits.logon_user("alice@REALM", keytab=Path("/k"), logon_type=bits.LogonType.BATCH), bits.Token)
+    assert_type(await bits.s4u_logon("bob@REALM", service=spnego.KerberosKeytab("/k", "service@REALM")), bits.Token)
+    trusted = bits.DelegationTarget("https://portal.example", ok_as_delegate_only=False)
+    assert_type(await bits.Token.from_delegated(object(), delegate_to=[trusted, "https://other.example"]), bits.Token)
 
 
 def errors() -> None:
