@@ -374,6 +374,11 @@ class MitKdc(Server):
         self._kadmin(f"addprinc -pw {password} {name}")
         return self.principal(name)
 
+    def add_service(self, name: str, *flags: str) -> str:
+        """A principal with a random key, for a keytab; returns its name without the realm."""
+        self._kadmin(f"addprinc -randkey {' '.join(flags)} {name}")
+        return name
+
     def keytab(self, *names: str, directory: Path | None = None, owner: str | int | None = None) -> Path:
         """A keytab (0600) with the keys of these principals. The default directory is the KDC's, which every user may enter."""
         file = (directory or self.directory) / f"keytab-{uuid4().hex}"
