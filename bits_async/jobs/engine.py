@@ -15,7 +15,8 @@ import contextlib
 import contextvars
 import logging
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -57,6 +58,7 @@ from .model import (
     FileRecord,
     GrantRecord,
     GrantRemoved,
+    JobPriority,
     JobRecord,
     JobRemoved,
     JobState,
@@ -69,7 +71,7 @@ from .model import (
     owed_in,
 )
 from .notify import Event, EventStream, FileRestarted, FileTransferred, JobChanged, Progress, Retrying
-from .roster import Entry, Roster
+from .roster import AHEAD, Entry, Roster
 from .scheduler import Candidate, Limits, choose, may_retry, retry_delay
 from .store import Store, finish
 from .transfer import Attempt, Workshop
@@ -202,6 +204,7 @@ class Engine:
         self._put_aside: list[Entry] = []  # wait for an event since this round of the loop; it may have happened before
         self._looked_through: int | None = 0  # of the jobs that wait for an event: so far; None: all
         self._owing_from: int | None = 0  # of the jobs with a command that is to be run: looked through so far; None: all
+        self._blocked: Counter[JobPriority] = Counter()  # queued jobs that group policy has put off since it last said something else
         self._setters: dict[OwnerKey, Token] = {}  # who came and had set commands
         self._loop_task: asyncio.Task[None] | None = None
         self._searches: dict[str, asyncio.Task[None]] = {}
@@ -447,6 +450,8 @@ class Engine:
             return Waiting(WaitingReason.NO_OWNER_TOKEN, detail=absence.message if absence else "")
         if not job.may_run:
             return Waiting(WaitingReason.NOT_FOREGROUND)
+        if self._conditions.allowance(job.priority).blocked:
+            return self._waiting_for(WaitingReason.POLICY, job)
         if not self._conditions.is_settled(job):
             return Waiting(WaitingReason.COST, detail="nobody has said yet what it is")
         return Waiting(WaitingReason.QUEUE)
@@ -787,12 +792,14 @@ class Engine:
                 self._looked = self.clock.monotonic(), self.clock.now()
                 await self._follow_the_clock()
                 if self._conditions.refresh():
+                    self._blocked.clear()
                     self._conditions_changed()
                 await self._come_due()
                 await self._expire()
                 await self._let_go()
                 await self._run_commands()
-                for entry in await self.roster.look_ahead():
+                # where group policy lets none run, the first ones say so, and the others need not be touched
+                for entry in await self.roster.look_ahead(without={each for each, count in self._blocked.items() if count >= AHEAD}):
                     self._search_owner(entry)
                 await self._hold_up()
                 self._schedule()
@@ -839,14 +846,16 @@ class Engine:
             await self._hasten(now)
         if not self._moments_stale and (self._moment is None or self._moment > now):
             return
-        for entry in await self.roster.due(now):
-            job = entry.job
-            if entry.held or job.state is not JobState.TRANSIENT_ERROR:
-                continue
-            if job.retry_at is not None and job.retry_at <= now:
-                await self.change(entry, state=advance(job.state, Outcome.RETRY_DUE), retry_at=None)
-            elif job.retry_at is None and job.gives_up_at is not None and job.gives_up_at <= now and job.error is not None:
-                await self._give_up(entry, _no_progress(job.error, job.no_progress_timeout), job.active)
+        await _together(self._end_waiting(entry, now) for entry in await self.roster.due(now))
+
+    async def _end_waiting(self, entry: Entry, now: datetime) -> None:
+        job = entry.job
+        if entry.held or job.state is not JobState.TRANSIENT_ERROR:
+            return
+        if job.retry_at is not None and job.retry_at <= now:
+            await self.change(entry, state=advance(job.state, Outcome.RETRY_DUE), retry_at=None)
+        elif job.retry_at is None and job.gives_up_at is not None and job.gives_up_at <= now and job.error is not None:
+            await self._give_up(entry, _no_progress(job.error, job.no_progress_timeout), job.active)
 
     def _network_back(self) -> None:
         """A network came (back): whatever a job waits for, it may be better now (BITS: "Life Cycle of a BITS Job")."""
@@ -879,8 +888,7 @@ class Engine:
         if self._looked_through is None:
             return
         page, self._looked_through = await self.roster.awaiting(self._looked_through)
-        for entry in page:
-            await self._maybe_let_go(entry)
+        await _together(self._maybe_let_go(entry) for entry in page)
         if self._looked_through is not None:
             self._wake.set()
 
@@ -906,6 +914,7 @@ class Engine:
 
     async def _hold_up(self) -> None:
         """Interrupt the jobs that cannot run now, those that only wait for their turn too (BITS: TRANSIENT_ERROR)."""
+        waiting: list[tuple[Entry, Hindrance]] = []
         for entry in self.roster.candidates:
             idle = entry.job.state is JobState.QUEUED and not entry.held and entry.supervisor is None
             if not idle and (entry.work is None or entry.stopping):
@@ -914,10 +923,12 @@ class Engine:
             if hindrance is None:
                 continue
             if idle:
-                await self._put_off(entry, hindrance.error, entry.job.active, untimed=True)
+                waiting.append((entry, hindrance))
+                self._blocked[entry.job.priority] += hindrance.reason is WaitingReason.POLICY
             else:
                 entry.hindrance = hindrance
                 entry.stop()
+        await _together(self._put_off(entry, each.error, entry.job.active, untimed=True) for entry, each in waiting)
 
     async def _expire(self) -> None:
         """End attempts that have had their time (MaximumDownloadTime), and cancel jobs that nobody has touched for too long."""
@@ -1201,6 +1212,11 @@ _AWAITED: Final[Mapping[int, WaitingReason]] = {
 def _awaited(job: JobRecord) -> WaitingReason | None:
     """What a job in TRANSIENT_ERROR waits for; None: for its next attempt."""
     return None if job.retry_at is not None or job.error is None else _AWAITED.get(job.error.code)
+
+
+async def _together(changes: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Changes of several jobs at once: the journal writes those that wait for it in one transaction."""
+    await asyncio.gather(*changes)
 
 
 def _empty_frames(error: BaseException | None) -> None:

@@ -279,11 +279,19 @@ class Roster:
         line = [entry for entries in self._line.values() for entry in entries if entry.job.id not in self._running]
         return [*self._running.values(), *line]
 
-    async def look_ahead(self) -> Sequence[Entry]:
-        """Bring the line up to date. Returns queued jobs whose owner's token is not here, one for each owner that is met."""
+    async def look_ahead(self, without: Collection[JobPriority] = ()) -> Sequence[Entry]:
+        """Bring the line up to date. Returns queued jobs whose owner's token is not here, one for each owner that is met.
+
+        Args:
+            without: priorities of which none can run now: they have no line.
+        """
         met: list[Entry] = []
-        while self._stale:
-            priority = self._stale.pop()
+        for priority in without:
+            self._line[priority] = []
+            self._stale.add(priority)
+        while stale := self._stale.difference(without):
+            priority = stale.pop()
+            self._stale.discard(priority)
             if self._stay is not None:
                 continue
             entries = await self._next_in(priority)

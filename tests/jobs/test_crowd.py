@@ -15,7 +15,9 @@ import pytest
 
 import bits_async as bits
 from bits_async import ErrorCode, JobPriority, JobState, WaitingReason
+from bits_async.jobs import engine as engine_module
 from bits_async.jobs import roster as roster_module
+from bits_async.jobs.policies import DAYS, GroupPolicy
 from bits_async.jobs.roster import AHEAD, Roster
 from bits_async.jobs.store import SqliteStore
 from bits_async.testing import FakeNetwork, fake_token
@@ -25,6 +27,13 @@ CROWD = 100_000
 URL = "https://crowd.test/"
 BODY = b"some bytes" * 1000
 S = JobState
+BLOCKED = """
+[[bandwidth_limits.work]]
+days = ["{today}"]
+from = 0
+to = 24
+limits = {{ high = 0, normal = 0, low = 0 }}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +401,26 @@ async def test_a_job_with_a_callback_is_told_though_nobody_holds_it(network: Fak
         gc.collect()
         await until(lambda: told)
     assert told == [S.TRANSFERRED]
+
+
+async def test_where_group_policy_lets_no_job_run_the_first_ones_say_so_and_the_others_are_left_alone(
+    network: FakeNetwork, store: Path, tmp_path: Path, two_ahead: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make_crowd(store, 9, url=URL)
+    for number in range(1, 9):
+        network.serve(f"{URL}{number}", BODY)
+    monkeypatch.setattr(engine_module, "AHEAD", 2)
+    network.clock.freeze()
+    today = DAYS[network.clock.now().astimezone().weekday()]
+    async with bits.BitsManager(store=store, policy=GroupPolicy.from_toml(BLOCKED.format(today=today))) as manager:
+        await asyncio.sleep(0.2)
+        jobs = [job async for job in manager.enum_jobs()]
+        assert [job.state for job in jobs] == [S.TRANSIENT_ERROR] * 2 + [S.QUEUED] * 7
+        assert {job.waiting.reason for job in jobs if job.waiting} == {WaitingReason.POLICY}
+        assert network.requests == []
+        network.clock.advance(86400)
+        await manager.join()
+        assert len(network.requests) == 9
 
 
 async def test_two_handles_on_one_job_see_the_same_and_a_stream_keeps_it(network: FakeNetwork, store: Path, tmp_path: Path) -> None:
