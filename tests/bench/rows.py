@@ -181,6 +181,15 @@ class Queue(Row):
 
 
 @dataclass(frozen=True)
+class InLine(OneFile):
+    """One large file as a background job, with many jobs in line behind it, or with none."""
+
+    def task(self, stage: Stage, contender: Contender, amount: int) -> Task:
+        journal = stage.copy_journal(100_000 if contender.name == CROWDED.name else 0)
+        return replace(super().task(stage, contender, amount), more={"journal": str(journal)})
+
+
+@dataclass(frozen=True)
 class LoggedIn(Row):
     """One large file from Apache, anonymous and with Kerberos."""
 
@@ -220,6 +229,7 @@ BITS, TO_CURL = OURS.name, CURL.name
 SPLICE, SPLICE_DURABLE, CURL_SYNC, ARIA_16 = Limit(), Limit(durable=True), Curl(durable=True), Aria2(at_once=16)
 LARGE, SMALL = replace(OURS, variant="large"), replace(OURS, variant="10 MiB")
 LONG, EMPTY = Ours("open", "100,000 jobs"), Ours("open", "no jobs")
+CROWDED, ALONE = Ours("in_line", "100,000 jobs behind it"), Ours("in_line", "no job behind it")
 ANONYMOUS, KERBEROS = replace(OURS, variant="anonymous"), Ours("logged_in", "Kerberos")
 ONE, ANOTHER = replace(OURS, variant="one identity"), Ours("for_another", "two identities")
 
@@ -304,6 +314,14 @@ ROWS: tuple[Row, ...] = (
             Goal("resident memory of the process", 60, _resident, "MiB"),
         ),
         scales=False,
+    ),
+    InLine(
+        "line",
+        "one file of 1 GiB as a background job, plain HTTP, into memory",
+        GIB,
+        (CROWDED, ALONE),
+        ALONE.name,
+        (Goal("wall with 100,000 jobs in line, to none", 1.02, wall_ratio(CROWDED.name, ALONE.name)),),
     ),
     LoggedIn(
         "kerberos",

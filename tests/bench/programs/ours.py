@@ -16,8 +16,8 @@ def _tls(wish: dict[str, Any]) -> ssl.SSLContext | None:
     return ssl.create_default_context(cafile=wish["ca"]) if wish.get("ca") else None
 
 
-async def _job(manager: bits.BitsManager, files: list[list[str]]) -> bits.Job:
-    job = await manager.create_job("benchmark", priority=bits.JobPriority.FOREGROUND)
+async def _job(manager: bits.BitsManager, files: list[list[str]], priority: bits.JobPriority = bits.JobPriority.FOREGROUND) -> bits.Job:
+    job = await manager.create_job("benchmark", priority=priority)
     await job.add_file_set([bits.FileInfo(url, path) for url, path in files])
     return job
 
@@ -40,6 +40,12 @@ async def many_jobs(manager: bits.BitsManager, wish: dict[str, Any]) -> None:
         async with asyncio.TaskGroup() as group:
             for file in wish["files"]:
                 group.create_task(_see_through(await _job(manager, [file])))
+
+
+async def in_line(manager: bits.BitsManager, wish: dict[str, Any]) -> None:
+    """All files as the one background job that runs; others wait behind it."""
+    with Inside():
+        await _see_through(await _job(manager, wish["files"], bits.JobPriority.HIGH))
 
 
 async def for_another(manager: bits.BitsManager, wish: dict[str, Any]) -> None:
@@ -66,7 +72,7 @@ async def logged_in(manager: bits.BitsManager, wish: dict[str, Any]) -> None:
         await _see_through(job)
 
 
-WORK = {"one_job": one_job, "many_jobs": many_jobs, "for_another": for_another, "logged_in": logged_in}
+WORK = {"one_job": one_job, "many_jobs": many_jobs, "in_line": in_line, "for_another": for_another, "logged_in": logged_in}
 
 
 async def main(wish: dict[str, Any]) -> None:
@@ -75,7 +81,7 @@ async def main(wish: dict[str, Any]) -> None:
             manager = await bits.BitsManager(store=wish["journal"], run=False).__aenter__()
         await manager.aclose()
         return
-    async with bits.BitsManager(store=wish["store"], ssl=_tls(wish)) as manager:
+    async with bits.BitsManager(store=wish.get("journal", wish["store"]), ssl=_tls(wish)) as manager:
         await WORK[wish["work"]](manager, wish)
 
 
