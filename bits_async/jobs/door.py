@@ -115,6 +115,10 @@ class Door:
         """Exactly the identity that made the job: the same local user, the same principal, proved by the same secret."""
         return self.identity(token) == identity_of(key)
 
+    def is_same(self, token: Token, other: Token) -> bool:
+        """One identity: the same local user, the same principal, proved by the same secret."""
+        return token is other or (self.identity(token) is not None and self.identity(token) == self.identity(other))
+
     def is_elevated(self, token: Token) -> bool:
         """Whether it opens every door. Not with a principal that nobody proved: the powers beside it are those of the process, which
         whoever merely names a principal has not shown to be his (T7)."""

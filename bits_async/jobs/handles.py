@@ -6,6 +6,7 @@ The ambient identity is read at the call itself, by the functions that say so an
 
 import asyncio
 import contextvars
+import logging
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from ..errors import (
     InvalidState,
     JobCancelled,
     make_error,
+    show_text,
 )
 from ..identity.ambient import current_token, impersonation
 from ..identity.processes import command_arguments
@@ -77,6 +79,8 @@ from .scheduler import Limits
 
 if TYPE_CHECKING:
     from yarl import URL
+
+log = logging.getLogger("bits_async.jobs")
 
 DISPLAY_NAME_LENGTH: Final = 256
 DESCRIPTION_LENGTH: Final = 1024
@@ -150,6 +154,19 @@ class Desk:
         if len(str(path or "")) > most or any(len(each) > most for each in segments):
             message = f"a local name, and a segment of a URL, may have {most} characters"
             raise InvalidArgument(message, code=ErrorCode.BG_E_STRING_TOO_LONG, job_id=job.id, path=path)
+
+
+async def _change_what_the_helper_saw(desk: "Desk", entry: Entry, what: str) -> None:
+    """For a command that changes where a job reads and writes. The helper agreed to what it saw: a change that it does not make itself,
+    under its own identity, takes its token from the job (T8: else the owner drives the helper)."""
+    helper = entry.helper
+    if helper is None or desk.door.is_same(current_token(), helper):
+        return
+    log.warning(
+        "job %s: %s changed, and the helper token of %s was dropped: it was set before that", entry.job.id, what, show_text(helper.name)
+    )
+    entry.helper = None
+    await desk.engine.drop_lanes(entry, helper)
 
 
 @final
@@ -265,6 +282,7 @@ class JobFile:
         engine, name = self._desk.ready(), check_url(str(url))
         async with engine.command(self._entry):
             self._desk.check_lengths(self._entry.job, name)
+            await _change_what_the_helper_saw(self._desk, self._entry, "a remote name")
             await engine.rename(self._entry, {self._index: name})
 
     async def set_validation_state(self, valid: bool) -> None:
@@ -553,6 +571,7 @@ class Job:
                 raise self._unfit("dynamic content, and a file that is fetched on demand, is not made of ranges")
             first = len(entry.files)
             records = [file_record(self.id, first + n, file) for n, file in enumerate(files)]
+            await _change_what_the_helper_saw(self._desk, entry, "its files")
             await engine.add_files(entry, records)
         return tuple(JobFile(self._desk, entry, record.index) for record in records)
 
@@ -576,6 +595,7 @@ class Job:
             for url in urls.values():
                 self._desk.check_lengths(entry.job, url)
             if urls:
+                await _change_what_the_helper_saw(self._desk, entry, "remote names")
                 await engine.rename(entry, urls)
             return bool(urls)
 
@@ -587,6 +607,8 @@ class Job:
         """
         engine, entry, proxy = self._desk.ready(), self._entry, resolve(settings, os.environ)
         async with engine.command(entry):
+            if proxy != entry.job.proxy:
+                await _change_what_the_helper_saw(self._desk, entry, "its proxy")
             exposed = entry.job.resumed and proxy != entry.job.proxy
             grants = [kept_from_proxies(grant) if exposed else grant for grant in entry.grants]
             http = entry.job.http
@@ -839,6 +861,7 @@ class Job:
             before = entry.job.http.flags
             if checked == before:
                 return
+            await _change_what_the_helper_saw(desk, entry, "its security flags")
             await engine.halt(entry)
             newly_checked = SecurityFlags.SSL_ENABLE_CRL_CHECK in checked & ~before
             untrusted = [file for file in entry.files if newly_checked and not file.transferred and not file.committed]
@@ -859,6 +882,7 @@ class Job:
         checked, entry = None if path is None else Path(path), self._entry
         async with self._desk.ready().command(entry):
             if checked != entry.job.http.crl_source:
+                await _change_what_the_helper_saw(self._desk, entry, "its revocation lists")
                 await self._change_http(stop=SecurityFlags.SSL_ENABLE_CRL_CHECK in entry.job.http.flags, crl_source=checked)
 
     async def set_server_certificate_validation(self, callback: "Callable[[Job, JobFile, bytes], bool | Awaitable[bool]] | None") -> None:
@@ -882,6 +906,7 @@ class Job:
         async with self._desk.ready().command(entry):
             if not (entry.job.state.is_settled or entry.job.state is JobState.SUSPENDED):
                 raise self._unfit(f"the job is {entry.job.state.name}", ErrorCode.BG_E_READ_ONLY_WHEN_JOB_ACTIVE)
+            await _change_what_the_helper_saw(self._desk, entry, "who judges its servers' certificates")
             await self._change_http(validates_certificates=judge is not None)
             entry.judge = judge
 
@@ -1175,6 +1200,10 @@ class TokenOptions:
 
     def set_helper_token(self) -> Coroutine[Any, Any, None]:
         """Take the token of the enclosing `impersonate()` as the job's helper, in place of any other, from the next attempt on.
+
+        It is bound to what the job is now: its files, where they come from and go to, the proxy, the security flags. Who changes one of
+        them later, and is not the helper itself (`impersonate()`), takes the token from the job, which then stops with
+        BG_E_TOKEN_REQUIRED.
 
         Raises:
             ImpersonationFailed: there is no enclosing `impersonate()`, or its token's level is below IMPERSONATE.
