@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar, TypeVarTuple, cast
@@ -1441,8 +1442,9 @@ async def commit_parts(files: "TokenExecutor", parts: Sequence[FinishedPart]) ->
     """
     handles = _Handles()
     try:
+        own = list(takewhile(lambda part: part.record.was_made_by(files.token), parts))
         guard, check = _guarded(files.token, False), files.token.local.check
-        return await _run(files, handles, parts[0].destination, "replace", _commit_all, parts, guard, check)
+        return await _run(files, handles, parts[0].destination, "replace", _commit_all, own, guard, check)
     finally:
         await _close(files, handles)
 
