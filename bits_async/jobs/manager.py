@@ -164,7 +164,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             self._store = SqliteStore(Path(await files.run(os.path.realpath, path)) if own else path, key=self._key)
         self._network = self._seams.network if self._seams else Lanes(self._limits.connections_per_host, refusals=self._refusals)
         await self._store.open()
-        shop = Workshop(self._network, self._executors, self._clock, boot_id)
+        shop = Workshop(self._network, self._executors, self._clock, boot_id, self._limits.disk_reserve)
         parties = Parties(self._tls, self._auth_rules, self._timeouts, self._executors, self._refusals, self._handles)
         conditions = Conditions(
             clock=self._clock,

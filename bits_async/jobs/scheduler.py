@@ -30,6 +30,7 @@ class Limits:
         ranges_per_file: ranges of one file (`Job.add_file_with_ranges`); None: any number.
         name_length: characters of a local name, and of each segment of a URL's path; None: as many as the system takes.
         job_inactivity_timeout: seconds without progress or change after which a job is cancelled, its part files with it; None: never.
+        disk_reserve: bytes of a volume that are never preallocated for a file; what has arrived is written there all the same.
     """
 
     background_jobs: int = 1
@@ -41,6 +42,7 @@ class Limits:
     ranges_per_file: int | None = None
     name_length: int | None = None
     job_inactivity_timeout: float | None = None
+    disk_reserve: int = 64 << 20
 
     def __post_init__(self) -> None:
         counts = ("background_jobs", "connections_per_host", "jobs_per_user", "jobs_per_machine", "files_per_job")
@@ -48,6 +50,8 @@ class Limits:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InvalidArgument(f"Limits({name}=) takes a whole number from 1, not {value!r}")
+        if isinstance(self.disk_reserve, bool) or not isinstance(self.disk_reserve, int) or self.disk_reserve < 0:
+            raise InvalidArgument(f"Limits(disk_reserve=) takes bytes, 0 or more, not {self.disk_reserve!r}")
         if self.job_inactivity_timeout is not None and not 0 < self.job_inactivity_timeout < math.inf:
             raise InvalidArgument("Limits(job_inactivity_timeout=) takes a positive number of seconds")
         if isinstance(self.time_slice, bool) or not isinstance(self.time_slice, int | float) or not self.time_slice > 0:

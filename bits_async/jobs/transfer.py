@@ -102,6 +102,7 @@ class Workshop:
     executors: TokenExecutors
     clock: Clock
     boot_id: str
+    disk_reserve: int = 0  # bytes that preallocation leaves free (T18)
 
 
 @dataclass(slots=True)
@@ -563,7 +564,8 @@ class Attempt:
             await self._start_digest(download)
         self._refuse_too_large(download, download.count + (download.piece.remaining or 0))
         if body.length is not None:
-            await download.part.reserve(download.piece.written, min(body.length, RESERVE_AHEAD))
+            ahead = min(body.length, RESERVE_AHEAD)
+            await download.part.reserve(download.piece.written, ahead, keep_free=self._shop.disk_reserve)
 
     def _refuse_elsewhere(self, asked: Asked, body: Body) -> None:
         if body.start != asked.start:

@@ -685,11 +685,28 @@ async def test_t26_bytes_beyond_the_framed_body_are_not_of_the_file_nor_of_the_n
         assert {path.read_bytes() for path in await job.complete()} == {b"right"}
 
 
-async def test_a_body_that_says_it_is_larger_than_any_disk_is_not_reserved(tmp_path):
-    said = b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: 999999999999999999\r\n\r\n'
-    async with Raw(said) as peer:
-        await failure(tmp_path, peer.url, timeouts=QUICK)
-        assert not (tmp_path / "f").exists()
+@pytest.mark.parametrize(("limits", "most"), [(bits.Limits(disk_reserve=0), 64 << 20), (bits.Limits(disk_reserve=1 << 60), 0)])
+async def test_t18_a_file_that_is_said_to_be_larger_than_any_disk_takes_64_mib_or_what_the_reserve_leaves(tmp_path, limits, most):
+    said, slack = b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: 999999999999999999\r\n\r\n', 1 << 20
+
+    async def claim(connection: Connection) -> None:
+        await connection.request()
+        await connection.send(said + b"s" * 1000)
+        await asyncio.Event().wait()
+
+    async with Raw(claim) as peer, bits.BitsManager(store=tmp_path / "queue.db", limits=limits) as manager:
+        job = await manager.create_job("huge", priority=JobPriority.FOREGROUND)
+        await job.add_file(peer.url, tmp_path / "f")
+        await job.resume()
+        async with asyncio.timeout(10):
+            while job.progress.bytes_transferred < 1000:  # noqa: ASYNC110 - it has no event
+                await asyncio.sleep(0.005)
+        (part,) = tmp_path.glob(".f.*.bits-part")
+        taken = part.stat().st_blocks * 512
+        assert taken <= most + slack
+        assert most == 0 or taken >= most, "the disk of the tests has that much"
+        await job.cancel()
+    assert not list(tmp_path.glob("*f*"))
 
 
 # -- slow peers ----------------------------------------------------------------------------------------------------------------------------
