@@ -101,12 +101,12 @@ async def play(tool: Tool, schedule: Schedule) -> Outcome:
     return Outcome.FAILED
 
 
-async def compare(schedules: Sequence[Schedule]) -> tuple[dict[str, Counter[Outcome]], list[str]]:
+async def compare(schedules: Sequence[Schedule], only: str | None = None) -> tuple[dict[str, Counter[Outcome]], list[str]]:
     """(what each tool made of them, how each is called with its version)"""
     turn = asyncio.Semaphore(os.cpu_count() or 1)
     counts: dict[str, Counter[Outcome]] = {}
     names = []
-    for tool in TOOLS:
+    for tool in [tool for tool in TOOLS if only in (None, tool.name)]:
         if shutil.which(tool.program) is None:
             print(f"{tool.name} is not installed", file=sys.stderr)
             continue
@@ -137,8 +137,10 @@ def table(counts: dict[str, Counter[Outcome]], names: Sequence[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--first", type=int, help="only so many schedules")
-    schedules = load()[: parser.parse_args().first]
-    counts, names = asyncio.run(compare(schedules))
+    parser.add_argument("--only", choices=[tool.name for tool in TOOLS], help="only this tool")
+    arguments = parser.parse_args()
+    schedules = load()[: arguments.first]
+    counts, names = asyncio.run(compare(schedules, arguments.only))
     print(f"\n{len(schedules)} schedules, {datetime.now(UTC):%d %B %Y}\n\n{table(counts, names)}")
 
 
