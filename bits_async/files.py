@@ -1069,7 +1069,6 @@ class PartFile:
         self._files = files
         self._handles = handles
         self._digests = _RunningDigests()
-        self._content = _RunningDigests()  # of what one answer brings
         self._reservation = _Reservation()
         self._discarded = False
         self.destination = destination
@@ -1213,8 +1212,7 @@ class PartFile:
             LocalFileError: a write failed.
         """
         handles = self._handles
-        hashed = self._digests.position is not None or self._content.position is not None
-        unseen = not hashed and isinstance(detached.socket, socket.socket)
+        unseen = self._digests.position is None and isinstance(detached.socket, socket.socket)
         splice = partial(self._splice, handles) if unseen else None  # else somebody has to see the bytes
         intake = _Intake(lambda offset, chunks: self._store(handles, offset, chunks), splice, piece, limiter, stop, pace)
         call = _Call(handles, lambda: intake.run(detached, idle))
@@ -1238,7 +1236,6 @@ class PartFile:
         self._digests.rewrite(offset)
         native.pwrite_all(file, chunks, offset)
         self._digests.feed(offset, chunks)
-        self._content.feed(offset, chunks)
         self._account(file, offset, end)
 
     def _splice(self, handles: _Handles, splicer: native.Splicer, source: int, offset: int, count: int) -> int:
@@ -1294,39 +1291,40 @@ class PartFile:
             LocalFileError: the file cannot be read or ends before `upto`.
         """
         self._digests.begin(algorithms)
-        position = 0
-        while position < upto:
-            count = await self._run("read", self._reread, position, min(_REREAD, upto - position))
+        await self._feed(self._digests, 0, upto)
+
+    async def digest_of(self, algorithm: str, start: int, end: int) -> str:
+        """The digest of [start, end) in hexadecimal digits, read again for it.
+
+        Raises:
+            InvalidArgument, LocalFileError: as `start_digest`.
+        """
+        digests = _RunningDigests()
+        digests.begin([algorithm], start)
+        await self._feed(digests, start, end)
+        return await self._run("read", lambda _: digests.hexdigest(algorithm))
+
+    async def _feed(self, digests: _RunningDigests, position: int, end: int) -> None:
+        while position < end:
+            count = await self._run("read", self._reread, digests, position, min(_REREAD, end - position))
             if not count:
-                message = f"the part file ends at {position}, before {upto}"
+                message = f"the part file ends at {position}, before {end}"
                 code, context = ErrorCode.BG_E_LOCAL_FILE_CHANGED, ErrorContext.LOCAL_FILE
                 raise make_error(code, context, message, path=self.destination, identity=self._files.token.name)
             position += count
-
-    def start_content_digest(self, algorithms: Sequence[str], position: int) -> None:
-        """Keep digests of what is written from `position` on in order, beside the running ones; none: no longer."""
-        self._content.begin(algorithms, position)
-
-    async def content_digest(self, algorithm: str) -> str:
-        """The digest of what was written since `start_content_digest`.
-
-        Raises:
-            InvalidState: that was not called for it.
-        """
-        return await self._run("read", lambda _: self._content.hexdigest(algorithm))
 
     async def read(self, offset: int, length: int) -> bytes:
         """So many bytes, fewer at the end of the file; at most a megabyte or so, they are all in memory."""
         return await self._run("read", lambda handles: _read_at(handles.opened()[1], length, offset))
 
-    def _reread(self, handles: _Handles, offset: int, length: int) -> int:
+    def _reread(self, handles: _Handles, digests: _RunningDigests, offset: int, length: int) -> int:
         _, file = handles.opened()
         position = offset
         while position < offset + length:
             chunk = _read_at(file, min(_READ, offset + length - position), position)
             if not chunk:
                 break
-            self._digests.feed(position, [chunk])
+            digests.feed(position, [chunk])
             position += len(chunk)
         return position - offset
 

@@ -463,15 +463,14 @@ class Attempt:
             self._recorder.answered()
             download.went_back = False
             first = await self._across_the_seam(download, body, seam)
-            content, before = body.content.one(), piece.written - len(first)
-            download.part.start_content_digest(content.names, piece.written)
+            start = piece.written
             detached = None if first else await body.detach()
             if detached is None:
                 await self._pump(download, piece, body, first)
             else:
                 await self._receive(download, piece, body, detached, party.timeouts)
-            if content and not seam and piece.written - before == body.length:
-                await self._compare_content(download, content)
+            if not seam:
+                await self._compare_content(download, body, start, piece.written)
         if body.length is None:
             download.complete = True  # only the end of the body says where the file ends
             if download.record.wanted and download.validator is not None:
@@ -508,11 +507,13 @@ class Attempt:
                 asked = Asked(download.record.url, piece.written, end, download.validator)
                 async with self._shop.network.get(party, asked) as body:
                     self._refuse_elsewhere(asked, body)
+                    start = piece.written
                     detached = await body.detach()
                     if detached is None:
                         await self._pump(download, piece, body)
                     else:
                         await self._receive(download, piece, body, detached, party.timeouts)
+                    await self._compare_content(download, body, start, piece.written)
 
     def _asked(self, download: _Download) -> Asked:
         """The bytes to ask for next."""
@@ -609,11 +610,13 @@ class Attempt:
                 return came[seam:]
         raise FileChanged(None, "the server sends too little to go on with", changed=False)
 
-    async def _compare_content(self, download: _Download, expected: Digests) -> None:
-        (name,) = expected.names
-        found = await download.part.content_digest(name)
-        if found != expected.of(name):
-            raise _WrongBytes(f"{name} of a part of the file is {found}, the server said {expected.of(name)}", found)
+    async def _compare_content(self, download: _Download, body: Body, start: int, end: int) -> None:
+        """What the server said of this one part, which was written to [start, end)."""
+        expected = body.content.one()
+        for name in expected.names if end - start == body.length else ():
+            found = await download.part.digest_of(name, start, end)
+            if found != expected.of(name):
+                raise _WrongBytes(f"{name} of a part of the file is {found}, the server said {expected.of(name)}", found)
 
     async def _pump(self, download: _Download, piece: Slice, body: Body, first: bytes = b"") -> None:
         chunks, batch, size = aiter(body), [first] if first else [], len(first)

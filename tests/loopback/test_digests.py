@@ -247,6 +247,27 @@ async def test_a_part_that_is_not_what_its_own_digest_says_is_thrown_away_with_t
     assert visit.wire == [None, f"bytes={HALF}-", None]
 
 
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+async def test_the_same_of_several_parts_at_once(visit, memory_dir, wrong, monkeypatch):
+    monkeypatch.setattr(transfer, "SEGMENT", 60_000)
+    original = visit.origin._judge
+
+    def described(seen, version, fault):
+        headers, body = original(seen, version, fault)
+        return [*headers, said("Content-Digest", BAD if wrong and len(visit.wire) == 3 else bytes(body))], body
+
+    visit.origin._judge = described
+    async with bits.BitsManager(store=memory_dir / "queue.db", ssl=NO_TLS) as manager:
+        job = await manager.create_job("digests", priority=bits.JobPriority.FOREGROUND)
+        await job.add_file(visit.url, visit.out, sha256=DIGESTS["sha256"](BODY))
+        await job.set_segments(3)
+        await job.resume()
+        await job.wait()
+        await job.complete()
+    assert visit.out.read_bytes() == BODY
+    assert sum(each is None or each.startswith("bytes=0-") for each in visit.wire) == 1 + wrong
+
+
 async def test_a_part_that_is_what_its_own_digest_says_is_kept(visit):
     visit.origin.fault("/file", Fault(cut_after=HALF), Fault(headers=(said("Content-Digest", BODY[HALF:]),)))
     assert await visit.get() == BODY
