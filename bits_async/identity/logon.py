@@ -33,7 +33,7 @@ from . import kerberos, native
 from .ambient import current_token
 from .sessions import watch_sessions
 from .threads import TokenExecutor, in_own_thread, prepare, wear, wearing
-from .tokens import DelegationTarget, ImpersonationLevel, LocalIdentity, LocalUser, Token
+from .tokens import DelegationTarget, ImpersonationLevel, LocalIdentity, LocalUser, Token, is_own_cache
 
 if TYPE_CHECKING:
     import spnego
@@ -43,9 +43,9 @@ T = TypeVar("T")
 LOGON_DEADLINE: Final = 10.0  # seconds for all that one logon asks the KDC
 PAM_DEADLINE: Final = 30.0  # seconds for PAM, whose modules may ask a network too
 
-# Of the places for tickets and keys only files are guarded by the thread's fsuid; what is in memory was put there by this
-# process.
-_GUARDED: Final = frozenset({"FILE", "WRFILE", "MEMORY"})
+# Of the places for tickets and keys only files are guarded by the thread's fsuid. A cache in memory belongs to whoever in this process
+# knows its name: only those count that the package made, whose names nobody guesses.
+_GUARDED: Final = frozenset({"FILE", "WRFILE"})
 
 _process: tuple[object, Token] | None = None
 
@@ -595,7 +595,7 @@ def _refuse_unguarded(credential: "spnego.Credential", name: str) -> None:
     if isinstance(credential, spnego.KerberosCCache | spnego.KerberosKeytab):
         place = credential.ccache if isinstance(credential, spnego.KerberosCCache) else credential.keytab
         kind = _kind_of(place)
-        if kind not in _GUARDED:
+        if kind not in _GUARDED and not is_own_cache(place):
             raise ImpersonationFailed(
                 f"{name} cannot have a {show_text(kind, 20)}: credential: only files are guarded by the thread's identity",
                 identity=name,
