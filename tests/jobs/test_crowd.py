@@ -386,6 +386,30 @@ async def test_tokens_rules_and_answers_outlive_that_nobody_holds_the_job(networ
         assert not manager._desk.engine.roster._remnants  # type: ignore[union-attr]
 
 
+async def test_a_job_whose_secret_is_lost_says_so_when_its_turn_comes_and_only_once(
+    network: FakeNetwork, store: Path, tmp_path: Path, two_ahead: None
+) -> None:
+    async def entrust(job: bits.Job) -> None:
+        await job.set_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC, "user", "password")
+        await job.resume()
+
+    async with bits.BitsManager(store=store, run=False) as manager:
+        ids = [await forgotten(manager, tmp_path / f"{number}", entrust) for number in range(3)]
+    store.with_name("queue.db.key").unlink()
+    async with bits.BitsManager(store=store) as manager:
+        await manager.join()
+        for job_id in ids:
+            job = await manager.get_job(job_id)
+            assert (job.state, job.error_count) == (S.ERROR, 1)
+            assert job.error is not None
+            assert job.error.code == ErrorCode.BG_E_INVALID_CREDENTIALS
+        assert network.requests == []
+        await job.resume()
+        del job
+        await manager.join()
+        assert (await manager.get_job(ids[-1])).state is S.TRANSFERRED
+
+
 async def test_a_job_with_a_callback_is_told_though_nobody_holds_it(network: FakeNetwork, store: Path, tmp_path: Path) -> None:
     told: list[object] = []
 
