@@ -84,6 +84,9 @@ def download(
     sha512: Annotated[str | None, typer.Option(metavar="HEX", help="The same, by SHA-512.")] = None,
     blake3: Annotated[str | None, typer.Option(metavar="HEX", help="The same, by BLAKE3 (extra 'blake3').")] = None,
     retry_for: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Try again for so long without a byte.")] = 300.0,
+    maximum_bandwidth: Annotated[
+        float | None, typer.Option("--maximum-bandwidth", metavar="BYTES", min=1, help="Bytes per second at most.")
+    ] = None,
     cacert: Annotated[Path | None, typer.Option(metavar="FILE", help="Trust these certificate authorities only (PEM).")] = None,
     store: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the journal here, not in a private place.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Write events to standard output, one JSON object a line.")] = False,
@@ -109,6 +112,7 @@ def download(
             sha512=sha512,
             blake3=blake3,
             retry_for=retry_for,
+            maximum_bandwidth=maximum_bandwidth,
             cacert=cacert,
             store=store,
             json=json,

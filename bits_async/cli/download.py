@@ -106,6 +106,7 @@ class Order:
     sha512: str | None = None
     blake3: str | None = None
     retry_for: float = 300.0
+    maximum_bandwidth: float | None = None
     cacert: Path | None = None
     store: Path | None = None
     json: bool = False
@@ -200,6 +201,7 @@ async def _fetch(order: Order, report: Reporter, stop: "Stop") -> Path:
         blake3=order.blake3,
         progress=report.progress,
         retry_for=order.retry_for,
+        maximum_bandwidth=order.maximum_bandwidth,
         store=order.store,
         ssl=context,
     )

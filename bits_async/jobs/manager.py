@@ -409,10 +409,11 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         progress: Callable[[Progress], None] | None = None,
         priority: JobPriority = JobPriority.FOREGROUND,
         retry_for: float = 300.0,
+        maximum_bandwidth: float | None = None,
     ) -> Coroutine[Any, Any, Path]:
         """Fetch one file, from create to complete. See `bits_async.download`, which is this on a manager of its own."""
         file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
-        order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for)
+        order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for, maximum_bandwidth)
         return self._download(order)
 
     async def _download(self, order: "Order") -> Path:
@@ -441,6 +442,7 @@ async def download(
     progress: Callable[[Progress], None] | None = None,
     priority: JobPriority = JobPriority.FOREGROUND,
     retry_for: float = 300.0,
+    maximum_bandwidth: float | None = None,
     store: StrPath | None = None,
     ssl: SSLContext | None = None,
     auth_rules: AuthRules = AuthRules(),  # noqa: B008 - a frozen value
@@ -463,6 +465,7 @@ async def download(
         progress: a plain function, called in this task: first, last, at each change of state, at most every 0.5 s between.
         priority: of interest on a shared manager only.
         retry_for: seconds without a byte until a transient error is final; 0: the first error is.
+        maximum_bandwidth: bytes per second at most; None: no limit.
         store: the journal's file instead of a private one; the lock on the destination stays in the user's state directory.
         ssl: None: `ssl.create_default_context()`.
         auth_rules: what may be shown to whom; the default is strict.
@@ -472,7 +475,7 @@ async def download(
             is running.
     """
     file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
-    order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for)
+    order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for, maximum_bandwidth)
     manager = BitsManager(store=private_store(order.owner, order.file.path) if store is None else store, ssl=ssl, auth_rules=auth_rules)
     manager._one_shot = OneShot(order.file.path, private=store is None)
     async with manager:

@@ -16,7 +16,7 @@ from ..errors import BitsError, InvalidArgument, InvalidState, ManagerClosed, Va
 from ..identity.ambient import current_token
 from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.proxies import ProxySettings, resolve
-from .arguments import CheckedFile, FileInfo, checked_file, checked_helper_flags, checked_seconds, file_record
+from .arguments import CheckedFile, FileInfo, checked_bandwidth, checked_file, checked_helper_flags, checked_seconds, file_record
 from .engine import Engine
 from .handles import DISPLAY_NAME_LENGTH, Desk, Job
 from .model import RETRY_DELAY_FLOOR, GrantRemoved, JobPriority, JobState
@@ -41,6 +41,7 @@ class Order:
     progress: Callable[[Progress], None] | None
     priority: JobPriority
     retry_for: float
+    maximum_bandwidth: float | None
 
     @classmethod
     def checked(
@@ -54,6 +55,7 @@ class Order:
         progress: Callable[[Progress], None] | None,
         priority: JobPriority,
         retry_for: float,
+        maximum_bandwidth: float | None,
     ) -> "Order":
         """Read the ambient identity and the environment, and refuse what cannot be meant."""
         flags = checked_helper_flags(helper_flags)
@@ -81,6 +83,7 @@ class Order:
             progress=progress,
             priority=priority,
             retry_for=checked_seconds("retry_for", retry_for),
+            maximum_bandwidth=checked_bandwidth(maximum_bandwidth),
         )
 
     @property
@@ -132,6 +135,7 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
             helper_flags=order.helper_flags,
             minimum_retry_delay=RETRY_DELAY_FLOOR,
             no_progress_timeout=order.retry_for,
+            maximum_bandwidth=order.maximum_bandwidth,
         )
         if entry.grants:
             removed = [GrantRemoved(entry.job.id, old.target, old.scheme) for old in entry.grants]

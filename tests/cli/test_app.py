@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +51,7 @@ def test_help_says_where_credentials_come_from_and_no_option_takes_a_secret(
     assert "Where credentials come from" in shown
     assert "--password" not in shown
     options = "--proxy --no-proxy --user --keytab --principal --ccache --helper-user --helper-keytab --helper-principal --helper-ccache"
-    for option in [*options.split(), "--helper-for", "--sha256", "--retry-for", "--cacert", "--store", "--json"]:
+    for option in [*options.split(), "--helper-for", "--sha256", "--retry-for", "--maximum-bandwidth", "--cacert", "--store", "--json"]:
         assert option in shown
 
 
@@ -70,6 +72,7 @@ def test_help_says_where_credentials_come_from_and_no_option_takes_a_secret(
         ),
         (["--helper-for", "everything", "--helper-user", "bob"], "--helper-for"),
         (["--retry-for", "-1"], "--retry-for"),
+        (["--maximum-bandwidth", "0"], "--maximum-bandwidth"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )
@@ -96,3 +99,16 @@ def test_t14_a_refused_command_line_is_not_repeated_with_its_secrets(
     shown = capsys.readouterr().err
     assert "host.test" in shown
     assert not any(secret in shown for secret in ("top-secret", "pass-word", "\x1b"))
+
+
+def test_what_is_typed_of_time_and_speed_reaches_the_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+
+    async def download(*_: object, **options: Any) -> Path:
+        given.update(options)
+        return tmp_path
+
+    monkeypatch.setattr("bits_async.cli.download.download", download)
+    typed = ("--retry-for", "7", "--maximum-bandwidth", "2e6", "--json")
+    assert type_in(monkeypatch, "download", "http://host.test/file", str(tmp_path / "file"), *typed) == 0
+    assert (given["retry_for"], given["maximum_bandwidth"]) == (7, 2e6)

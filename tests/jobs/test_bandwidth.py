@@ -231,6 +231,23 @@ async def test_a_job_s_limit_is_kept_over_a_restart(network: FakeNetwork, store:
     assert sum(taken.values()) == len(BODY)
 
 
+async def test_download_takes_a_limit_and_an_earlier_one_does_not_stay(
+    network: FakeNetwork, store: Path, tmp_path: Path, taken: dict[Bucket, int]
+) -> None:
+    async with bits.BitsManager(store=store) as manager:
+        await manager.download(URL, tmp_path / "first", maximum_bandwidth=50 * MB)
+        assert sum(taken.values()) == len(BODY)
+        network.pause(after=1000)
+        left = asyncio.ensure_future(manager.download(URL, tmp_path / "second", maximum_bandwidth=50 * MB))
+        await until(lambda: len(network.requests) == 2)
+        left.cancel()
+        await asyncio.wait([left])
+        network.resume()
+        taken.clear()
+        await manager.download(URL, tmp_path / "second")
+        assert taken == {}
+
+
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf"), True, "fast"])
 async def test_a_rate_that_is_none_is_refused(network: FakeNetwork, store: Path, tmp_path: Path, rate: Any) -> None:
     with pytest.raises(InvalidArgument):

@@ -32,6 +32,7 @@ async def one_call(token: bits.Token) -> None:
         progress=show,
         priority=bits.JobPriority.FOREGROUND,
         retry_for=0,
+        maximum_bandwidth=1e6,
         store=Path("queue.db"),
         ssl=ssl.create_default_context(),
     )
