@@ -16,6 +16,7 @@ import spnego
 import bits_async as bits
 from bits_async import AuthCredentials, AuthScheme, AuthTarget, JobPriority, JobState, Token
 from tests.peers import USERS, Authority, Door, Origin, Proxy, Server, ServerTls
+from tests.rules import NTLM_OVER_HTTP
 
 ALICE, HELPER = USERS
 BODY = os.urandom(300_000)
@@ -115,7 +116,9 @@ async def test_t24_the_acceptor_really_insists_a_token_without_binding_is_refuse
     """Without TLS there is nothing to bind to: the same door over http lets nobody in."""
     async with Origin(door=realm.door(authority.server)) as origin:
         with pytest.raises(bits.AuthFailed) as caught:
-            await bits.download(origin.serve("/f", BODY), tmp_path / "f", owner=realm.owner, credentials=realm.credentials)
+            await bits.download(
+                origin.serve("/f", BODY), tmp_path / "f", owner=realm.owner, credentials=realm.credentials, auth_rules=NTLM_OVER_HTTP
+            )
         assert caught.value.code == HTTP_401
         assert "intercepted" not in str(caught.value), "nothing was encrypted, so nothing was intercepted"
         assert len(proofs(origin.requests)) == 1
@@ -212,6 +215,7 @@ async def test_t24_the_proxys_token_is_bound_to_the_outer_certificate_and_the_or
             proxy=proxy.url,
             owner=realm.owner,
             credentials=realm.credentials,
+            auth_rules=NTLM_OVER_HTTP,
             ssl=authority.client(),
         )
         assert path.read_bytes() == BODY
@@ -234,6 +238,7 @@ async def test_t24_a_seat_that_expects_the_other_certificate_refuses(authority, 
                 proxy=proxy.url,
                 owner=realm.owner,
                 credentials=realm.credentials,
+                auth_rules=NTLM_OVER_HTTP,
                 ssl=authority.client(),
             )
         assert caught.value.code == (HTTP_407 if swapped == "proxy" else HTTP_401)
@@ -256,6 +261,7 @@ async def test_t24_a_man_in_the_middle_of_the_way_to_the_proxy_gains_nothing(aut
                 proxy=his,
                 owner=realm.owner,
                 credentials=realm.credentials,
+                auth_rules=NTLM_OVER_HTTP,
                 ssl=authority.client(),
             )
         assert (caught.value.code, caught.value.http_status) == (HTTP_407, 407)
