@@ -51,7 +51,8 @@ def test_help_says_where_credentials_come_from_and_no_option_takes_a_secret(
     assert "Where credentials come from" in shown
     assert "--password" not in shown
     options = "--proxy --no-proxy --user --keytab --principal --ccache --helper-user --helper-keytab --helper-principal --helper-ccache"
-    for option in [*options.split(), "--helper-for", "--sha256", "--retry-for", "--maximum-bandwidth", "--cacert", "--store", "--json"]:
+    options += " --helper-for --sha256 --sha512 --blake3 --retry-for --maximum-bandwidth --cacert --store --json"
+    for option in options.split():
         assert option in shown
 
 

@@ -103,6 +103,7 @@ def _settings(count: int) -> settings:
     return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
+@pytest.mark.timeout(600)  # a few seconds on an idle machine
 @_settings(240)
 @given(schedules)
 def test_random_schedules_end_with_one_version_or_none(schedule: Schedule) -> None:
@@ -114,6 +115,7 @@ def test_the_schedules_that_people_meet_end_with_one_version(number: int) -> Non
     run(NAMED[number])
 
 
+@pytest.mark.timeout(600)
 @_settings(20)
 @given(schedules)
 @example(Schedule(CHANGED, (Row(0, cut=500), Row(1, "If-Range ignored"))))

@@ -29,6 +29,8 @@ async def one_call(token: bits.Token) -> None:
         helper=fake_token("helper", elevated=False),
         helper_flags=bits.HelperTokenFlags.NETWORK | bits.HelperTokenFlags.LOCAL_FILE,
         sha256="0" * 64,
+        sha512="0" * 128,
+        blake3="0" * 64,
         progress=show,
         priority=bits.JobPriority.FOREGROUND,
         retry_for=0,
