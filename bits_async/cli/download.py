@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DONE: Final = 0
 FAILED: Final = 1
+MISUSED: Final = 2  # a value that was typed cannot be meant
 SIGNALLED: Final = 128  # and the signal's number
 
 HELPER_FLAGS: Final = {
@@ -175,7 +176,7 @@ def _outcome(order: Order, report: Reporter, stop: "Stop") -> int:
     except BitsError as error:
         report.failed(error)
         _say(str(error).replace(", then resume the job", ", then run the same command again"))
-        return FAILED
+        return MISUSED if isinstance(error, InvalidArgument) else FAILED
     except (asyncio.CancelledError, KeyboardInterrupt):  # KeyboardInterrupt: where loops have no signal handlers (Windows)
         received = stop.received or signal.SIGINT
         report.interrupted(received.name)

@@ -154,7 +154,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             boot_id = await files.run(native.boot_id)
             await files.run(self._tls.effective)  # reads the authorities' certificates
             policy = await files.run(read_policy, self._policy) if isinstance(self._policy, Path) else self._policy
-            if self._path is None or self._one_shot:
+            if self._path is None:
                 await files.run(make_state_directories, state_directory() / "downloads")
             if self._one_shot is not None:
                 await self._one_shot.claim(files)
@@ -466,7 +466,8 @@ async def download(
         priority: of interest on a shared manager only.
         retry_for: seconds without a byte until a transient error is final; 0: the first error is.
         maximum_bandwidth: bytes per second at most; None: no limit.
-        store: the journal's file instead of a private one; the lock on the destination stays in the user's state directory.
+        store: the journal's file instead of a private one; the lock on the destination is in the user's state directory,
+            or beside this journal if that cannot be used.
         ssl: None: `ssl.create_default_context()`.
         auth_rules: what may be shown to whom; the default is strict.
 
@@ -477,7 +478,7 @@ async def download(
     file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
     order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for, maximum_bandwidth)
     manager = BitsManager(store=private_store(order.owner, order.file.path) if store is None else store, ssl=ssl, auth_rules=auth_rules)
-    manager._one_shot = OneShot(order.file.path, private=store is None)
+    manager._one_shot = OneShot(order.file.path, None if store is None else manager._path)
     async with manager:
         return await manager._download(order)
 

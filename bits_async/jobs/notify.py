@@ -105,6 +105,7 @@ class EventsLost(_Happened):
 
 
 Event = JobChanged | Progress | FileTransferred | FileRestarted | Retrying | EventsLost
+"""One thing that happened, as an `EventStream` gives it; match on its class. `time` is aware UTC."""
 
 
 class EventStream(AsyncIterator[Event], AbstractAsyncContextManager["EventStream"]):

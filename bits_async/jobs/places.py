@@ -21,7 +21,7 @@ from ..errors import (
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import Token
 from .policies import GroupPolicy
-from .secrets import os_fault, release_lock, take_lock
+from .secrets import guard_directory, os_fault, release_lock, take_lock
 
 _LARGEST_POLICY: Final = 1 << 20  # bytes
 STATE_ADVICE: Final = "set HOME or XDG_STATE_HOME to a directory where this user may write"
@@ -29,12 +29,19 @@ STATE_ADVICE: Final = "set HOME or XDG_STATE_HOME to a directory where this user
 
 @final
 class OneShot:
-    """What tells the manager of one `download()` from a queue: a lock on the destination, and perhaps a journal of its own."""
+    """What tells the manager of one `download()` from a queue: a lock on the destination, and perhaps a journal of its own.
 
-    def __init__(self, destination: Path, *, private: bool) -> None:
-        self.private = private
+    Args:
+        destination: what is locked.
+        journal: the one that the caller named; None: a private one. The lock stands in the user's state directory, where every
+            transfer of the user looks; where that cannot be used, and a journal was named, beside the journal.
+    """
+
+    def __init__(self, destination: Path, journal: Path | None) -> None:
+        self.private = journal is None
         self._destination = destination
-        self._path = state_directory() / "downloads" / f"{_digest(str(destination))}.lock"
+        self._journal = journal
+        self._path: Path | None = None
         self._lock: int | None = None
 
     async def claim(self, files: TokenExecutor) -> None:
@@ -51,11 +58,23 @@ class OneShot:
             raise
 
     def _take(self) -> None:
-        self._lock = take_lock(self._path, self._path)  # kept by the thread: a cancelled claim is given back too
+        name = f"{_digest(str(self._destination))}.lock"
+        try:
+            directory = state_directory() / "downloads"
+            make_state_directories(directory)
+            self._lock_at(directory / name)
+        except StoreError as error:
+            if self._journal is None or error.code == ErrorCode.ERROR_SHARING_VIOLATION:
+                raise
+            guard_directory(self._journal.parent)
+            self._lock_at(self._journal.with_name(f"{self._journal.name}.{name}"))
+
+    def _lock_at(self, path: Path) -> None:
+        self._lock, self._path = take_lock(path, path), path  # kept by the thread: a cancelled claim is given back too
 
     async def release(self, executors: TokenExecutors) -> None:
         """Give the destination back."""
-        if self._lock is not None:
+        if self._lock is not None and self._path is not None:
             lock, self._lock = self._lock, None
             with executors.lease(Token.for_process(), "files") as files:
                 await files.run(release_lock, lock, self._path, remove=True)

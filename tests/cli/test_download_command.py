@@ -140,9 +140,9 @@ async def test_a_missing_directory_is_named_with_the_identity(command: Command, 
 
 async def test_a_cacert_that_cannot_be_used_is_named(command: Command, origin: Origin, tmp_path: Path) -> None:
     (tmp_path / "not.pem").write_text("no certificate")
-    for name in ("missing.pem", "not.pem"):
+    for name, code in (("missing.pem", 1), ("not.pem", 2)):
         failed = await command("download", origin.serve("/file", BODY), "file", "--cacert", name)
-        assert failed.code == 1
+        assert failed.code == code
         assert name in failed.complaint
     assert not origin.passed
 
@@ -310,7 +310,7 @@ async def test_t14_a_password_in_an_argument_is_refused_and_not_repeated(command
     url = origin.serve("/file", BODY).replace("://", "://me:pass-word@")
     for arguments in ([url, "file"], [origin.url("/file"), "file", "--proxy", "http://me:pass-word@proxy.test:3128"]):
         refused = await command("download", *arguments, "--json")
-        assert refused.code == 1
+        assert refused.code == 2
         assert "E_INVALIDARG" in refused.complaint
         assert "pass-word" not in refused.out + refused.err
     assert not origin.passed
@@ -373,3 +373,41 @@ def test_t14_a_warning_is_one_line_without_a_traceback(capsys: pytest.CaptureFix
     assert shown.count("\n") == 1
     assert SIGNED not in shown
     assert "\x1b" not in shown
+
+
+# -- what the shell got wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("ftp://host.test/file", "file"), "http"),
+        (("http://me:pw@host.test/file", "file"), "user"),
+        (("http://host.test/file", "file", "--sha256", "abc"), "sha256"),
+    ],
+)
+async def test_a_value_that_cannot_be_meant_is_a_wrong_command_line(command: Command, arguments: tuple[str, ...], said: str) -> None:
+    done = await command("download", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.complaint
+    assert "pw@" not in done.complaint
+
+
+async def test_a_home_that_cannot_be_written_is_told_with_what_to_do(command: Command, origin: Origin, tmp_path: Path) -> None:
+    url = origin.serve("/file", BODY)
+    (tmp_path / "no home").touch()
+    command.environment |= {"HOME": str(tmp_path / "no home"), "XDG_STATE_HOME": str(tmp_path / "no home" / "state")}
+    done = await command("download", url, "file")
+    assert done.code == 1
+    assert "set HOME or XDG_STATE_HOME to a directory where this user may write" in done.complaint
+    done = await command("download", url, "file", "--store", tmp_path / "queue.db")
+    assert (done.code, done.err) == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+async def test_a_closed_stream_keeps_no_file_from_being_downloaded(command: Command, origin: Origin, tmp_path: Path, closed: str) -> None:
+    number = {"stdout": 1, "stderr": 2}[closed]
+    arguments = ("download", origin.serve("/file", BODY), "file", *(["--json"] if closed == "stdout" else []))
+    done = await command(*arguments, preexec_fn=lambda: os.close(number))
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert (tmp_path / "file").read_bytes() == BODY

@@ -728,6 +728,28 @@ async def test_two_downloads_to_one_destination_are_not_possible_at_once(network
     assert [r.code for r in refused] == [bits.ErrorCode.BG_E_DESTINATION_LOCKED]
 
 
+@pytest.mark.parametrize("home", ["a file is in its place", "nobody knows it"])
+async def test_a_download_with_a_journal_of_its_own_needs_no_state_directory(network, out, store, monkeypatch, tmp_path, home):
+    (tmp_path / "no home").write_bytes(b"")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "no home" / "state"))
+    if home == "nobody knows it":
+        monkeypatch.delenv("XDG_STATE_HOME")
+        monkeypatch.setattr("platformdirs.user_state_path", no_home)
+    first = asyncio.ensure_future(bits.download(URL, out / "a.bin", store=store))
+    await asyncio.sleep(0)
+    results = await asyncio.gather(first, bits.download(URL, out / "a.bin", store=store), return_exceptions=True)
+    assert [result.code for result in results if isinstance(result, bits.LocalFileError)] == [bits.ErrorCode.BG_E_DESTINATION_LOCKED]
+    assert (out / "a.bin").read_bytes() == BODY
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".lock" and path.name.count(".") > 2] == []
+    with pytest.raises(bits.StoreError) as caught:
+        await bits.download(URL, out / "b.bin")
+    assert "set HOME or XDG_STATE_HOME" in caught.value.advice
+
+
+def no_home(*_, **__):
+    raise RuntimeError("Could not determine home directory.")
+
+
 async def test_what_progress_raises_leaves_download_and_the_job_is_kept(network, out, store):
     class Stop(Exception):
         pass
