@@ -111,3 +111,28 @@ def _run(*command: str) -> None:
     done = subprocess.run([program, *command[1:]], text=True, capture_output=True, check=False)
     if done.returncode not in (0, 12):  # 12: userdel could not remove the home directory or mail spool
         raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+
+
+@contextmanager
+def own_user() -> Iterator[LocalUser]:
+    """A user of this test alone, whose account it may change."""
+    name = f"bitsown{os.getpid()}"
+    with _change():
+        _make(name)
+    try:
+        yield _read(name)
+    finally:
+        with _change():
+            _remove(name)
+
+
+def change_account(name: str, *options: str) -> None:
+    """usermod(8), while nobody else changes the user database."""
+    with _change():
+        _run("usermod", *options, name)
+
+
+def remove_account(name: str) -> None:
+    """The account is gone."""
+    with _change():
+        _remove(name)

@@ -16,6 +16,7 @@ import grp
 import os
 import pwd
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,6 +90,22 @@ def _account(user: str | int) -> Account:
             advice="name a user of this machine",
         ) from scrub(exc)
     return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(sorted({*groups, entry.pw_gid})))
+
+
+def _locked(name: str) -> str:
+    """Why nobody may log on to an account of this machine: shadow(5) says that it is locked or expired; "": it says neither, or we may
+    not read it. An account without a password is not locked: that is how services' accounts are."""
+    try:
+        with open("/etc/shadow", "rb") as shadow:
+            line = next((line for line in shadow if line.partition(b":")[0] == os.fsencode(name)), b"")
+    except OSError:
+        return ""
+    fields = line.rstrip(b"\n").split(b":")
+    if len(fields) > 1 and fields[1].startswith(b"!") and len(fields[1].lstrip(b"!")) > 1:
+        return "locked"
+    if len(fields) > 7 and fields[7].isdigit() and int(fields[7]) <= time.time() // 86400:
+        return "expired"
+    return ""
 
 
 def _capabilities() -> tuple[int, int]:
@@ -179,6 +196,8 @@ class UserIdentity:
             raise TokenRequired(f"the account {self.name} is gone", identity=self.name) from exc
         if account.name != self.account.name:
             raise TokenRequired(f"uid {account.uid} is no longer {self.name}", identity=self.name)
+        if why := _locked(account.name):
+            raise TokenRequired(f"the account {self.name} is {why}", identity=self.name, advice="unlock the account, then resume the job")
         return self if account == self.account else UserIdentity(account, is_elevated(account))
 
     def close(self) -> None:

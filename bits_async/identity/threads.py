@@ -641,11 +641,12 @@ Kind = Literal["files", "security"]
 class _Entry:
     """An executor with its users."""
 
-    __slots__ = ("executor", "timer", "users")
+    __slots__ = ("executor", "replaced", "timer", "users")
 
     def __init__(self, executor: TokenExecutor) -> None:
         self.executor = executor
         self.users = 0
+        self.replaced = False  # the token's account has changed: closed with its last user
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -654,6 +655,7 @@ class TokenExecutors:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Token, Kind], _Entry] = {}
+        self._fresh: weakref.WeakKeyDictionary[Token, LocalIdentity] = weakref.WeakKeyDictionary()  # accounts that have changed
         self._closing: dict[TokenExecutor, asyncio.Task[None]] = {}
         self._retired = 0
         self._closed = False
@@ -681,8 +683,30 @@ class TokenExecutors:
         finally:
             self._leave((token, kind), entry)
 
+    async def refresh(self, token: Token) -> None:
+        """Read again what the machine says of the token's user: executors leased from now on have the groups of today (T12).
+
+        Raises:
+            TokenRequired: The account is gone, locked or expired, or the token was closed.
+        """
+        _refuse(token)
+        known = self._fresh.get(token, token.local)
+        if known.is_process:
+            return
+        fresh = await in_own_thread(known.fresh)
+        if fresh == known:
+            return
+        self._fresh[token] = fresh
+        for kind in ("files", "security"):
+            entry = self._entries.pop((token, kind), None)  # whoever uses it ends with it
+            if entry is not None:
+                entry.replaced = True
+                if not entry.users:
+                    self._close(entry)
+
     def discard(self, token: Token) -> None:
         """The token is gone: whoever still uses it gets TokenRequired."""
+        self._fresh.pop(token, None)
         for kind in ("files", "security"):
             entry = self._entries.pop((token, kind), None)
             if entry is not None:
@@ -703,9 +727,9 @@ class TokenExecutors:
             self._close(self._entries.pop((token, kind)))
             entry = None
         if entry is None:
-            entry = self._entries[token, kind] = _Entry(
-                TokenExecutor(token, name=kind, local=token.security if kind == "security" else None)
-            )
+            fresh = self._fresh.get(token, token.local)
+            local = token.security if kind == "security" and token.security is not token.local else fresh
+            entry = self._entries[token, kind] = _Entry(TokenExecutor(token, name=kind, local=local))
         if entry.timer is not None:
             entry.timer.cancel()
             entry.timer = None
@@ -714,6 +738,8 @@ class TokenExecutors:
 
     def _leave(self, key: tuple[Token, Kind], entry: _Entry) -> None:
         entry.users -= 1
+        if entry.replaced and not entry.users:
+            self._close(entry)
         if entry.users or self._entries.get(key) is not entry:
             return
         entry.timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._idle, key, entry)

@@ -244,6 +244,8 @@ class Attempt:
         """
         pair, executors = self._pair, self._shop.executors
         local, remote = pair.acting_for(HelperTokenFlags.LOCAL_FILE), pair.acting_for(HelperTokenFlags.NETWORK)
+        for token in {local, remote}:
+            await executors.refresh(token)
         with executors.lease(local, "files") as files, executors.lease(remote, "security") as security:
             hands = min(self._recorder.job.files_at_once, sum(map(self._to_do, self._recorder.files)))
             await _side_by_side([self._work(remote, files, security) for _ in range(max(1, hands))])
