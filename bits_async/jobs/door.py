@@ -8,6 +8,7 @@ from typing import final
 
 from ..auth.policy import credential_fingerprint
 from ..errors import AccessDenied, ImpersonationFailed, InvalidArgument
+from ..identity.ambient import current_token, impersonation
 from ..identity.logon import NetworkOnly
 from ..identity.tokens import ImpersonationLevel, Token
 from .model import JobRecord, OwnerKey
@@ -23,6 +24,21 @@ def identity_of(key: OwnerKey) -> Identity:
 
 def _may_act(token: Token) -> bool:
     return token.level.value >= ImpersonationLevel.IMPERSONATE.value
+
+
+def calling(*, impersonated: bool) -> Token:
+    """The identity that makes a call: the ambient one.
+
+    Args:
+        impersonated: it must be that of an enclosing `impersonate()`; a service whose code forgot one does not act as itself (T10).
+
+    Raises:
+        AccessDenied: there is none.
+    """
+    if impersonated and impersonation() is None:
+        message = "this manager is called under impersonate() only (require_impersonation)"
+        raise AccessDenied(message, identity=current_token().name, advice="call it as whoever asks: with impersonate(token)")
+    return current_token()
 
 
 @final

@@ -53,7 +53,7 @@ from .arguments import (
 )
 from .callbacks import Listener
 from .certificates import CertificateJudge
-from .door import Door
+from .door import Door, calling
 from .engine import Engine
 from .model import (
     RETRY_DELAY_FLOOR,
@@ -99,6 +99,15 @@ class Desk:
     door: Door
     parties: Parties
     limits: Limits
+    require_impersonation: bool = False
+
+    def caller(self) -> Token:
+        """The identity that makes the call.
+
+        Raises:
+            AccessDenied: it is not impersonated, and must be.
+        """
+        return calling(impersonated=self.require_impersonation)
 
     def ready(self) -> Engine:
         """The engine, for a call of its loop while the manager is open.
@@ -964,7 +973,7 @@ class Job:
             InvalidArgument: no full path, parameters that do not begin with the program, parameters without a program; too long
                 (BG_E_STRING_TOO_LONG). AccessDenied: the identity is somebody on the network only (`Token.for_network`).
         """
-        return self._set_notify_cmd_line(program, parameters, current_token())
+        return self._set_notify_cmd_line(program, parameters, self._desk.caller())
 
     async def _set_notify_cmd_line(self, program: str | None, parameters: Sequence[str] | str | None, setter: Token) -> None:
         desk, entry = self._desk, self._entry
@@ -1047,7 +1056,7 @@ class Job:
         Raises:
             AccessDenied: the caller is not elevated.
         """
-        return self._take_ownership(current_token())
+        return self._take_ownership(self._desk.caller())
 
     async def _take_ownership(self, caller: Token) -> None:
         desk, entry = self._desk, self._entry
@@ -1063,7 +1072,7 @@ class Job:
         Raises:
             AccessDenied: the ambient identity may not open the job.
         """
-        return self._token_options(current_token())
+        return self._token_options(self._desk.caller())
 
     async def _token_options(self, caller: Token) -> "TokenOptions":
         self._desk.ready()

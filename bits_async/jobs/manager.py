@@ -17,7 +17,6 @@ from ..auth.policy import AuthCredentials, AuthRules, Refusals
 from ..clock import Clock, SystemClock
 from ..errors import AccessDenied, BitsError, InvalidArgument, NotFound
 from ..identity import native
-from ..identity.ambient import current_token
 from ..identity.processes import run_command
 from ..identity.sessions import WatchSessions, watch_sessions
 from ..identity.threads import TokenExecutors
@@ -31,7 +30,7 @@ from ..transport.tls import TlsSettings
 from .arguments import FileInfo, StrPath, checked_bandwidth
 from .callbacks import RunCommand, commander
 from .conditions import Conditions
-from .door import Door, identity_of
+from .door import Door, calling, identity_of
 from .engine import Engine
 from .handles import Desk, Job, JobFile
 from .keys import KeySource
@@ -81,6 +80,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         limits: how much may run at once.
         timeouts: seconds, of the connections.
         auth_rules: what may be shown to whom, whatever a job says.
+        require_impersonation: a call that asks for an identity is refused (AccessDenied) outside of `impersonate()`: for services that
+            act for their callers, so that a forgotten one does not act as the service.
         run: False: jobs can be edited, nothing is transferred.
         logon: asked once per owner whose token a restart has lost; a token that does not match the job's owner is not used.
         maximum_bandwidth: bytes per second of all jobs together, FOREGROUND included; None: no limit.
@@ -98,6 +99,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         limits: Limits = Limits(),  # noqa: B008 - a frozen value
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - a frozen value
         auth_rules: AuthRules = AuthRules(),  # noqa: B008 - a frozen value
+        require_impersonation: bool = False,
         run: bool = True,
         logon: Callable[[Job], Awaitable[Token | None]] | None = None,
         maximum_bandwidth: float | None = None,
@@ -115,6 +117,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._limits = limits
         self._timeouts = timeouts
         self._auth_rules = auth_rules
+        self._require_impersonation = require_impersonation
         self._run = run
         self._logon = logon
         self._seams = seams.get()
@@ -188,7 +191,9 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._log_offs = LogOffs(engine, self._seams.sessions if self._seams else watch_sessions)
         door = Door(self._store.fingerprint_key, fakes=self._seams is not None, note=self._log_offs.note)
         limits = effective_limits(self._limits, policy)
-        self._desk = Desk(engine, asyncio.get_running_loop(), door, parties, limits)  # the first attempts and logon() need it
+        self._desk = Desk(  # the first attempts and logon() need it
+            engine, asyncio.get_running_loop(), door, parties, limits, require_impersonation=self._require_impersonation
+        )
         self._overridden = overrides(policy)
         await engine.start()
 
@@ -245,6 +250,9 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         else:
             await store.close()
 
+    def _caller(self) -> Token:
+        return calling(impersonated=self._require_impersonation)
+
     def _at_desk(self) -> Desk:
         """For a call of this loop while the manager is open."""
         if self._desk is None:
@@ -292,7 +300,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         Raises:
             InvalidArgument: a name or priority that is not allowed. AccessDenied: more jobs than `Limits.jobs_per_user`.
         """
-        return self._create_job(display_name, priority, current_token() if owner is None else owner)
+        caller = self._caller()
+        return self._create_job(display_name, priority, caller if owner is None else owner)
 
     async def _create_job(self, display_name: str, priority: JobPriority, owner: Token) -> Job:
         desk = self._at_desk()
@@ -306,7 +315,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         Raises:
             NotFound: no such job, or it has left the queue. AccessDenied: this identity may not open it. InvalidArgument: not an id.
         """
-        return self._get_job(job_id, current_token())
+        return self._get_job(job_id, self._caller())
 
     async def _get_job(self, job_id: UUID | str, caller: Token) -> Job:
         desk = self._at_desk()
@@ -333,7 +342,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         Raises:
             AccessDenied: `all_users` without being elevated.
         """
-        return self._enum_jobs(current_token(), all_users)
+        return self._enum_jobs(self._caller(), all_users)
 
     async def _enum_jobs(self, caller: Token, all_users: bool) -> AsyncIterator[Job]:
         desk = self._at_desk()
@@ -353,7 +362,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
 
     def events(self) -> EventStream:
         """Events of every job that the ambient identity at this call may open, those made later too, until the manager closes."""
-        desk, caller = self._at_desk(), current_token()
+        desk, caller = self._at_desk(), self._caller()
         engine, door = desk.engine, desk.door
         door.refuse_fake(caller)
         # asked now: a token that is closed later would fail those who publish, and with them the queue
@@ -412,6 +421,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         maximum_bandwidth: float | None = None,
     ) -> Coroutine[Any, Any, Path]:
         """Fetch one file, from create to complete. See `bits_async.download`, which is this on a manager of its own."""
+        self._caller()
         file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
         order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for, maximum_bandwidth)
         return self._download(order)

@@ -89,3 +89,30 @@ async def test_t08_the_owner_may_set_the_helper_anew_after_a_change(job: Job, tm
     assert await helper_of(job) is None
     await give_helper(job)
     assert await helper_of(job) == fake_token("bob").sid
+
+
+async def test_t10_a_manager_that_requires_impersonation_is_not_called_as_the_process(tmp_path: Path) -> None:
+    calls: dict[str, Callable[[BitsManager, Job], object]] = {
+        "create_job": lambda manager, job: manager.create_job("mine"),
+        "create_job for somebody": lambda manager, job: manager.create_job("his", owner=fake_token("bob")),
+        "get_job": lambda manager, job: manager.get_job(job.id),
+        "enum_jobs": lambda manager, job: manager.enum_jobs(),
+        "events": lambda manager, job: manager.events(),
+        "download": lambda manager, job: manager.download(URL, tmp_path / "d", owner=fake_token("bob")),
+        "token_options": lambda manager, job: job.token_options(),
+        "take_ownership": lambda manager, job: job.take_ownership(),
+        "set_notify_cmd_line": lambda manager, job: job.set_notify_cmd_line("/bin/true", ["true"]),
+    }
+    with FakeNetwork() as network:
+        network.serve(URL, BODY)
+        async with BitsManager(store=tmp_path / "queue.db", require_impersonation=True) as manager:
+            with impersonate(fake_token("alice")):
+                job = await manager.create_job("alice's")
+            for name, call in calls.items():
+                with pytest.raises(bits.AccessDenied, match="impersonate") as caught:
+                    call(manager, job)
+                assert caught.value.code == ErrorCode.E_ACCESSDENIED, name
+                with impersonate(fake_token("alice")), bits.revert_to_self(), pytest.raises(bits.AccessDenied):
+                    call(manager, job)
+            with impersonate(fake_token("alice")):
+                assert [each.id async for each in manager.enum_jobs()] == [job.id]
