@@ -348,6 +348,8 @@ class Attempt:
 
     async def _position(self, record: FileRecord, part: PartFile) -> int:
         """Where to go on: in the boot that wrote the file its length counts, after another boot only what was made durable."""
+        if record.part is None:
+            return 0  # it was made a moment ago
         length = await part.length()
         resumable = self._can_go_on(record.validator)
         if length and not resumable:
@@ -551,8 +553,13 @@ class Attempt:
         return Asked(record.url, *stretch, validator, part=True, condition=download.condition, past_caches=record.refetches > 0)
 
     async def _pin(self, download: _Download, asked: Asked, body: Body) -> None:
-        """The first answer names the version that every later one must be of; the journal knows it before the first byte is written."""
+        """The first answer names the version that every later one must be of.
+
+        The journal knows it before the first byte is written, unless all that is asked for comes in one write: then it hears of both
+        together, and what a kill takes in between is no more than that.
+        """
         self._refuse_elsewhere(asked, body)
+        at_once = body.length is not None and body.length <= WRITE_BATCH
         if download.validator is None or download.validator.size is None:
             self._refuse_outside(download.record, body.total)
             named = body.url == download.record.url  # a redirect may lead elsewhere next time, and an ETag is of its own resource only
@@ -560,13 +567,14 @@ class Attempt:
             download.validator = replace(served, size=body.total)
             if download.piece.end is None or not download.record.wanted:
                 download.piece.end = local_size(download.record.ranges, body.total)
-            await self._keep(download)
+            if not at_once:
+                await self._keep(download)
         elif body.validator.digests != download.validator.digests:
             download.validator = replace(download.validator, digests=body.validator.digests)  # journalled at the next checkpoint
         if download.hashed != _held_to(download) and not download.record.wanted:
             await self._start_digest(download)
         self._refuse_too_large(download, download.count + (download.piece.remaining or 0))
-        if body.length is not None:
+        if body.length is not None and not at_once:
             ahead = min(body.length, RESERVE_AHEAD)
             await download.part.reserve(download.piece.written, ahead, keep_free=self._shop.disk_reserve)
 

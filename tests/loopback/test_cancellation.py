@@ -7,6 +7,7 @@ There it is ended in every way there is, and afterwards finished.
 import asyncio
 import contextlib
 import gc
+import itertools
 import logging
 import os
 import socket
@@ -334,13 +335,15 @@ async def before_a_retry(scene: Scene) -> AsyncIterator[Stuck]:
 
 
 @asynccontextmanager
-async def _blocked(scene: Scene, owner: object, name: str) -> AsyncIterator[Stuck]:
-    """A function that a thread calls does not return."""
+async def _blocked(scene: Scene, owner: object, name: str, number: int = 1) -> AsyncIterator[Stuck]:
+    """A function that a thread calls does not return from its `number`-th call."""
     reached, go, honest = threading.Event(), threading.Event(), getattr(owner, name)
+    calls = itertools.count(1)
 
     def slow(*args: Any) -> Any:
-        reached.set()
-        go.wait(30)
+        if next(calls) >= number:
+            reached.set()
+            go.wait(30)
         return honest(*args)
 
     scene.patch.setattr(owner, name, slow)
@@ -350,9 +353,9 @@ async def _blocked(scene: Scene, owner: object, name: str) -> AsyncIterator[Stuc
         go.set()
 
 
-def _thread(name: str) -> Phase:
-    """The file call of that name does not return."""
-    return lambda scene: _blocked(scene, native, name)
+def _thread(name: str, number: int = 1) -> Phase:
+    """The file call of that name does not return, the `number`-th time."""
+    return lambda scene: _blocked(scene, native, name, number)
 
 
 def _journal(which: Callable[[Any], bool]) -> Phase:
@@ -406,7 +409,7 @@ MOVING: dict[str, Phase] = {
 }
 COMMITTING: dict[str, Phase] = {
     "in the rename": _thread("rename_at"),
-    "in the directory's fsync": _thread("sync_directory"),
+    "in the directory's fsync": _thread("sync_directory", 2),  # the first one makes the part file's name durable
     "in the journal: the file is in its place": _journal(_file(lambda file: file.committed)),
     "in the journal: the job leaves": _journal(lambda batch: bool(batch.removed)),
 }
