@@ -31,7 +31,10 @@ async def _see_through(job: bits.Job) -> None:
 async def one_job(manager: bits.BitsManager, wish: dict[str, Any]) -> None:
     """All files as one job."""
     with Inside():
-        await _see_through(await _job(manager, wish["files"]))
+        job = await _job(manager, wish["files"])
+        if "files_at_once" in wish:
+            await job.set_files_at_once(wish["files_at_once"])
+        await _see_through(job)
 
 
 async def many_jobs(manager: bits.BitsManager, wish: dict[str, Any]) -> None:
