@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final, NoReturn, Protocol, Self, final
 from ..errors import InvalidArgument, TokenRequired, show_text
 
 if TYPE_CHECKING:
+    import os
+
     import spnego
 
 
@@ -230,6 +232,21 @@ class Token:
         from .logon import for_session
 
         return await for_session(session, network)
+
+    @classmethod
+    async def from_configuration(cls, path: "str | os.PathLike[str]") -> "Token":
+        """The fixed identity that a TOML file describes: who, and where the keytab or the encrypted secret is (`identity.configured`).
+
+        The file is opened as the ambient identity. Nothing is asked of a KDC yet.
+
+        Raises:
+            InvalidArgument: Not such a file; a password stands in it.
+            AccessDenied: Others may write it. LocalFileError: It cannot be read.
+            BitsError: BG_E_INVALID_CREDENTIALS: the secret cannot be had. ImpersonationFailed: as `for_user`.
+        """
+        from .configured import from_configuration
+
+        return await from_configuration(path)
 
     @classmethod
     def for_network(cls, network: "spnego.Credential") -> "Token":

@@ -1,0 +1,147 @@
+"""A fixed identity from a configuration file: TOML that says who, and where the key or the encrypted secret is; never a password.
+
+    [identity]
+    user = "svc-fetch@CORP.EXAMPLE"                  # or "CORP\\svc-fetch"
+    keytab = "/etc/fetch.keytab"                     # or one of these two, instead:
+    password = { systemd_credential = "fetch" }      # LoadCredentialEncrypted=fetch in the unit
+    password = { keyring = "fetcher" }               # the entry of this user under that service in the system's keyring
+    local_user = "fetch"                             # who acts on files; without it the process does
+
+The file is opened as whoever asks, and counts only if nobody but that identity's user or root may write it (T27).
+"""
+
+import os
+import stat
+import sys
+import tomllib
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import AccessDenied, ErrorCode, ErrorContext, InvalidArgument, error_from_os, make_error, scrub, show_text
+from .ambient import current_token
+from .logon import for_network, for_user
+from .threads import in_own_thread, wear
+from .tokens import Token
+
+if TYPE_CHECKING:
+    import spnego
+
+LARGEST: Final = 64 << 10  # bytes of a configuration file
+LARGEST_SECRET: Final = 64 << 10
+_KEYS: Final = frozenset({"user", "keytab", "password", "local_user"})
+
+
+async def from_configuration(path: str | os.PathLike[str]) -> Token:
+    """See `Token.from_configuration`."""
+    name, local = os.fspath(path), current_token().local
+    content = await (in_own_thread(_read, name) if local.is_process else wear(local, _read, name))
+    values = _identity(content, name)
+    credential = await in_own_thread(_credential, values, name)
+    local_user = values.get("local_user")
+    return for_network(credential) if local_user is None else await for_user(local_user, credential)
+
+
+def _read(path: str) -> bytes:
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+        try:
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
+                raise InvalidArgument(f"the configuration of an identity is a file of at most {LARGEST >> 10} KiB", path=path)
+            if sys.platform != "win32" and (found.st_uid not in (0, _reader()) or found.st_mode & 0o022):
+                message = "others than root and the user who reads it may write the configuration of an identity"
+                raise AccessDenied(message, path=path, advice="chown it to that user or root, and chmod go-w")
+            return os.read(file, LARGEST)
+        finally:
+            os.close(file)
+    except OSError as exc:
+        raise error_from_os(exc, path=path, identity=None, doing="read") from scrub(exc)
+
+
+def _reader() -> int:
+    """The user whom this thread opens files as."""
+    from . import kernel
+
+    return kernel.fsuid()
+
+
+def _identity(content: bytes, path: str) -> Mapping[str, Any]:
+    try:
+        table = tomllib.loads(content.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+        raise InvalidArgument("the configuration of an identity is not TOML", path=path) from None  # the text may hold a secret
+    values = table.get("identity")
+    if not isinstance(values, dict):
+        raise InvalidArgument("the configuration of an identity has a table [identity]", path=path)
+    if unknown := sorted(set(values) - _KEYS):
+        raise InvalidArgument(f"[identity] does not know {show_text(', '.join(unknown), 100)}", path=path)
+    if isinstance(values.get("password"), str):
+        raise InvalidArgument(
+            "a password does not stand in a configuration file",
+            path=path,
+            advice="use keytab, or encrypt the password (systemd-creds encrypt --name=NAME - FILE, in the unit LoadCredentialEncrypted=NAME)"
+            ' and write password = { systemd_credential = "NAME" }',
+        )
+    for key in ("user", "keytab", "local_user"):
+        if key in values and (not isinstance(values[key], str) or not values[key]):
+            raise InvalidArgument(f"{key} in [identity] is text", path=path)
+    if "user" not in values or ("keytab" in values) == ("password" in values):
+        raise InvalidArgument("[identity] has a user, and either a keytab or a password", path=path)
+    if "keytab" in values and not os.path.isabs(values["keytab"]):
+        raise InvalidArgument("keytab in [identity] is an absolute path", path=path)
+    return values
+
+
+def _credential(values: Mapping[str, Any], path: str) -> "spnego.Credential":
+    import spnego
+
+    if "keytab" in values:
+        return spnego.KerberosKeytab(values["keytab"], values["user"])
+    return spnego.Password(values["user"], _secret(values["password"], values["user"], path))
+
+
+def _secret(where: Any, user: str, path: str) -> str:
+    if not isinstance(where, dict) or len(where) != 1 or not all(isinstance(each, str) and each for each in where.values()):
+        raise InvalidArgument("password in [identity] names one place: { systemd_credential = ... } or { keyring = ... }", path=path)
+    ((kind, name),) = where.items()
+    if kind == "systemd_credential":
+        return _from_systemd(name, path)
+    if kind == "keyring":
+        return _from_keyring(name, user, path)
+    raise InvalidArgument(f"a password cannot be kept by {show_text(kind, 40)}", path=path)
+
+
+def _missing(message: str, path: str, advice: str) -> Exception:
+    return make_error(ErrorCode.BG_E_INVALID_CREDENTIALS, ErrorContext.GENERAL_QUEUE_MANAGER, message, path=path, advice=advice)
+
+
+def _from_systemd(name: str, path: str) -> str:
+    if "/" in name or name in (".", ".."):
+        raise InvalidArgument("a credential of systemd has a plain name", path=path)
+    advice = f"set LoadCredentialEncrypted={name} in the unit"
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        raise _missing("systemd gave this process no credentials", path, advice)
+    try:
+        with open(os.path.join(directory, name), "rb") as file:
+            return file.read(LARGEST_SECRET).decode().rstrip("\n")
+    except (OSError, UnicodeDecodeError):
+        raise _missing(f"the credential {show_text(name, 80)} cannot be read", path, advice) from None
+
+
+def _from_keyring(service: str, user: str, path: str) -> str:
+    try:
+        keyring: Any = import_module("keyring")
+    except ImportError:
+        raise _missing("the package keyring is not installed", path, "pip install bits-async[keyring]") from None
+    try:
+        found = keyring.get_password(service, user)
+    except Exception as exc:  # each backend has errors of its own
+        raise _missing(f"the keyring cannot be used: {type(exc).__name__}", path, "unlock it, or use a credential of systemd") from scrub(
+            exc
+        )
+    if not found:
+        advice = f"keyring set {service} {user}"
+        raise _missing(f"the keyring has no entry of {show_text(user, 80)} under {show_text(service, 80)}", path, advice)
+    return str(found)
