@@ -80,7 +80,7 @@ def _identity(content: bytes, path: str) -> Mapping[str, Any]:
         raise InvalidArgument(
             "a password does not stand in a configuration file",
             path=path,
-            advice="use keytab, or encrypt the password (systemd-creds encrypt --name=NAME - FILE, in the unit LoadCredentialEncrypted=NAME)"
+            advice="use keytab, or encrypt it (systemd-creds encrypt --name=NAME - FILE, in the unit LoadCredentialEncrypted=NAME)"
             ' and write password = { systemd_credential = "NAME" }',
         )
     for key in ("user", "keytab", "local_user"):
