@@ -168,5 +168,6 @@ class Stage:
     def copy_journal(self, count: int) -> Path:
         source = self.long_queue[count]
         for file in source.parent.glob(f"{source.name}*"):
-            shutil.copy(file, self.scratch)
+            with open(shutil.copy(file, self.scratch), "rb") as copy:
+                os.fsync(copy.fileno())  # else the run's first transaction has it written
         return self.scratch / source.name
