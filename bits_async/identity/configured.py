@@ -11,23 +11,22 @@ The file is opened as whoever asks, and counts only if nobody but that identity'
 """
 
 import os
-import stat
-import sys
 import tomllib
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import AccessDenied, ErrorCode, ErrorContext, InvalidArgument, error_from_os, make_error, scrub, show_text
+from ..errors import ErrorCode, ErrorContext, InvalidArgument, make_error, scrub, show_text
 from .ambient import current_token
 from .logon import for_network, for_user
 from .threads import in_own_thread, wear
 from .tokens import Token
+from .trusted import read_trusted
 
 if TYPE_CHECKING:
     import spnego
 
-LARGEST: Final = 64 << 10  # bytes of a configuration file
 LARGEST_SECRET: Final = 64 << 10
 _KEYS: Final = frozenset({"user", "keytab", "password", "local_user"})
 
@@ -35,41 +34,17 @@ _KEYS: Final = frozenset({"user", "keytab", "password", "local_user"})
 async def from_configuration(path: str | os.PathLike[str]) -> Token:
     """See `Token.from_configuration`."""
     name, local = os.fspath(path), current_token().local
-    content = await (in_own_thread(_read, name) if local.is_process else wear(local, _read, name))
-    values = _identity(content, name)
+    read = partial(read_trusted, name, "the configuration of an identity")
+    values = _identity(await (in_own_thread(read) if local.is_process else wear(local, read)), name)
     credential = await in_own_thread(_credential, values, name)
     local_user = values.get("local_user")
     return for_network(credential) if local_user is None else await for_user(local_user, credential)
 
 
-def _read(path: str) -> bytes:
+def _identity(content: str, path: str) -> Mapping[str, Any]:
     try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-        try:
-            found = os.fstat(file)
-            if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
-                raise InvalidArgument(f"the configuration of an identity is a file of at most {LARGEST >> 10} KiB", path=path)
-            if sys.platform != "win32" and (found.st_uid not in (0, _reader()) or found.st_mode & 0o022):
-                message = "others than root and the user who reads it may write the configuration of an identity"
-                raise AccessDenied(message, path=path, advice="chown it to that user or root, and chmod go-w")
-            return os.read(file, LARGEST)
-        finally:
-            os.close(file)
-    except OSError as exc:
-        raise error_from_os(exc, path=path, identity=None, doing="read") from scrub(exc)
-
-
-def _reader() -> int:
-    """The user whom this thread opens files as."""
-    from . import kernel
-
-    return kernel.fsuid()
-
-
-def _identity(content: bytes, path: str) -> Mapping[str, Any]:
-    try:
-        table = tomllib.loads(content.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+        table = tomllib.loads(content)
+    except tomllib.TOMLDecodeError:
         raise InvalidArgument("the configuration of an identity is not TOML", path=path) from None  # the text may hold a secret
     values = table.get("identity")
     if not isinstance(values, dict):

@@ -1,29 +1,24 @@
 """Where a user's transfers keep their state, the lock on the destination of a `download()`, and the file of group policy."""
 
 import hashlib
-import os
-import stat
-import sys
 from pathlib import Path
 from typing import Final, final
 
 from ..errors import (
-    AccessDenied,
     ErrorCode,
     ErrorContext,
     InvalidArgument,
     LocalFileError,
     StoreError,
-    error_from_os,
     make_error,
     scrub,
 )
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import Token
+from ..identity.trusted import read_trusted
 from .policies import GroupPolicy
 from .secrets import guard_directory, os_fault, release_lock, take_lock
 
-_LARGEST_POLICY: Final = 1 << 20  # bytes
 STATE_ADVICE: Final = "set HOME or XDG_STATE_HOME to a directory where this user may write"
 
 
@@ -142,25 +137,6 @@ def read_policy(path: Path) -> GroupPolicy:
             `GroupPolicy.from_toml`.
     """
     try:
-        content = _read_private(path)
-    except OSError as exc:
-        raise error_from_os(exc, path=path, identity=None, doing="read") from scrub(exc)
-    try:
-        return GroupPolicy.from_toml(content.decode())
-    except UnicodeDecodeError:
-        raise InvalidArgument("the group policy is not UTF-8", path=path) from None
+        return GroupPolicy.from_toml(read_trusted(path, "the group policy"))
     except InvalidArgument as error:
         raise error.located(path=path) from None
-
-
-def _read_private(path: Path) -> bytes:
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-    try:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_POLICY:
-            raise InvalidArgument("a group policy is a file of at most 1 MiB", path=path)
-        if sys.platform != "win32" and (found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022):
-            raise AccessDenied("the group policy may be written by others than its administrator", path=path)
-        return os.read(file, _LARGEST_POLICY)
-    finally:
-        os.close(file)

@@ -110,7 +110,7 @@ async def test_a_secret_that_is_not_there_is_said(file: Path, tmp_path: Path, mo
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 async def test_t27_a_file_that_others_may_write_is_nobodys_identity(file: Path, mode: int) -> None:
     write(file, '[identity]\nuser = "a@B"\nkeytab = "/k"\n', mode)
-    with pytest.raises(AccessDenied, match="may write"):
+    with pytest.raises(AccessDenied, match="may be written"):
         await Token.from_configuration(file)
 
 
