@@ -76,6 +76,7 @@ _REREAD: Final = 8 << 20  # bytes hashed in one hop: a cancel waits no longer th
 _READ: Final = 1 << 20
 _RECEIVE: Final = 1 << 20
 _WRITE_BACK: Final = 8 << 20  # bytes after which the kernel is told to begin writing: the sync at the end then has little left to do
+_UNCACHED: Final = 256 << 10  # a smaller write that bypasses the page cache would be a small one for the disk, too
 _GLANCE: Final = 0.1  # seconds between two looks at the stop flag while nothing arrives
 _IDLE: Final = 60.0
 _PATIENCE: Final = 10.0  # seconds a cancel waits for the thread that receives
@@ -736,12 +737,13 @@ def _cut(handles: _Handles, length: int) -> None:
     os.ftruncate(handles.opened()[1], length)
 
 
-def _sync(handles: _Handles) -> None:
+def _sync(handles: _Handles) -> int:
     directory, file = handles.opened()
     native.datasync(file)
     if not handles.named:
         native.sync_directory(directory)  # durable bytes need a durable name
         handles.named = True
+    return os.fstat(file).st_size
 
 
 def _trim_and_sync(handles: _Handles, trim: bool) -> None:
@@ -1073,6 +1075,7 @@ class PartFile:
         self._discarded = False
         self.destination = destination
         self.written_to = 0
+        self._uncached = bool(native.DONTCACHE)
         self._dirty: dict[int, int] = {}  # stretches not yet written back, end to start; a thread touches only the one it writes
 
     def __repr__(self) -> str:
@@ -1234,9 +1237,23 @@ class PartFile:
         _, file = handles.opened()
         end = offset + sum(map(len, chunks))
         self._digests.rewrite(offset)
-        native.pwrite_all(file, chunks, offset)
+        gone = self._write_uncached(file, chunks, offset) if end - offset >= _UNCACHED else False
+        if not gone:
+            native.pwrite_all(file, chunks, offset)
         self._digests.feed(offset, chunks)
-        self._account(file, offset, end)
+        self._account(file, offset, end, written_back=gone)
+
+    def _write_uncached(self, file: int, chunks: Sequence[Chunk], offset: int) -> bool:
+        """False: nothing is written, as kernel or file system know no such writes; they are not asked again for this file."""
+        if not self._uncached:
+            return False
+        try:
+            native.pwrite_all(file, chunks, offset, native.DONTCACHE)
+        except OSError as exc:
+            if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self._uncached = False
+        return self._uncached
 
     def _splice(self, handles: _Handles, splicer: native.Splicer, source: int, offset: int, count: int) -> int:
         """In a thread: bytes straight from a socket. Returns how many; 0: the socket has ended."""
@@ -1245,9 +1262,11 @@ class PartFile:
         self._account(file, offset, offset + moved)
         return moved
 
-    def _account(self, file: int, offset: int, end: int) -> None:
+    def _account(self, file: int, offset: int, end: int, *, written_back: bool = False) -> None:
         self._reservation.consume(offset, end)
         self.written_to = end
+        if written_back:
+            return
         start = self._dirty.pop(offset, offset)
         if end - start < _WRITE_BACK:
             self._dirty[end] = start
@@ -1269,9 +1288,9 @@ class PartFile:
         if count:
             await self._run("write", _preallocate, start, count)
 
-    async def sync(self) -> None:
-        """What was written survives a loss of power when it returns."""
-        await self._run("write", _sync)
+    async def sync(self) -> int:
+        """What was written survives a loss of power when it returns. Returns the length of the file, as `length`."""
+        return await self._run("write", _sync)
 
     async def truncate(self, length: int) -> None:
         """Cut the file to `length` bytes."""

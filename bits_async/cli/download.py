@@ -170,9 +170,19 @@ def run(order: Order) -> int:
         return FAILED
 
 
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where that is installed (the extra of that name); the command works the same on every loop."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
 def _outcome(order: Order, report: Reporter, stop: "Stop") -> int:
     try:
-        path = asyncio.run(_fetch(order, report, stop))
+        with asyncio.Runner(loop_factory=_new_loop) as runner:
+            path = runner.run(_fetch(order, report, stop))
     except BitsError as error:
         report.failed(error)
         _say(str(error).replace(", then resume the job", ", then run the same command again"))

@@ -373,17 +373,33 @@ def open_existing(dirfd: int, name: str) -> int:
 _VECTORS: Final = 1024  # IOV_MAX of Linux and macOS
 
 
-def pwrite_all(fd: int, chunks: Sequence[bytes | bytearray | memoryview], offset: int) -> int:
-    """Writes all chunks one after the other at the offset, however often the kernel takes less. Returns the bytes written."""
+DONTCACHE: Final = 0x80 if sys.platform == "linux" else 0
+"""RWF_DONTCACHE (Linux 6.14): what is written goes to the disk at once and leaves the page cache; 0: there is no such thing."""
+
+
+def pwrite_all(fd: int, chunks: Sequence[bytes | bytearray | memoryview], offset: int, flags: int = 0) -> int:
+    """Writes all chunks one after the other at the offset, however often the kernel takes less. Returns the bytes written.
+
+    With flags that kernel, file system or interpreter do not know it raises OSError EOPNOTSUPP, and nothing is written.
+    """
     left = [view for view in (memoryview(chunk).cast("B") for chunk in chunks) if len(view)]
     start = offset
     while left:
-        written = os.pwritev(fd, left[:_VECTORS], offset)
+        written = _pwritev(fd, left[:_VECTORS], offset, flags)
         if not written:
             raise OSError(errno.EIO, "the file system took no byte")
         offset += written
         left = _after(left, written)
     return offset - start
+
+
+def _pwritev(fd: int, views: list[memoryview], offset: int, flags: int) -> int:
+    if not flags:
+        return os.pwritev(fd, views, offset)
+    try:
+        return os.pwritev(fd, views, offset, flags)
+    except NotImplementedError:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from None
 
 
 def _after(views: list[memoryview], count: int) -> list[memoryview]:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -245,16 +246,23 @@ def open_existing(directory: Path, name: str) -> int:
     return os.open(path, os.O_RDWR | _BINARY)
 
 
-def pwrite_all(fd: int, chunks: Sequence[bytes | bytearray | memoryview], offset: int) -> int:
-    """Writes all chunks one after the other at the offset. One caller at a time: the position is the descriptor's."""
-    os.lseek(fd, offset, os.SEEK_SET)
+DONTCACHE: Final = 0
+"""No write here bypasses the system's cache."""
+
+_position: Final = threading.Lock()  # it is the descriptor's: threads that write two ranges of one file must not move it for each other
+
+
+def pwrite_all(fd: int, chunks: Sequence[bytes | bytearray | memoryview], offset: int, flags: int = 0) -> int:
+    """Writes all chunks one after the other at the offset. Returns the bytes written."""
     start = offset
-    for chunk in chunks:
-        view = memoryview(chunk).cast("B")
-        while len(view):
-            written = os.write(fd, view)
-            view = view[written:]
-            offset += written
+    with _position:
+        os.lseek(fd, offset, os.SEEK_SET)
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B")
+            while len(view):
+                written = os.write(fd, view)
+                view = view[written:]
+                offset += written
     return offset - start
 
 

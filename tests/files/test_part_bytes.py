@@ -1,6 +1,7 @@
 """Bytes come into a part file by `write` or by `receive`, and both keep the same promises."""
 
 import asyncio
+import errno
 import hashlib
 import os
 import resource
@@ -433,3 +434,26 @@ async def test_nothing_is_left_open(part: PartFile, put: Put, tmp_path: Path) ->
     await put(part, 0, DATA)
     await part.close()
     assert open_below(tmp_path) == []
+
+
+@pytest.mark.skipif(not native.DONTCACHE, reason="only Linux has such writes")
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+async def test_large_writes_bypass_the_page_cache_where_that_is_known_and_are_refused_once_where_not(
+    part: PartFile, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    asked: list[int] = []
+    honest = os.pwritev
+
+    def pwritev(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
+        asked.append(flags)
+        if flags and not known:
+            raise OSError(errno.EOPNOTSUPP, "unknown flag")
+        return honest(fd, views, offset)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    piece = Slice.fresh(0, 2 * len(DATA) + 10)
+    for chunk in (DATA, DATA, b"0123456789"):
+        await part.append(piece, [chunk])
+    assert part.path.read_bytes() == DATA * 2 + b"0123456789"
+    uncached = native.DONTCACHE
+    assert asked == ([uncached, uncached, 0] if known else [uncached, 0, 0, 0])

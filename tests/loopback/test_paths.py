@@ -8,12 +8,13 @@ import hashlib
 import os
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 import bits_async as bits
 from bits_async.files import PartFile
@@ -106,11 +107,8 @@ async def until(done: Callable[[], object], *, seconds: float = 10) -> None:
             await asyncio.sleep(0.002)
 
 
-@pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
-async def scene(
-    request: pytest.FixtureRequest, memory_dir: Path, monkeypatch: pytest.MonkeyPatch, authority: Authority
-) -> AsyncIterator[Scene]:
-    way: Way = request.param
+@asynccontextmanager
+async def staged(way: Way, directory: Path, monkeypatch: pytest.MonkeyPatch, authority: Authority) -> AsyncIterator[Scene]:
     monkeypatch.setattr(lane, "DETACH_FROM", 64 << 10)
     monkeypatch.setattr(transfer, "RECONNECT_DELAYS", (0.01,) * transfer.RECONNECTS)
     if not way.splice:
@@ -121,8 +119,16 @@ async def scene(
         origin.serve("/file", OLD)
         if way.chunked:
             origin.always("/file", Fault(chunked=True))
-        scene = Scene(way, origin, proxy, memory_dir, authority.client())
+        scene = Scene(way, origin, proxy, directory, authority.client())
         watch(scene, monkeypatch)
+        yield scene
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
+async def scene(
+    request: pytest.FixtureRequest, memory_dir: Path, monkeypatch: pytest.MonkeyPatch, authority: Authority
+) -> AsyncIterator[Scene]:
+    async with staged(request.param, memory_dir, monkeypatch, authority) as scene:
         yield scene
 
 
@@ -232,3 +238,25 @@ async def test_t25_a_credential_that_is_taken_away_cuts_the_connection_at_once(s
         hold.release()
         await scene.finish(job)
     assert len({seen.connection for seen in scene.origin.requests}) == 2
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_the_ways_are_the_same_on_uvloop(way: Way, memory_dir: Path, monkeypatch: pytest.MonkeyPatch, authority: Authority) -> None:
+    """Nothing leans on asyncio's own transports."""
+
+    async def run() -> None:
+        assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
+        async with staged(way, memory_dir, monkeypatch, authority) as scene, scene.manager() as manager:
+            hold = Hold(after=HALF)
+            scene.fault(hold=hold)
+            job = await scene.job(manager, files=2)
+            await until(lambda: scene.arrived == HALF)
+            await job.suspend()
+            hold.release()
+            await job.resume()
+            await scene.finish(job)
+            assert scene.starts == [0, HALF, 0]
+            assert len({seen.connection for seen in scene.origin.requests}) == 2
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())

@@ -59,7 +59,7 @@ def _doomed(honest: Callable[..., Any], when: str, count: _Countdown) -> Callabl
         if doomed and when == "before":
             _die()
         if doomed and when == "halfway":
-            fd, chunks, offset = args
+            fd, chunks, offset, *_ = args
             whole = b"".join(chunks)
             honest(fd, [whole[: len(whole) // 2]], offset)
             _die()
