@@ -134,11 +134,14 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     )
 
 
+def _amounts(outcomes: Sequence[Outcome]) -> str:
+    return "; ".join(f"{each.row.key}: {each.row.said(each.amount)}" for each in outcomes)
+
+
 def text(outcomes: Sequence[Outcome], machine: Mapping[str, Any], rounds: int, date: str) -> str:
     """The whole report, as Markdown."""
-    amounts = "; ".join(f"{each.row.key}: {each.row.said(each.amount)}" for each in outcomes)
     parts = [
-        f"Measured {date}, medians of {rounds} interleaved rounds ({amounts}). {machine_line(machine)}",
+        f"Measured {date}, medians of {rounds} interleaved rounds ({_amounts(outcomes)}). {machine_line(machine)}",
         goals_table(judge(outcomes)),
     ]
     for outcome in outcomes:
@@ -199,7 +202,7 @@ def readme_part(outcomes: Sequence[Outcome], machine: Mapping[str, Any], rounds:
     shown = [each for each in outcomes if each.row.key in ("plain", "tls", "small")]
     parts = [
         BEGIN,
-        f"Medians of {rounds} interleaved rounds on {date}. {machine_line(machine)}",
+        f"Medians of {rounds} interleaved rounds on {date} ({_amounts(outcomes)}). {machine_line(machine)}",
         '"In-proc" is the transfer alone, in a program that is running already; of programs it is the whole process.',
         goals_table(judge(outcomes)),
         f"![Throughput, processor time and memory]({picture})",

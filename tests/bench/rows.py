@@ -248,7 +248,7 @@ def _resident(found: Round) -> float:
 ROWS: tuple[Row, ...] = (
     OneFile(
         "plain",
-        "one file of 1 GiB, plain HTTP, into memory",
+        "one large file, plain HTTP, into memory",
         GIB,
         (
             *(SPLICE, Limit("read"), CURL, OURS, OurCommand(), Wget2(), Wget(), Aria2(), REQUESTS, HTTPX, HTTPX_ASYNC),
@@ -264,7 +264,7 @@ ROWS: tuple[Row, ...] = (
     ),
     OneFile(
         "disk",
-        "one file of 1 GiB, plain HTTP, onto the disk, durable",
+        "one large file, plain HTTP, onto the disk, durable",
         GIB,
         (CURL_SYNC, OURS, SPLICE_DURABLE),
         CURL_SYNC.name,
@@ -273,7 +273,7 @@ ROWS: tuple[Row, ...] = (
     ),
     OneFile(
         "tls",
-        "one file of 1 GiB, TLS, into memory",
+        "one large file, TLS, into memory",
         GIB,
         (CURL, OURS, OurCommand(), Wget2(), Wget(), Aria2(), REQUESTS, HTTPX, NAIVE, NAIVE_SMALL),
         TO_CURL,
@@ -282,7 +282,7 @@ ROWS: tuple[Row, ...] = (
     ),
     SmallFiles(
         "small",
-        "2,000 files of 64 KiB, one job",
+        "many files of 64 KiB, one job",
         2000,
         (ARIA_16, OURS, AT_ONCE, Curl(), Curl(at_once=16), Wget2(at_once=16), NAIVE_16),
         ARIA_16.name,
@@ -293,7 +293,7 @@ ROWS: tuple[Row, ...] = (
     ),
     SmallFiles(
         "jobs",
-        "200 files of 64 KiB, a job each",
+        "many files of 64 KiB, a job each",
         200,
         (ARIA_16, replace(OURS, work="many_jobs")),
         ARIA_16.name,
@@ -301,7 +301,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Memory(
         "memory",
-        "one file of 10 GiB, and one of 10 MiB",
+        "a very large file, and one of 10 MiB",
         10 * GIB,
         (LARGE, SMALL),
         SMALL.name,
@@ -321,7 +321,7 @@ ROWS: tuple[Row, ...] = (
     ),
     InLine(
         "line",
-        "one file of 1 GiB as a background job, plain HTTP, into memory",
+        "one large file as a background job, plain HTTP, into memory",
         GIB,
         (CROWDED, ALONE),
         ALONE.name,
@@ -329,7 +329,7 @@ ROWS: tuple[Row, ...] = (
     ),
     LoggedIn(
         "kerberos",
-        "one file of 1 GiB from Apache, with Kerberos",
+        "one large file from Apache, with Kerberos",
         GIB,
         (ANONYMOUS, KERBEROS),
         ANONYMOUS.name,
@@ -337,7 +337,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Identities(
         "identities",
-        "one file of 1 GiB, the file another user's",
+        "one large file, the file another user's",
         GIB,
         (ONE, ANOTHER),
         ONE.name,
