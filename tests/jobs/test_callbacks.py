@@ -22,6 +22,7 @@ from bits_async import ErrorCode, JobState, NotifyFlags, WaitingReason
 from bits_async.identity.logon import NetworkOnly
 from bits_async.jobs.callbacks import commander
 from bits_async.testing import FakeNetwork, fake_token
+from tests.waiting import let_things_happen, until
 
 F = NotifyFlags
 URLS = tuple(f"https://h.test/{name}" for name in "abc")
@@ -29,20 +30,6 @@ MISSING = "https://h.test/missing"
 ALL = F.JOB_TRANSFERRED | F.JOB_ERROR | F.JOB_MODIFICATION | F.FILE_TRANSFERRED | F.FILE_RANGES_TRANSFERRED
 ENDS_AND_FILES = F.JOB_TRANSFERRED | F.JOB_ERROR | F.FILE_TRANSFERRED
 DEADLINE = 10.0
-
-
-async def until(done: Callable[[], object], what: str = "") -> None:
-    end = asyncio.get_running_loop().time() + DEADLINE
-    while not done():
-        assert asyncio.get_running_loop().time() < end, f"waited in vain {what}"
-        await asyncio.sleep(0.001)
-
-
-async def let_things_happen() -> None:
-    """Nothing is expected to happen: give it a moment to happen all the same."""
-    for _ in range(50):
-        await asyncio.sleep(0)
-    await asyncio.sleep(0.01)
 
 
 class Told(bits.BackgroundCopyCallback):

@@ -5,7 +5,7 @@ Speeds are in `test_bandwidth`, the network in `test_network_loss`; what a polic
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from bits_async import CostFlags, ErrorCode, InvalidArgument, JobPriority, JobSt
 from bits_async.jobs.policies import GroupPolicy
 from bits_async.jobs.roster import Entry
 from bits_async.testing import FakeNetwork, fake_token
+from tests.waiting import let_things_happen, until
 
 S = JobState
 URL = "https://h.test/file"
@@ -28,20 +29,6 @@ from = 8
 to = 17
 limits = { high = "unlimited", normal = "unlimited", low = 0 }
 """
-
-
-async def until(done: Callable[[], object], what: str = "") -> None:
-    end = asyncio.get_running_loop().time() + 10
-    while not done():
-        assert asyncio.get_running_loop().time() < end, f"waited in vain {what}"
-        await asyncio.sleep(0.001)
-
-
-async def let_things_happen() -> None:
-    """Nothing is expected to happen: give it a moment to happen all the same."""
-    for _ in range(50):
-        await asyncio.sleep(0)
-    await asyncio.sleep(0.005)
 
 
 def in_zone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

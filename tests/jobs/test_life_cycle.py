@@ -21,26 +21,13 @@ from bits_async.jobs.engine import Engine
 from bits_async.jobs.model import NEXT, Command
 from bits_async.testing import FakeNetwork
 from tests.diagram import README, with_diagram
+from tests.waiting import let_things_happen, until
 
 S = JobState
 SMALL, BIG, MORE = "https://h.test/small", "https://h.test/big", "https://h.test/more"
 OCCUPANT = "https://h.test/occupant"
 BODIES = {SMALL: b"s" * 1000, BIG: b"b" * 300_000, MORE: b"m" * 2000}
 DEADLINE = 10.0
-
-
-async def until(done: Callable[[], object], what: str = "") -> None:
-    end = asyncio.get_running_loop().time() + DEADLINE
-    while not done():
-        assert asyncio.get_running_loop().time() < end, f"waited in vain {what}"
-        await asyncio.sleep(0.001)
-
-
-async def let_things_happen() -> None:
-    """Nothing is expected to happen: give it a moment to happen all the same."""
-    for _ in range(50):
-        await asyncio.sleep(0)
-    await asyncio.sleep(0.01)
 
 
 def legal(before: JobState, after: JobState) -> bool:

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,26 +19,13 @@ import bits_async as bits
 from bits_async import ErrorCode, JobPriority, JobState, WaitingReason
 from bits_async.testing import FakeNetwork
 from bits_async.transport.network import Connectivity
+from tests.waiting import let_things_happen, until
 
 S = JobState
 ROOT = Path(__file__).parents[2]
 URL, OTHER = "https://h.test/file", "https://other.test/file"
 BODY = bytes(range(256)) * 1024
 DEADLINE = 10.0
-
-
-async def until(done: Callable[[], object], what: str = "") -> None:
-    end = asyncio.get_running_loop().time() + DEADLINE
-    while not done():
-        assert asyncio.get_running_loop().time() < end, f"waited in vain {what}"
-        await asyncio.sleep(0.001)
-
-
-async def let_things_happen() -> None:
-    """Nothing is expected to happen: give it a moment to happen all the same."""
-    for _ in range(50):
-        await asyncio.sleep(0)
-    await asyncio.sleep(0.005)
 
 
 class Reach:
