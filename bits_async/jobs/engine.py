@@ -807,12 +807,12 @@ class Engine:
         except BitsError as error:
             self.fail(error)
 
-    async def _sleep_until_woken(self, delay: float | None) -> None:
-        if delay is None:
+    async def _sleep_until_woken(self, deadline: float | None) -> None:
+        if deadline is None:
             await self._wake.wait()
             return
         loop = asyncio.get_running_loop()
-        tasks = {loop.create_task(self._wake.wait()), loop.create_task(self._timer(delay))}
+        tasks = {loop.create_task(self._wake.wait()), loop.create_task(self._timer(deadline))}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -820,8 +820,8 @@ class Engine:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _timer(self, delay: float) -> None:
-        await self.clock.sleep(delay)
+    async def _timer(self, deadline: float) -> None:
+        await self.clock.sleep(deadline - self.clock.monotonic())  # less than was left when the deadline was found
 
     async def _follow_the_clock(self) -> None:
         """Jobs wait by the monotonic clock: when the wall clock was changed, the moments in the journal go with it."""
@@ -972,7 +972,7 @@ class Engine:
         return self.clock.now() + timedelta(seconds=entry.failing_since + timeout - self.clock.monotonic())
 
     async def _next_deadline(self) -> float | None:
-        """Seconds until something is due that was not when this round of the loop began; None: only a change brings something."""
+        """When (monotonic) something is due that was not when this round of the loop began; None: only a change brings something."""
         if self._wake.is_set():
             return None  # it will not sleep
         began, seen = self._looked
@@ -987,7 +987,7 @@ class Engine:
         waits = [moment - now for moment in due if moment > began]
         moments = (self._moment, self._conditions.next_change(), *self._idle_moments.values())
         waits += [(each - wall).total_seconds() for each in moments if each is not None]
-        return min((max(0.0, seconds) for seconds in waits), default=None)
+        return None if not waits else now + min(waits)
 
     def _search_owner(self, entry: Entry) -> None:
         """Ask once per owner for the token of queued jobs that have none."""
