@@ -10,6 +10,7 @@ from ..auth.policy import (
     AuthRules,
     AuthTarget,
     Grant,
+    ImplicitCredentials,
     Origin,
     Refusals,
     Seat,
@@ -103,6 +104,8 @@ class Parties:
 
     def _grants(self, entry: Entry) -> tuple[Grant, ...]:
         given = tuple(grant.grant() for grant in entry.grants)
+        if self._rules.implicit is ImplicitCredentials.WHEN_SET:
+            return given  # asked for each file: nothing here may look at all files of the job
         return (*given, *implied(self._rules, given, {target: named_origins(entry, target) for target in AuthTarget}))
 
     async def _tls_of(self, entry: Entry) -> TlsSettings:
