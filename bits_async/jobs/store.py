@@ -943,8 +943,8 @@ def _link(old: Path, new: Path) -> None:
     try:
         os.link(old, new)
     except OSError:  # a file system without links: copied, so that the old one still stands if this fails
+        make_private(new)  # before there is a byte in it: the key is copied too
         shutil.copyfile(old, new)
-        new.chmod(0o600)
         with new.open("rb") as file:
             os.fsync(file.fileno())
 

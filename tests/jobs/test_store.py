@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -840,6 +841,31 @@ async def test_a_fault_that_was_not_the_disks_sets_nothing_aside(path: Path, mon
     assert store.set_aside is None
     async with opened(path) as store:
         assert [stored.job for stored in await store.load()] == [job]
+
+
+async def test_t13_the_copy_of_a_key_is_never_readable_for_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError("no links here")
+
+    copy, modes = shutil.copyfile, []
+
+    def watched(old: Path, new: Path) -> None:
+        copy(old, new)
+        modes.append(stat.S_IMODE(new.stat().st_mode))
+
+    async with opened(path):
+        pass
+    garbage(0)(path)
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(store_module.shutil, "copyfile", watched)
+    before = os.umask(0)
+    try:
+        async with opened(path) as store:
+            assert store.set_aside is not None
+    finally:
+        os.umask(before)
+    assert modes
+    assert set(modes) == {0o600}
 
 
 async def test_a_file_system_without_links_keeps_a_copy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
