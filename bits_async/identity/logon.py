@@ -349,6 +349,8 @@ def _require_posix() -> None:
 
 def _with_new_credentials(request: _Request, targets: tuple[DelegationTarget, ...]) -> Token:
     caller = current_token()
+    if caller.level.value < ImpersonationLevel.IMPERSONATE.value:  # else it would act on this machine after all
+        raise ImpersonationFailed(f"a token of level {caller.level.name} cannot act", identity=caller.name)
     level = ImpersonationLevel.DELEGATE if targets else caller.level
     return Token._make(caller.local, name=request.name, network=request.credential, principal=request.name, level=level, delegates=targets)
 

@@ -15,6 +15,7 @@ import spnego
 from bits_async.errors import ErrorCode, ImpersonationFailed, InvalidArgument
 from bits_async.identity import posix
 from bits_async.identity.ambient import impersonate
+from bits_async.identity.logon import LogonType, logon_user
 from bits_async.identity.posix import Account, is_elevated
 from bits_async.identity.threads import run_as
 from bits_async.identity.tokens import ImpersonationLevel, Token
@@ -330,3 +331,10 @@ async def test_a_changed_account_gives_another_identity(users: Mapping[str, Loca
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: entry)
     with pytest.raises(TokenRequired, match="no longer"):
         token.local.fresh()
+
+
+async def test_t10_a_token_that_only_says_who_somebody_is_becomes_no_other_one() -> None:
+    seen = Token._make(Token.for_process().local, name="bob@REALM", principal="bob@REALM", level=ImpersonationLevel.IDENTIFY)
+    for targets in ((), ("https://files.example",)):
+        with impersonate(seen), pytest.raises(ImpersonationFailed, match="IDENTIFY"):
+            await logon_user("eve@REALM", "guess", logon_type=LogonType.NEW_CREDENTIALS, delegate_to=targets)
