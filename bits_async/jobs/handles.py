@@ -848,6 +848,7 @@ class Job:
                 return
             if entry.job.resumed:
                 raise self._unfit("http_method is set before the first resume", ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME)
+            await _change_what_the_helper_saw(self._desk, entry, "its HTTP method")
             if checked == "GET":
                 await self._change_http(method=checked)
                 return
@@ -1210,7 +1211,7 @@ class TokenOptions:
     def set_helper_token(self) -> Coroutine[Any, Any, None]:
         """Take the token of the enclosing `impersonate()` as the job's helper, in place of any other, from the next attempt on.
 
-        It is bound to what the job is now: its files, where they come from and go to, the proxy, the security flags. Who changes one of
+        It is bound to what the job is now: its files, where they come from and go to, the method, the proxy, the security flags. Who changes one of
         them later, and is not the helper itself (`impersonate()`), takes the token from the job, which then stops with
         BG_E_TOKEN_REQUIRED.
 

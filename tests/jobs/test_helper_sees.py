@@ -22,6 +22,7 @@ CHANGES: dict[str, Change] = {
     "set_proxy_settings": lambda job, where: job.set_proxy_settings(bits.ProxySettings.override("http://evil.test:3128")),
     "set_security_flags": lambda job, where: job.set_security_flags(SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_HTTPS_TO_HTTP),
     "set_crl_source": lambda job, where: job.set_crl_source(where / "crl"),
+    "set_http_method": lambda job, where: job.set_http_method("DELETE"),
     "set_server_certificate_validation": lambda job, where: job.set_server_certificate_validation(lambda *_: True),
 }
 
