@@ -355,7 +355,9 @@ async def test_jobs_that_nobody_holds_are_cancelled_when_nobody_touches_them(
         assert len(list(tmp_path.glob(".*bits-part"))) == 5
         network.clock.advance(1800)
         await until(lambda: len(list(tmp_path.glob(".*bits-part"))) == 1)
-        assert [job.id async for job in manager.enum_jobs()] == [ids[1]]
+        async with asyncio.timeout(20):  # a job leaves the journal after its part file
+            while [job.id async for job in manager.enum_jobs()] != [ids[1]]:
+                await asyncio.sleep(0.001)
 
 
 async def test_tokens_rules_and_answers_outlive_that_nobody_holds_the_job(network: FakeNetwork, store: Path, tmp_path: Path) -> None:
