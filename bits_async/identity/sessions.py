@@ -118,6 +118,7 @@ class _Logind:
         """Watches from here on: what ends after this returned is told."""
         looked = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._run(looked), name="bits-sessions")
+        self._task.add_done_callback(lambda _: self._news.set())
         await asyncio.wait({self._task, looked}, return_when=asyncio.FIRST_COMPLETED)
         if self._task.done():
             self._task.result()
@@ -129,6 +130,8 @@ class _Logind:
 
     async def ended(self) -> SessionEnded:
         while not self._ended:
+            if self._task is not None and self._task.done():
+                self._task.result()  # raises what ended it: who waits would wait for ever
             self._news.clear()
             await self._news.wait()
         return self._ended.popleft()
@@ -223,11 +226,8 @@ class _Logind:
         elif message.interface == MANAGER and message.member == "SessionNew":
             self._look.set()  # the signal does not say whose it is
         elif message.interface == MANAGER and message.member == "SessionRemoved":
-            user = self._known.pop(message.body[0], None)
-            if user is not None:
-                self._tell(SessionEnded(user, message.body[0]))
-            else:
-                self._look.set()  # it began and ended between two looks
+            # not known: it began and ended between two looks, or logind did not answer yet; its end counts all the same
+            self._tell(SessionEnded(self._known.pop(message.body[0], None), message.body[0]))
         elif message.interface == MANAGER and message.member == "UserRemoved":
             self._tell(SessionEnded(_user(message.body[0]), None))
 

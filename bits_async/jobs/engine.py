@@ -16,7 +16,7 @@ import contextvars
 import logging
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -293,6 +293,12 @@ class Engine:
         self._wake.set()
         self._tell_waiters()
 
+    def _fail_by_defect(self, error: Exception) -> None:
+        """A task that jobs depend on died: those who wait hear of it, instead of waiting for ever."""
+        log.error("a defect in bits_async ended the queue", exc_info=error)
+        message = f"a defect in bits_async ended the queue ({type(error).__name__}); its log has the details"
+        self.fail(make_error(ErrorCode.E_FAIL, ErrorContext.GENERAL_QUEUE_MANAGER, message))
+
     def check(self) -> None:
         """Raise what every call must hear first: the engine failed, or is closed."""
         if self.failure is not None:
@@ -334,6 +340,8 @@ class Engine:
     async def change(self, entry: Entry, *, files: Sequence[FileRecord] = (), **fields: Any) -> None:
         """Journal new values of a job (and of files of it), then show them."""
         async with entry.changing:
+            if entry.job.state.is_final:
+                return  # it left the queue while this waited, or is another owner's: the journal must not get it back
             fields["modified"] = self.clock.now()
             if "state" in fields:
                 fields["owed"] = owed_in(fields["state"], entry.job.notify_flags)
@@ -772,7 +780,8 @@ class Engine:
         self._wake.set()
 
     async def _leave(self, entry: Entry, state: JobState) -> None:
-        await self.save(JobRemoved(entry.job.id), then=partial(self._left, entry, state))
+        async with entry.changing:  # a change that comes after the removal would bring the job back
+            await self.save(JobRemoved(entry.job.id), then=partial(self._left, entry, state))
 
     def _left(self, entry: Entry, state: JobState) -> None:
         entry.job = replace(entry.job, state=state, modified=self.clock.now(), error=None)
@@ -806,6 +815,8 @@ class Engine:
                 await self._sleep_until_woken(await self._next_deadline())
         except BitsError as error:
             self.fail(error)
+        except Exception as error:
+            self._fail_by_defect(error)
 
     async def _sleep_until_woken(self, deadline: float | None) -> None:
         if deadline is None:
@@ -956,7 +967,8 @@ class Engine:
             if entry.held or entry.job.state.is_active or entry.job.state.is_final or entry.job.modified + limit > now:
                 continue
             log.warning("job %s: cancelled after %g s without activity", entry.job.id, limit.total_seconds())
-            await self.cancel(entry)
+            with contextlib.suppress(InvalidState):  # somebody was faster
+                await self.cancel(entry)
 
     def _download_deadline(self, entry: Entry) -> float:
         return entry.started + max(0.0, self.maximum_download_time(entry.job) - entry.job.active)
@@ -1016,14 +1028,17 @@ class Engine:
         self.setter_found(entry.job.owner, token)
         self._wake.set()
 
-    def forget_setters(self, gone: Callable[[Token | None], bool]) -> None:
+    def forget_setters(self, gone: Callable[[Token | None], bool]) -> Collection[Token]:
         """Tokens of setters that are given up: their commands wait for them to come again."""
-        for key in [key for key, token in self._setters.items() if gone(token)]:
+        came = {key: token for key, token in self._setters.items() if gone(token)}
+        for key in came:
             del self._setters[key]
+        lost = self.roster.setters_gone(gone)
+        keys = {key for key, _ in lost}
         for entry in self.roster:
-            if entry.outbox.commander is not None and gone(entry.outbox.commander[1]):
-                entry.outbox.commander = None
+            if entry.job.notify_setter in keys:
                 self.announce(entry)
+        return {*came.values(), *(token for _, token in lost)}
 
     def setter_found(self, key: OwnerKey, token: Token) -> None:
         """A token that matches the key of whoever set commands: those that wait for it are run."""
@@ -1087,6 +1102,8 @@ class Engine:
                 await self._settle(entry, work)
         except BitsError as error:
             self.fail(error)
+        except Exception as error:
+            self._fail_by_defect(error)
         finally:
             entry.supervisor = None
             self.roster.end(entry)
@@ -1179,6 +1196,10 @@ class Engine:
     async def drop_lanes(self, entry: Entry, *tokens: Token | None) -> None:
         """A token or credential of the job was replaced or removed: its attempt ends, and its connections are closed at once (T25)."""
         await self.halt(entry)
+        await self.forget_lanes(*tokens)
+
+    async def forget_lanes(self, *tokens: Token | None) -> None:
+        """Connections of these tokens are closed at once."""
         for token in tokens:
             if token is not None:
                 await self._shop.network.forget(token)

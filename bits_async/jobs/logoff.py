@@ -6,20 +6,26 @@ owner logged off waits in the queue until the owner is back (BITS: "Users and Ne
 
 Only an end that was seen is a log-off, and only tokens that are tied to a session end with one. Nobody is watched before the first such
 token comes.
+
+Races this module answers: a job whose command hangs (a destination on a file system that its user can stop keeps it held for ever) delays
+neither the others nor the end of the tokens by more than `PATIENCE`; it is settled when it can be. A watch that breaks begins anew, and
+asks for every session that tokens are tied to.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Collection
-from contextlib import AsyncExitStack, suppress
-from typing import Any, final
+from typing import Any, Final, final
 
-from ..errors import InvalidState, TokenRequired
+from ..errors import BitsError, InvalidState, TokenRequired
 from ..identity.sessions import SessionEnded, Sessions, WatchSessions
 from ..identity.tokens import HelperTokenFlags, Token
 from .engine import Engine
 from .model import Outcome, OwnerKey, advance
 from .roster import Entry
+
+PATIENCE: Final = 15.0  # seconds in which jobs may stop at a durable point; then the tokens are closed under those that did not
+AGAIN: Final = 5.0  # seconds until a watch that broke begins anew, and until a session is asked for again that nobody could tell of
 
 log = logging.getLogger("bits_async.jobs")
 
@@ -40,6 +46,7 @@ class LogOffs:
         self._unchecked: set[str] = set()  # that may have ended before they were watched
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._giving_up: set[asyncio.Task[None]] = set()
 
     def note(self, token: Token) -> None:
         """A token that jobs may carry."""
@@ -53,18 +60,31 @@ class LogOffs:
 
     async def aclose(self) -> None:
         """Follow no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        tasks = {*self._giving_up, *([] if self._task is None else [self._task])}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def _follow(self) -> None:
+        while True:
+            try:
+                await self._watch_on()
+            except Exception as error:  # log-offs that nobody sees leave tokens to those who are gone
+                if self._engine.failure is not None:
+                    return  # nothing is transferred any more
+                log.error("the watch of the logon sessions broke; it begins anew in %g s", AGAIN, exc_info=error)
+            self._unchecked |= self._sessions  # what ended meanwhile is not told
+            await asyncio.sleep(AGAIN)
+
+    async def _watch_on(self) -> None:
         async with self._watch() as sessions:
             ended: asyncio.Future[SessionEnded] = asyncio.ensure_future(sessions.ended())
             try:
                 while True:
                     await self._check(sessions)
                     news = asyncio.ensure_future(self._news.wait())
-                    await asyncio.wait((ended, news), return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait((ended, news), timeout=AGAIN if self._unchecked else None, return_when=asyncio.FIRST_COMPLETED)
                     news.cancel()
                     if ended.done():
                         await self.log_off(ended.result())
@@ -73,54 +93,100 @@ class LogOffs:
                 ended.cancel()
 
     async def _check(self, sessions: Sessions) -> None:
-        """Tokens may come after the end of the session that they are tied to."""
+        """Tokens may come after the end of the session that they are tied to. Where nobody knows, nobody is logged off, but asked again."""
         self._news.clear()
-        while self._unchecked:
-            session = self._unchecked.pop()
-            with suppress(LookupError):  # nobody knows: then nobody is logged off
-                if await sessions.user_of(session) is None:
-                    await self.log_off(SessionEnded(None, session))
+        for session in list(self._unchecked):
+            try:
+                user = await sessions.user_of(session)
+            except LookupError:
+                continue
+            self._unchecked.discard(session)
+            if user is None:
+                await self.log_off(SessionEnded(None, session))
 
     async def log_off(self, ended: SessionEnded) -> None:
-        """Give up what was tied to it."""
+        """Give up what was tied to it. If that breaks off, the session is asked for again."""
+        self._sessions.discard(ended.session or "")  # tokens that are brought from here on are asked for anew
+        try:
+            await self._log_off(ended)
+        except BaseException:
+            self._sessions.update([] if ended.session is None else [ended.session])
+            raise
 
+    async def _log_off(self, ended: SessionEnded) -> None:
         def gone(token: Token | None) -> bool:
             if token is None or token.session is None:
                 return False
             return token.session == ended.session if ended.session is not None else token.local.key == ended.user
 
-        self._sessions.discard(ended.session or "")
-        owners = self._engine.roster.owners_gone(gone)
-        self._engine.forget_setters(gone)
-        async with AsyncExitStack() as held:  # no job goes on before all have parted with the token
-            jobs = [entry for entry in await self._engine.roster.touched_by(gone, owners) if await self._hold(held, entry)]
-            lost = {token for entry in jobs for token in await self._part(entry, gone, owners)}
-            for token in lost:
-                self._engine.executors.discard(token)
-                token.close()  # whoever still holds it: the session is over
-            for entry in jobs:
-                await self._settle(entry)
-
-    async def _hold(self, held: AsyncExitStack, entry: Entry) -> bool:
+        engine = self._engine
+        owners = engine.roster.owners_gone(gone)
+        lost = {*owners.values(), *engine.forget_setters(gone)}
+        closed = asyncio.Event()
+        settling: list[asyncio.Task[None]] = []
         try:
-            await held.enter_async_context(self._engine.command(entry))
-        except InvalidState:  # it has left the queue in the meantime
-            return False
-        return True
+            touched = await engine.roster.touched_by(gone, owners)
+            for entry in touched:
+                lost.update(_carried(entry, gone))
+            settling = await self._part_all(touched, gone, owners, closed)
+        finally:
+            for entry in engine.roster:  # some may have got it meanwhile
+                lost.update(_carried(entry, gone))
+            for token in lost:  # whoever still holds one: the session is over
+                engine.executors.discard(token)
+                token.close()
+            closed.set()
+        await engine.forget_lanes(*lost)
+        if settling:
+            await asyncio.wait(settling)
 
-    async def _part(self, entry: Entry, gone: Callable[[Token | None], bool], owners: Collection[OwnerKey]) -> set[Token]:
-        """Stop the attempt at a durable point and take the tokens; with its owner the helper goes too. Returns those that are over."""
+    async def _part_all(
+        self, entries: Collection[Entry], gone: Callable[[Token | None], bool], owners: Collection[OwnerKey], closed: asyncio.Event
+    ) -> list[asyncio.Task[None]]:
+        """Each job stops and parts with the tokens. Returns those that go on as soon as they are `closed`; the others are late."""
+        parting: dict[asyncio.Task[Any], asyncio.Task[None]] = {}
+        for entry in entries:
+            parted = asyncio.Event()
+            task = self._engine.task(self._give_up(entry, gone, owners, parted, closed), f"bits-log-off-{entry.job.id}")
+            self._giving_up.add(task)
+            task.add_done_callback(self._giving_up.discard)
+            parting[asyncio.ensure_future(parted.wait())] = task
+        done, late = await asyncio.wait(parting, timeout=PATIENCE) if parting else (set(), set())
+        for each in late:
+            log.warning("a job did not stop within %g s of a log-off; the token is closed under it", PATIENCE)
+            each.cancel()
+        return [parting[each] for each in done]
+
+    async def _give_up(
+        self, entry: Entry, gone: Callable[[Token | None], bool], owners: Collection[OwnerKey], parted: asyncio.Event, closed: asyncio.Event
+    ) -> None:
+        """One job parts with the tokens, and goes on when they are closed: none does before all have parted with them."""
+        try:
+            async with self._engine.command(entry):
+                await self._part(entry, gone, owners)
+                parted.set()
+                await closed.wait()
+                await self._settle(entry)
+        except InvalidState:
+            pass  # it has left the queue in the meantime
+        except BitsError as error:
+            log.warning("job %s: what a log-off changes could not be kept: %s", entry.job.id, error)
+        except Exception as error:
+            log.error("job %s: a defect in bits_async ended what a log-off does", entry.job.id, exc_info=error)
+        finally:
+            parted.set()
+
+    async def _part(self, entry: Entry, gone: Callable[[Token | None], bool], owners: Collection[OwnerKey]) -> None:
+        """Stop the attempt at a durable point and take the tokens; with its owner the helper goes too."""
         owner_left = gone(entry.owner) or entry.job.owner in owners
-        over = {token for token in (entry.owner, entry.helper) if token is not None and gone(token)}
         helper = entry.helper if owner_left or gone(entry.helper) else None
-        await self._engine.drop_lanes(entry, *over, helper)
+        await self._engine.drop_lanes(entry, *_carried(entry, gone), helper)
+        for token in _carried(entry, gone):
+            token.close()
         if helper is not None:
             entry.helper = None
         if owner_left:
             entry.owner = None
-        if entry.outbox.commander is not None and gone(entry.outbox.commander[1]):
-            entry.outbox.commander = None
-        return over
 
     async def _settle(self, entry: Entry) -> None:
         job, who = entry.job, "owner" if entry.owner is None else "helper"
@@ -133,3 +199,8 @@ class LogOffs:
         log.warning("job %s: %s", job.id, error)
         fields: dict[str, Any] = {"error": error, "error_count": job.error_count + 1, "retry_at": None}
         await self._engine.change(entry, state=advance(job.state, Outcome.FAILED), **fields)
+
+
+def _carried(entry: Entry, gone: Callable[[Token | None], bool]) -> set[Token]:
+    """The tokens that a job carries and that are given up."""
+    return {token for token in (entry.owner, entry.helper) if token is not None and gone(token)}

@@ -335,13 +335,24 @@ class Roster:
             entry.owner = token
         return waited
 
-    def owners_gone(self, gone: Callable[[Token | None], bool]) -> Collection[OwnerKey]:
-        """Owners whose token is given up. Their jobs have none until they come themselves."""
-        keys = {key for key, token in self._owners.items() if gone(token)}
-        for key in keys:
+    def owners_gone(self, gone: Callable[[Token | None], bool]) -> Mapping[OwnerKey, Token]:
+        """Owners whose token is given up, and that token. Their jobs have none until they come themselves."""
+        lost = {key: token for key, token in self._owners.items() if token is not None and gone(token)}
+        for key in lost:
             self._owners[key] = self._adopted[key] = None
             self._stale.update(JobPriority)
-        return keys
+        return lost
+
+    def setters_gone(self, gone: Callable[[Token | None], bool]) -> Collection[tuple[OwnerKey, Token]]:
+        """Setters of commands whose tokens are given up. The commands wait until they come themselves: the process stands in for none."""
+        boxes = [*(entry.outbox for entry in self), *(rest.outbox for rest in self._remnants.values() if rest.outbox is not None)]
+        lost: list[tuple[OwnerKey, Token]] = []
+        for box in boxes:
+            if box.commander is not None and gone(box.commander[1]):
+                lost.append(box.commander)
+                self._adopted[box.commander[0]] = None
+                box.commander = None
+        return lost
 
     async def touched_by(self, gone: Callable[[Token | None], bool], owners: Collection[OwnerKey]) -> Sequence[Entry]:
         """Jobs that carry such a token, or whose owner was given up and who need a helper."""

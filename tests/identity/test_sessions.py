@@ -2,6 +2,7 @@
 
 import asyncio
 import builtins
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,9 @@ async def known(watcher: Sessions, session: "Session") -> str:
     """Whose it is, once the watcher knows of it."""
     end = asyncio.get_running_loop().time() + PATIENCE
     while asyncio.get_running_loop().time() < end:
-        user = await watcher.user_of(session.name)
+        user = None
+        with contextlib.suppress(LookupError):  # the bus, or logind, is not back yet
+            user = await watcher.user_of(session.name)
         if user is not None and session.name in watcher._known:  # type: ignore[attr-defined]
             return user
         await asyncio.sleep(0.01)
@@ -102,7 +105,8 @@ async def test_what_ends_while_logind_is_restarted_is_told_when_it_is_back(
     async with watch_sessions(bus.address) as watcher:
         await known(watcher, session)
         logind.kill()
-        assert await watcher.user_of(session.name) is None
+        with pytest.raises(LookupError):
+            await watcher.user_of(session.name)
         await nothing(watcher)
         await session.abandon()
         logind.start_again()
@@ -134,7 +138,8 @@ async def test_a_bus_that_goes_away_logs_nobody_off_and_is_followed_again(users:
 async def test_without_a_bus_nobody_is_logged_off(tmp_path: Path) -> None:
     for address in (f"unix:path={tmp_path}/none", "no address"):
         async with watch_sessions(address) as watcher:
-            assert await watcher.user_of("c1") is None
+            with pytest.raises(LookupError):
+                await watcher.user_of("c1")
             await nothing(watcher)
 
 
@@ -148,5 +153,40 @@ async def test_without_dbus_fast_nobody_is_logged_off(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(builtins, "__import__", absent)
     async with watch_sessions() as watcher:
-        assert await watcher.user_of("c1") is None
+        with pytest.raises(LookupError):
+            await watcher.user_of("c1")
         await nothing(watcher)
+
+
+async def test_the_end_of_a_session_that_was_not_known_is_told_too() -> None:
+    dbus = pytest.importorskip("dbus_fast")
+    watcher = sessions._Logind("unix:path=/nowhere")
+    body = ["c7", "/org/freedesktop/login1/session/c7"]
+    watcher._heard(
+        dbus.Message(
+            message_type=dbus.MessageType.SIGNAL,
+            path=sessions.LOGIND_PATH,
+            interface=sessions.MANAGER,
+            member="SessionRemoved",
+            signature="so",
+            body=body,
+        )
+    )
+    assert await heard(watcher, 1) == [SessionEnded(None, "c7")]
+
+
+async def test_who_waits_for_a_log_off_hears_that_the_watch_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("dbus_fast")
+
+    watcher = sessions._Logind("unix:path=/nowhere")
+
+    async def dies(looked: "asyncio.Future[None]") -> None:
+        looked.set_result(None)
+        await asyncio.sleep(0.01)
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(watcher, "_run", dies)
+    await watcher.start()
+    with pytest.raises(RuntimeError, match="a defect"):
+        await heard(watcher, 1)
+    await watcher.stop()

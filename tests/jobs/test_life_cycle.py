@@ -19,7 +19,7 @@ import bits_async as bits
 from bits_async import ErrorCode, InvalidState, JobPriority, JobState
 from bits_async.jobs.engine import Engine
 from bits_async.jobs.model import NEXT, Command
-from bits_async.testing import FakeNetwork
+from bits_async.testing import FakeNetwork, fake_token
 from tests.diagram import README, with_diagram
 from tests.waiting import let_things_happen, until
 
@@ -654,3 +654,52 @@ async def test_an_unfinished_job_that_has_lost_its_helper_goes_to_error_when_its
 def test_the_diagram_in_the_readme_is_drawn_from_the_table() -> None:
     text = README.read_text("utf-8")
     assert text == with_diagram(text), "the diagram is stale: `make diagram` draws it anew"
+
+
+@pytest.mark.parametrize("where", ["_schedule", "_settle"])
+async def test_a_defect_in_the_queue_is_told_to_whoever_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a defect")
+
+    with FakeNetwork() as network:
+        network.serve(SMALL, BODIES[SMALL])
+        with pytest.raises(bits.BitsError, match="a defect in bits_async"):
+            async with bits.BitsManager(store=tmp_path / "queue.db") as manager, asyncio.timeout(DEADLINE):
+                job = await manager.create_job("j")
+                await job.add_file(SMALL, tmp_path / "f")
+                monkeypatch.setattr(Engine, where, broken)
+                await job.resume()
+                await job.wait()
+
+
+@pytest.mark.parametrize("leaving", ["cancel", "take_ownership"])
+async def test_a_change_that_comes_while_a_job_leaves_does_not_bring_it_back(tmp_path: Path, leaving: str) -> None:
+    with FakeNetwork() as network:
+        network.clock.freeze()
+        network.serve(SMALL, BODIES[SMALL])
+        network.fail(SMALL)
+        async with bits.BitsManager(store=tmp_path / "queue.db") as manager:
+            job = await manager.create_job("j", owner=fake_token("alice"))
+            await job.add_file(SMALL, tmp_path / "f")
+            await job.resume()
+            await until(lambda: job.state is S.TRANSIENT_ERROR)
+            assert manager._desk is not None
+            engine, changes = manager._desk.engine, []
+            save = engine._save
+
+            async def slow(*args: Any) -> None:
+                if not changes:  # the network comes back at this very moment
+                    changes.append(asyncio.ensure_future(engine._hasten(network.clock.now())))
+                    await let_things_happen()
+                await save(*args)
+                await let_things_happen()
+
+            engine._save = slow  # type: ignore[method-assign]
+            with bits.impersonate(fake_token("admin", elevated=True)):
+                await getattr(job, leaving)()
+            await asyncio.wait(changes)
+            assert all(change.exception() is None for change in changes)
+        async with bits.BitsManager(store=tmp_path / "queue.db", run=False) as manager:
+            with bits.impersonate(fake_token("admin", elevated=True)):
+                left = [(each.state, each.owner_name) async for each in manager.enum_jobs(all_users=True)]
+    assert left == ([] if leaving == "cancel" else [(S.SUSPENDED, "admin")])

@@ -1,15 +1,18 @@
 """A log-off takes the tokens that are tied to the session from the jobs, at once and everywhere; what is finished is left alone."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import bits_async as bits
 from bits_async import BitsManager, ErrorCode, HelperTokenFlags, Job, JobState, Token, WaitingReason, impersonate
-from bits_async.testing import FakeNetwork, fake_token
+from bits_async.jobs import logoff
+from bits_async.jobs.callbacks import commander
+from bits_async.testing import FakeNetwork, _FakeSessions, fake_token
 
 if TYPE_CHECKING:
     from tests.local_users import LocalUser
@@ -203,6 +206,118 @@ async def test_a_token_whose_session_was_over_already_is_given_up_too(manager: B
     await state(job, JobState.ERROR)
     assert job.error is not None
     assert job.error.code == ErrorCode.BG_E_TOKEN_REQUIRED
+
+
+async def test_t05_a_command_is_not_run_as_a_setter_who_logged_off_while_nobody_held_the_job(
+    manager: BitsManager, network: FakeNetwork, tmp_path: Path
+) -> None:
+    carol, bob = fake_token("carol"), fake_token("bob", session="s1")
+    job = await make(manager, tmp_path / "f", owner=carol)
+    with impersonate(bob):
+        await job.set_notify_cmd_line("/bin/true")
+    job_id = job.id
+    del job
+    gc.collect()
+    assert manager._desk is not None
+    assert manager._desk.engine.roster.live(job_id) is None
+    network.log_off("s1")
+    await settled(manager)
+    assert bob.closed
+    with impersonate(carol):
+        job = await manager.get_job(job_id)
+    await job.resume()
+    await job.wait()
+    assert commander(job._entry) is None
+    assert network.commands == []
+
+
+async def test_t05_nobody_stands_in_for_a_setter_who_logged_off(manager: BitsManager, network: FakeNetwork, tmp_path: Path) -> None:
+    job = await make(manager, tmp_path / "f", owner=fake_token("carol"))
+    with impersonate(fake_token("bob", session="s1")):
+        await job.set_notify_cmd_line("/bin/true")
+    network.log_off("s1")
+    await settled(manager)
+    assert manager._desk is not None
+    setter = job._entry.job.notify_setter
+    assert setter is not None
+    assert manager._desk.engine.roster._adopted.get(setter, "would be asked for") is None
+
+
+async def test_an_owners_token_ends_though_nobody_holds_a_job_of_his(manager: BitsManager, network: FakeNetwork, tmp_path: Path) -> None:
+    alice = fake_token("alice", session="s1")
+    await make(manager, tmp_path / "f", owner=alice)
+    gc.collect()
+    network.log_off("s1")
+    await settled(manager)
+    assert alice.closed
+
+
+async def test_a_job_whose_command_hangs_delays_no_log_off(
+    manager: BitsManager, network: FakeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logoff, "PATIENCE", 0.05)
+    bob, eve = fake_token("bob", session="s1"), fake_token("eve", session="s2")
+    hung = await make(manager, tmp_path / "f", owner=fake_token("alice"), helper=bob, flags=NETWORK)
+    other = await make(manager, tmp_path / "g", owner=fake_token("carol"), helper=bob, flags=NETWORK)
+    later = await make(manager, tmp_path / "h", owner=fake_token("carol"), helper=eve, flags=NETWORK)
+    assert manager._desk is not None
+    async with manager._desk.engine.command(hung._entry):  # as complete() does that waits for a file system
+        network.log_off("s1")
+        await state(other, JobState.ERROR)
+        assert bob.closed
+        network.log_off("s2")
+        await state(later, JobState.ERROR)
+        assert eve.closed
+        assert hung.state is JobState.SUSPENDED
+    await state(hung, JobState.ERROR)
+
+
+@pytest.mark.parametrize("what", ["watching", "asking", "logging off"])
+async def test_log_offs_are_seen_again_after_something_broke(
+    manager: BitsManager, network: FakeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(logoff, "AGAIN", 0.02)
+    assert manager._log_offs is not None
+    assert manager._desk is not None
+    broken: list[str] = []
+
+    def breaks(func: Callable[..., Any]) -> Callable[..., Any]:
+        def once(*args: Any, **kwargs: Any) -> Any:
+            if not broken:
+                broken.append(what)
+                raise ValueError("a defect")
+            return func(*args, **kwargs)
+
+        return once
+
+    if what == "watching":
+        monkeypatch.setattr(manager._log_offs, "_watch", breaks(manager._log_offs._watch))
+    elif what == "asking":
+        monkeypatch.setattr(_FakeSessions, "user_of", breaks(_FakeSessions.user_of))
+    else:
+        roster = manager._desk.engine.roster
+        monkeypatch.setattr(roster, "touched_by", breaks(roster.touched_by))
+    job = await make(manager, tmp_path / "f", owner=fake_token("alice"), helper=fake_token("bob", session="s1"), flags=NETWORK)
+    network.log_off("s1")
+    await state(job, JobState.ERROR)
+    assert broken == [what]
+
+
+async def test_a_session_that_nobody_could_tell_of_is_asked_for_again(
+    manager: BitsManager, network: FakeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logoff, "AGAIN", 0.02)
+    answers: list[str | None] = []
+
+    async def user_of(self: object, session: str) -> str | None:
+        answers.append(session)
+        if len(answers) < 3:
+            raise LookupError("the bus is away")
+        return None
+
+    monkeypatch.setattr(_FakeSessions, "user_of", user_of)
+    job = await make(manager, tmp_path / "f", owner=fake_token("alice"), helper=fake_token("bob", session="s1"), flags=NETWORK)
+    await state(job, JobState.ERROR)
 
 
 @pytest.mark.privileged
