@@ -1211,8 +1211,8 @@ class TokenOptions:
     def set_helper_token(self) -> Coroutine[Any, Any, None]:
         """Take the token of the enclosing `impersonate()` as the job's helper, in place of any other, from the next attempt on.
 
-        It is bound to what the job is now: its files, where they come from and go to, the method, the proxy, the security flags. Who changes one of
-        them later, and is not the helper itself (`impersonate()`), takes the token from the job, which then stops with
+        It is bound to what the job is now: its files, where they come from and go to, the method, the proxy, the security flags. Who
+        changes one of them later, and is not the helper itself (`impersonate()`), takes the token from the job, which then stops with
         BG_E_TOKEN_REQUIRED.
 
         Raises:

@@ -356,7 +356,7 @@ async def test_jobs_that_nobody_holds_are_cancelled_when_nobody_touches_them(
         network.clock.advance(1800)
         await until(lambda: len(list(tmp_path.glob(".*bits-part"))) == 1)
         async with asyncio.timeout(20):  # a job leaves the journal after its part file
-            while [job.id async for job in manager.enum_jobs()] != [ids[1]]:
+            while [job.id async for job in manager.enum_jobs()] != [ids[1]]:  # noqa: ASYNC110 - the journal is asked
                 await asyncio.sleep(0.001)
 
 
