@@ -234,7 +234,7 @@ async def s4u_logon(
     caller = current_token()
     principal = _principal_in_realm(user)
     own = _keytab_of(service)
-    evidence = await _at_the_kdc(caller, principal, _stand_in, principal, own)
+    evidence = await _at_the_kdc(caller, caller.local, principal, _stand_in, principal, own)
     level = ImpersonationLevel.IMPERSONATE if evidence.forwardable else ImpersonationLevel.IDENTIFY
     return await _ticketed(evidence.cache, caller, level, local_user, ())
 
@@ -246,7 +246,7 @@ async def from_delegated(context: object, local_user: LocalUser | str | int | No
         raise TypeError(f"a gssapi.SecurityContext is needed, not {type(context).__name__}")
     targets = _targets(delegate_to)
     caller = current_token()
-    cache = await _at_the_kdc(caller, None, _delegated, context)
+    cache = await _at_the_kdc(caller, caller.security, None, _delegated, context)
     level = ImpersonationLevel.DELEGATE if targets else ImpersonationLevel.IMPERSONATE
     return await _ticketed(cache, caller, level, local_user, targets)
 
@@ -287,6 +287,11 @@ class _Request:
     realm: str
     credential: "spnego.Password | spnego.KerberosKeytab"
     verify_with: str | None
+
+    @property
+    def names_a_keytab(self) -> bool:
+        """The caller did, to log on with or to verify with."""
+        return self.verify_with is not None or not hasattr(self.credential, "password")
 
 
 def _request_of(
@@ -359,7 +364,8 @@ async def _domain_logon(
     request: _Request, logon_type: LogonType, local_user: LocalUser | str | int | None, targets: tuple[DelegationTarget, ...]
 ) -> Token:
     caller = current_token()
-    proved = await _at_the_kdc(caller, request.name, _prove, request)
+    local = caller.local if request.names_a_keytab else caller.security
+    proved = await _at_the_kdc(caller, local, request.name, _prove, request)
     local = await _local_of(local_user, request.name)
     return Token._make(
         local,
@@ -373,9 +379,13 @@ async def _domain_logon(
     )
 
 
-async def _at_the_kdc(caller: Token, identity: str | None, func: Callable[..., T], *args: Any) -> T:
-    """Runs it in a thread of the caller; whatever it raises comes out as ours."""
-    executor = TokenExecutor(caller, threads=1, name="logon", local=caller.security)
+async def _at_the_kdc(caller: Token, local: LocalIdentity, identity: str | None, func: Callable[..., T], *args: Any) -> T:
+    """Runs it in a thread of the caller; whatever it raises comes out as ours.
+
+    `local`: as whom on this machine. A file that the caller named is opened as himself, and by nobody where he is nobody here: else
+    somebody from the network would log on with the keys of this process (T27).
+    """
+    executor = TokenExecutor(caller, threads=1, name="logon", local=local)
     try:
         return await executor.run_security(_explained, func, *args, deadline=LOGON_DEADLINE)
     except TimeoutError:

@@ -15,7 +15,7 @@ import spnego
 from bits_async.errors import ErrorCode, ImpersonationFailed, InvalidArgument
 from bits_async.identity import posix
 from bits_async.identity.ambient import impersonate
-from bits_async.identity.logon import LogonType, logon_user
+from bits_async.identity.logon import LogonType, NetworkOnly, logon_user, s4u_logon
 from bits_async.identity.posix import Account, is_elevated
 from bits_async.identity.threads import run_as
 from bits_async.identity.tokens import ImpersonationLevel, Token
@@ -338,3 +338,14 @@ async def test_t10_a_token_that_only_says_who_somebody_is_becomes_no_other_one()
     for targets in ((), ("https://files.example",)):
         with impersonate(seen), pytest.raises(ImpersonationFailed, match="IDENTIFY"):
             await logon_user("eve@REALM", "guess", logon_type=LogonType.NEW_CREDENTIALS, delegate_to=targets)
+
+
+@pytest.mark.parametrize("way", ["key", "verify", "service"])
+async def test_t27_whoever_is_nobody_on_this_machine_logs_nobody_on_with_its_keytabs(tmp_path: Path, way: str) -> None:
+    keytab = make_keytab(tmp_path / "service.keytab")
+    remote = Token._make(NetworkOnly("eve@REALM"), principal="eve@REALM", proved=True, security=Token.for_process().local)
+    with impersonate(remote), pytest.raises(ImpersonationFailed, match="nobody on this machine"):
+        if way == "service":
+            await s4u_logon("bob@REALM", service=keytab)
+        else:
+            await logon_user(PRINCIPAL, "guess" if way == "verify" else None, keytab=keytab)
