@@ -48,18 +48,28 @@ class TokenFlow(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an identity was taken on: a thread, and in it a task."""
+    """Where an identity was taken on: a thread, and in it a task, a loop's callback, or neither."""
 
     thread: int
     task: "weakref.ref[asyncio.Task[Any]] | None"
+    looping: bool
 
     @classmethod
     def here(cls) -> "_Place":
         try:
-            task = asyncio.current_task()
+            task, looping = asyncio.current_task(), True
         except RuntimeError:  # no loop runs in this thread
-            task = None
-        return cls(threading.get_ident(), None if task is None else weakref.ref(task))
+            task, looping = None, False
+        return cls(threading.get_ident(), None if task is None else weakref.ref(task), looping)
+
+
+class _Block:
+    """A `with` block. Two callbacks of a loop are in one place: only its end tells the one that took an identity on from a later one."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +78,13 @@ class _Worn:
 
     token: Token
     place: _Place
+    block: _Block
     native: bool
 
     @property
     def reaches_here(self) -> bool:
         flows = _flow is TokenFlow.ALWAYS or (_flow is TokenFlow.MANAGED and not self.native)
-        return flows or self.place == _Place.here()
+        return flows or (not self.block.left and self.place == _Place.here())
 
 
 _ambient: ContextVar[_Worn | None] = ContextVar("bits_async_identity", default=None)
@@ -174,13 +185,14 @@ def carry(func: Callable[P, T]) -> Callable[P, T]:
 class _Impersonation:
     """What impersonate() and revert_to_self() return: to be entered once, with `with`."""
 
-    __slots__ = ("_entered", "_native", "_token", "_undo", "_what")
+    __slots__ = ("_block", "_entered", "_native", "_token", "_undo", "_what")
 
     def __init__(self, token: Token | None, what: str, *, native: bool = False) -> None:
         self._token = token
         self._what = what
         self._native = native
         self._entered = False
+        self._block = _Block()
         self._undo: Undo[_Worn | None] | None = None
 
     def __enter__(self) -> Token:
@@ -190,11 +202,12 @@ class _Impersonation:
         if _entered_by_async_generator(sys._getframe(1)):
             raise RuntimeError(f"{self._what}() cannot be entered in an async generator: its caller would get the identity too")
         token = self._token or Token.for_process()
-        self._undo = _ambient.set(None if self._token is None else _Worn(self._token, _Place.here(), self._native))
+        self._undo = _ambient.set(None if self._token is None else _Worn(self._token, _Place.here(), self._block, self._native))
         return token
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
         undo, self._undo = self._undo, None
+        self._block.left = True
         if undo is None:
             return
         try:

@@ -338,3 +338,25 @@ async def test_an_identity_is_undone_by_a_cancel_and_by_an_exception(alice: Toke
 def test_the_policy_is_one_of_three() -> None:
     with pytest.raises(TypeError, match="TokenFlow"):
         set_token_flow("managed")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", [TokenFlow.NEVER], indirect=True)
+@pytest.mark.parametrize("where", ["no loop", "a callback"])
+def test_t10_no_identity_flows_to_a_later_callback_of_the_same_loop(policy: TokenFlow, alice: Token, where: str) -> None:
+    later: list[str] = []
+
+    def begin() -> None:
+        with impersonate(alice):
+            loop.call_soon(lambda: later.append(seen()))
+
+    loop = asyncio.new_event_loop()
+    try:
+        if where == "no loop":
+            begin()
+        else:
+            loop.call_soon(begin)
+        loop.call_later(0.01, loop.stop)
+        loop.run_forever()
+    finally:
+        loop.close()
+    assert later == ["nobody"]
