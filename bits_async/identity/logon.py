@@ -184,7 +184,7 @@ async def logon_user(
         keytab: With a password: keys of this machine, to verify the KDC's answer with, so that nobody who stands in for the KDC logs
             anyone on. Without it the machine's default keytab is used, if this identity can read it. A token whose answer could not
             be verified is not `proved`: it opens only jobs that were made with the same password. Without a password: the user's
-            own keys to log on with.
+            own keys to log on with. Keys that are read as another user, under `impersonate()`, prove nothing: he knows them.
         logon_type: See `LogonType`.
         local_user: Who a principal is on this machine; else nobody: the token acts on the network only. See `LocalUser`.
         delegate_to: Origins that may be handed a forwarded ticket, and act as this user wherever they like; the token's level is
@@ -365,7 +365,7 @@ async def _domain_logon(
 ) -> Token:
     caller = current_token()
     local = caller.local if request.names_a_keytab else caller.security
-    proved = await _at_the_kdc(caller, local, request.name, _prove, request)
+    proved = await _at_the_kdc(caller, local, request.name, _prove, request, local.is_process)
     local = await _local_of(local_user, request.name)
     return Token._make(
         local,
@@ -402,8 +402,12 @@ def _explained(func: Callable[..., T], *args: Any) -> T:
     return kerberos.translated(kerberos.explain_logon, func, *args)
 
 
-def _prove(request: _Request) -> bool:
-    """Asks the KDC; whether it is certain that it was the realm's own."""
+def _prove(request: _Request, trusted: bool) -> bool:
+    """Asks the KDC; whether it is certain that it was the realm's own.
+
+    `trusted`: keys that are read here prove it. Those that another user than the process's can read do not: whoever knows a key, or has
+    made one up, can stand in for the KDC (T7).
+    """
     import spnego
 
     try:
@@ -418,11 +422,11 @@ def _prove(request: _Request) -> bool:
         if abs(kerberos.clock_difference(cache)) > kerberos.CLOCK_SKEW:
             raise LogonFailed(kerberos.SKEW, code=ErrorCode.ERROR_TIME_SKEW)
         if isinstance(request.credential, spnego.KerberosKeytab):
-            return True
+            return trusted
         keytab = request.verify_with or kerberos.default_keytab()
         if keytab is not None:
             kerberos.verify(cache, keytab)
-        return keytab is not None
+        return keytab is not None and trusted
     finally:
         cache.destroy()
 

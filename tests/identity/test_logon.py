@@ -13,7 +13,7 @@ import pytest
 import spnego
 
 from bits_async.errors import ErrorCode, ImpersonationFailed, InvalidArgument
-from bits_async.identity import posix
+from bits_async.identity import logon, posix
 from bits_async.identity.ambient import impersonate
 from bits_async.identity.logon import LogonType, NetworkOnly, logon_user, s4u_logon
 from bits_async.identity.posix import Account, is_elevated
@@ -349,3 +349,22 @@ async def test_t27_whoever_is_nobody_on_this_machine_logs_nobody_on_with_its_key
             await s4u_logon("bob@REALM", service=keytab)
         else:
             await logon_user(PRINCIPAL, "guess" if way == "verify" else None, keytab=keytab)
+
+
+@pytest.mark.parametrize("process", [True, False], ids=["the process", "another user"])
+@pytest.mark.parametrize("way", ["key", "verify"])
+def test_t07_a_key_that_another_user_knows_proves_nobody(monkeypatch: pytest.MonkeyPatch, way: str, process: bool) -> None:
+    """He may have made the key up, and stand in for the KDC that answers with it."""
+
+    class Tickets:
+        def destroy(self) -> None:
+            pass
+
+    key = spnego.KerberosKeytab("/home/eve/made.up", PRINCIPAL)
+    request = logon._Request(
+        PRINCIPAL, "BITS.TEST", key if way == "key" else spnego.Password(PRINCIPAL, "guess"), None if way == "key" else "/home/eve/made.up"
+    )
+    monkeypatch.setattr(logon, "_first_ticket", lambda _: Tickets())
+    monkeypatch.setattr(logon.kerberos, "clock_difference", lambda _: 0)
+    monkeypatch.setattr(logon.kerberos, "verify", lambda *_: None)
+    assert logon._prove(request, process) is process
