@@ -36,7 +36,8 @@ The map of the package; imports point from a lower line to a higher one only:
       answers.py        judging every status and header set
       proxies.py        proxy settings -> route per URL
       timeouts.py       how long the wire may be silent
-      options.py        a job's HTTP options: method, custom headers, security flags
+      options.py        a job's HTTP options: method, custom headers, security flags, client certificate
+      client_certificates.py  a job's own certificate and key, from files that its owner's threads open
       certificates.py   a server's own certificate, where nobody verifies who issued it
       tls.py            contexts for security flags, revocation lists, the peer's certificate
       network.py        network lost and back
@@ -149,6 +150,7 @@ if TYPE_CHECKING:
     from .jobs.policies import CostSource as CostSource
     from .jobs.policies import GroupPolicy as GroupPolicy
     from .jobs.scheduler import Limits as Limits
+    from .transport.options import ClientCertificate as ClientCertificate
     from .transport.options import SecurityFlags as SecurityFlags
     from .transport.proxies import ProxySettings as ProxySettings
     from .transport.proxies import ProxyUsage as ProxyUsage
@@ -211,7 +213,7 @@ _HOMES: Final = {
     ),
     "jobs.policies": ("CostSource", "GroupPolicy"),
     "jobs.scheduler": ("Limits",),
-    "transport.options": ("SecurityFlags",),
+    "transport.options": ("ClientCertificate", "SecurityFlags"),
     "transport.proxies": ("ProxySettings", "ProxyUsage"),
     "transport.ranges": ("FileRange",),
     "transport.timeouts": ("Timeouts",),

@@ -158,6 +158,7 @@ class ErrorCode(enum.IntEnum):
     ERROR_WINHTTP_NAME_NOT_RESOLVED = 0x80072EE7
     ERROR_WINHTTP_CLIENT_AUTH_CERT_NEEDED = 0x80072F0C
     ERROR_WINHTTP_SECURE_CERT_REV_FAILED = 0x80072F19
+    ERROR_WINHTTP_CLIENT_CERT_NO_PRIVATE_KEY = 0x80072F99
     ERROR_WINHTTP_CLIENT_CERT_NO_ACCESS_PRIVATE_KEY = 0x80072F9A
     ERROR_WINHTTP_SECURE_CERT_REVOKED = 0x80072F8A
     ERROR_WINHTTP_SECURE_FAILURE = 0x80072F8F
@@ -167,6 +168,7 @@ class ErrorCode(enum.IntEnum):
     SEC_E_BAD_BINDINGS = 0x80090346
     SEC_E_NO_CREDENTIALS = 0x8009030E
     SEC_E_DELEGATION_POLICY = 0x8009035E
+    CRYPT_E_NOT_FOUND = 0x80092004
 
 
 HTTP_ERROR = 0x80190000  # BG_E_HTTP_ERROR_nnn = this | nnn
@@ -247,6 +249,10 @@ _ADVICE: Mapping[int, str] = MappingProxyType(
         ErrorCode.ERROR_WINHTTP_TIMEOUT: "the job tries again by itself",
         ErrorCode.ERROR_WINHTTP_NAME_NOT_RESOLVED: "check the host's name and the name servers",
         ErrorCode.ERROR_WINHTTP_SECURE_FAILURE: "check the server's certificate, its name and the trusted authorities",
+        ErrorCode.ERROR_WINHTTP_CLIENT_AUTH_CERT_NEEDED: "give the job a client certificate that this server accepts, then resume it",
+        ErrorCode.ERROR_WINHTTP_CLIENT_CERT_NO_PRIVATE_KEY: "put the certificate's key beside it or name its file, then resume the job",
+        ErrorCode.ERROR_WINHTTP_CLIENT_CERT_NO_ACCESS_PRIVATE_KEY: "let the job's owner read the key and its password, then resume the job",
+        ErrorCode.CRYPT_E_NOT_FOUND: "put the certificate where the job looks for it, or name another, then resume the job",
         ErrorCode.ERROR_WINHTTP_SECURE_CERT_REVOKED: "do not trust this server; tell its administrator",
         ErrorCode.ERROR_WINHTTP_SECURE_CERT_REV_FAILED: "give the job current revocation lists with set_crl_source, then resume it",
         ErrorCode.BG_E_SERVER_CERT_VALIDATION_INTERFACE_REQUIRED: "call set_server_certificate_validation again, then resume the job",
@@ -668,6 +674,19 @@ _REVOCATION: Mapping[int, int] = MappingProxyType(  # by OpenSSL's X509_V_ERR_*
 )
 
 
+_CERTIFICATE_ALERTS: Mapping[str, str] = MappingProxyType(  # by OpenSSL's name of what the server sent (RFC 8446, 6.2)
+    {
+        "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the job showed none",
+        "SSLV3_ALERT_BAD_CERTIFICATE": "refuses the job's",
+        "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "refuses the kind of the job's",
+        "SSLV3_ALERT_CERTIFICATE_REVOKED": "says that the job's is revoked",
+        "SSLV3_ALERT_CERTIFICATE_EXPIRED": "says that the job's has expired",
+        "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "refuses the job's",
+        "TLSV1_ALERT_UNKNOWN_CA": "does not know who issued the job's",
+    }
+)
+
+
 def error_from_network(exc: BaseException, *, url: str, doing: str = "reach the server") -> BitsError:
     """The error for a failed call on a socket: names, connections, TLS, deadlines."""
     code, why, transient = _network_code(exc)
@@ -679,6 +698,9 @@ def _network_code(exc: BaseException) -> tuple[int, str, bool]:
         return _REVOCATION[exc.verify_code], f"certificate refused: {show_text(exc.verify_message or '')}", False
     if isinstance(exc, ssl.SSLCertVerificationError):
         return ErrorCode.ERROR_WINHTTP_SECURE_FAILURE, f"certificate refused: {show_text(exc.verify_message or '')}", False
+    if isinstance(exc, ssl.SSLError) and exc.reason in _CERTIFICATE_ALERTS:
+        why = f"the server wants a client certificate, and {_CERTIFICATE_ALERTS[exc.reason]}"
+        return ErrorCode.ERROR_WINHTTP_CLIENT_AUTH_CERT_NEEDED, why, False
     if isinstance(exc, ssl.SSLError):
         return ErrorCode.ERROR_WINHTTP_SECURE_FAILURE, f"TLS failed: {show_text(exc.reason or type(exc).__name__)}", True
     if isinstance(exc, socket.gaierror):

@@ -10,7 +10,8 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.hazmat.primitives.serialization import pkcs12
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 DAY = timedelta(days=1)
 
@@ -26,6 +27,29 @@ class ServerTls:
     def binding(self) -> bytes:
         """The channel binding's application data (tls-server-end-point; the authority signs with SHA-256)."""
         return b"tls-server-end-point:" + hashlib.sha256(self.der).digest()
+
+
+@dataclass(frozen=True)
+class ClientTls:
+    """A client's certificate and its key."""
+
+    certificate: x509.Certificate
+    private: ec.EllipticCurvePrivateKey
+
+    @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(serialization.Encoding.PEM)
+
+    def key(self, password: bytes | None = None) -> bytes:
+        """As PEM."""
+        return self.private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, _sealed_by(password))
+
+    def pkcs12(self, password: bytes | None = None) -> bytes:
+        return pkcs12.serialize_key_and_certificates(b"me", self.private, self.certificate, None, _sealed_by(password))
+
+
+def _sealed_by(password: bytes | None) -> serialization.KeySerializationEncryption:
+    return serialization.NoEncryption() if password is None else serialization.BestAvailableEncryption(password)
 
 
 class Authority:
@@ -60,6 +84,26 @@ class Authority:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(file)
         return ServerTls(context, certificate.public_bytes(serialization.Encoding.DER))
+
+    def issue_client(
+        self, *, organization: str = "Lab", name: str = "alice", servers_only: bool = False, not_after: datetime | None = None
+    ) -> ClientTls:
+        """A certificate of a user, O=organization, CN=name, and its key."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        authority = x509.load_pem_x509_certificate(self._ca.cert_pem.bytes())
+        subject = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization), x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        now, usage = datetime.now(UTC), ExtendedKeyUsageOID.SERVER_AUTH if servers_only else ExtendedKeyUsageOID.CLIENT_AUTH
+        builder = x509.CertificateBuilder(authority.subject, subject, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - DAY).not_valid_after(not_after or now + DAY)
+        builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        return ClientTls(builder.sign(self._signer(), hashes.SHA256()), key)
+
+    def asking(self, mode: ssl.VerifyMode = ssl.CERT_REQUIRED) -> ServerTls:
+        """A server that asks for a client's certificate of this authority."""
+        server = self.issue()
+        server.context.load_verify_locations(self.ca_file)
+        server.context.verify_mode = mode
+        return server
 
     def revocation_list(self, *revoked: ServerTls, expired: bool = False) -> x509.CertificateRevocationList:
         """The authority's list of the servers it does not vouch for any more."""

@@ -34,7 +34,7 @@ from bits_async.jobs.model import (
 )
 from bits_async.jobs.store import Store
 from bits_async.transport.digests import Digests
-from bits_async.transport.options import HttpOptions, SecurityFlags
+from bits_async.transport.options import ClientCertificate, HttpOptions, SecurityFlags
 from bits_async.transport.proxies import ProxySettings, resolve
 from bits_async.transport.ranges import FileRange, Slice, Validator
 
@@ -130,6 +130,10 @@ class StoreContract:
                 flags=SecurityFlags.SSL_ENABLE_CRL_CHECK | SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_REPORT,
                 crl_source=Path("/etc/\udcff/revoked"),
                 validates_certificates=True,
+                client_certificate=ClientCertificate(
+                    source=Path("/etc/\udcff/me.p12"), thumbprint=b"\0\xff" * 10, subject_name="Ü, x", password_file=Path("/etc/p\udcff")
+                ),
+                certificate_origins=frozenset({Origin("https", "files.example", 443)}),
             ),
             error=make_error(ErrorCode.BG_E_CONNECTION_CLOSED, ErrorContext.GENERAL_TRANSPORT, "cut", url="http://h/p?x=1"),
             error_file=1,

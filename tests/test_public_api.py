@@ -18,6 +18,7 @@ BackgroundCopyCallback
 BitsError
 BitsManager
 Cancellation
+ClientCertificate
 Completion
 CostFlags
 CostSource

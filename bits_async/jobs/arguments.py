@@ -57,6 +57,21 @@ class CheckedFile:
     ranges: tuple[FileRange, ...] = ()
 
 
+def checked_absolute(what: str, path: StrPath) -> Path:
+    """A path that does not depend on where the process stands.
+
+    Args:
+        what: it is, for the message.
+
+    Raises:
+        InvalidArgument: it is not absolute.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str) or "\0" in text or not os.path.isabs(text):
+        raise InvalidArgument(f"{what} is named by an absolute path")
+    return Path(text)
+
+
 def checked_file(file: FileInfo) -> CheckedFile:
     """An absolute path, a URL that can be fetched, digests that can be some.
 

@@ -760,6 +760,7 @@ class Engine:
         async with entry.changing:
             # the new owner looks at what the old one chose (destinations, proxy), and then resumes it or not
             http = replace(entry.job.http, headers=(), header_origins=None, flags=SecurityFlags(0), crl_source=None)
+            http = replace(http, client_certificate=None, certificate_origins=None)
             fields: dict[str, Any] = {"error": None, "retry_at": None, "notify_cmd_line": None, "notify_setter": None, "owed": NOTHING}
             job = replace(entry.job, owner=key, state=JobState.SUSPENDED, http=http, modified=self.clock.now(), **fields)
             files = [

@@ -32,13 +32,22 @@ from ..identity.ambient import current_token, impersonation
 from ..identity.processes import command_arguments
 from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.answers import check_url
-from ..transport.options import SecurityFlags, checked_flags, checked_headers, checked_method
+from ..transport.options import (
+    ClientCertificate,
+    SecurityFlags,
+    checked_flags,
+    checked_headers,
+    checked_method,
+    checked_subject_name,
+    checked_thumbprint,
+)
 from ..transport.proxies import ProxySettings, resolve
 from ..transport.ranges import FileRange, checked_ranges, checked_requests, joined, located
 from .arguments import (
     CheckedFile,
     FileInfo,
     StrPath,
+    checked_absolute,
     checked_bandwidth,
     checked_bool,
     checked_cost_flags,
@@ -524,6 +533,11 @@ class Job:
         """File or directory of the certificate revocation lists for SSL_ENABLE_CRL_CHECK."""
         return self._entry.job.http.crl_source
 
+    @property
+    def client_certificate(self) -> ClientCertificate | None:
+        """Where the client certificate is that servers are shown; None: there is none."""
+        return self._entry.job.http.client_certificate
+
     # -- files and properties -------------------------------------------------------------------------------------------------------------
 
     async def add_file(
@@ -886,14 +900,88 @@ class Job:
         Raises:
             InvalidArgument: not an absolute path.
         """
-        path = None if source is None else os.fspath(source)
-        if path is not None and (not isinstance(path, str) or "\0" in path or not os.path.isabs(path)):
-            raise InvalidArgument("revocation lists are named by an absolute path")
-        checked, entry = None if path is None else Path(path), self._entry
+        checked, entry = None if source is None else checked_absolute("a file of revocation lists", source), self._entry
         async with self._desk.ready().command(entry):
             if checked != entry.job.http.crl_source:
                 await _change_what_the_helper_saw(self._desk, entry, "its revocation lists")
                 await self._change_http(stop=SecurityFlags.SSL_ENABLE_CRL_CHECK in entry.job.http.flags, crl_source=checked)
+
+    async def set_client_certificate_by_file(
+        self, file: StrPath, *, key: StrPath | None = None, password_file: StrPath | None = None
+    ) -> None:
+        """Show this client certificate to servers that ask for one, in place of the one set before.
+
+        It goes to the origins that the job names when it is first resumed, or names now if it was (T19), and to no other: not where a
+        redirect leads, and not to a proxy. Its files are opened as the job's owner at each attempt, whatever the helper does (T27); where
+        the helper acts on the network, the job of an owner who is not elevated fails. It counts from the next attempt on; where it replaces
+        another, an attempt that is running begins again.
+
+        Args:
+            file: PEM with the chain, the job's own certificate first; or PKCS#12.
+            key: PEM or DER; None: in `file`, or beside it, with the suffix `.key`.
+            password_file: its first line opens the key or the PKCS#12. The password itself is not kept in the journal.
+
+        Raises:
+            InvalidArgument: not an absolute path.
+            BitsError: E_NOTIMPL: the manager has an `ssl=` context (T24), or the system is not Linux.
+        """
+        given = ClientCertificate(
+            source=checked_absolute("a client certificate", file),
+            key=None if key is None else checked_absolute("a key", key),
+            password_file=None if password_file is None else checked_absolute("a file with a password", password_file),
+        )
+        await self._set_client_certificate(given)
+
+    async def set_client_certificate_by_id(self, store: StrPath, thumbprint: bytes | str) -> None:
+        """As `set_client_certificate_by_file`, with the certificate in a directory that has this thumbprint.
+
+        Each file there is PEM, DER or PKCS#12 without a password, and its first certificate counts.
+
+        Args:
+            store: the directory. Subdirectories are not searched.
+            thumbprint: SHA-1 as in BITS, or SHA-256; bytes, or hexadecimal digits.
+
+        Raises:
+            InvalidArgument: not an absolute path, or no thumbprint. BitsError: as there.
+        """
+        directory = checked_absolute("a certificate store", store)
+        await self._set_client_certificate(ClientCertificate(source=directory, thumbprint=checked_thumbprint(thumbprint)))
+
+    async def set_client_certificate_by_name(self, store: StrPath, subject_name: str) -> None:
+        """As `set_client_certificate_by_id`, with the first certificate for clients whose subject has this in its name.
+
+        Files are looked at in the order of their names.
+
+        Args:
+            subject_name: a part of the simple subject name, in any case: the values in the order of the certificate, so that what is
+                shown as `CN=name1, OU=name2, O=name3` is `name3, name2, name1`.
+
+        Raises:
+            InvalidArgument: not an absolute path, or a name with no or more than 255 characters. BitsError: as there.
+        """
+        directory = checked_absolute("a certificate store", store)
+        await self._set_client_certificate(ClientCertificate(source=directory, subject_name=checked_subject_name(subject_name)))
+
+    async def remove_client_certificate(self) -> bool:
+        """Show none any more; connections made with it are closed at once. False: none was set."""
+        return await self._set_client_certificate(None)
+
+    async def _set_client_certificate(self, given: ClientCertificate | None) -> bool:
+        desk, entry = self._desk, self._entry
+        engine = desk.ready()
+        if given is not None:
+            desk.parties.check_presentable()
+        async with engine.command(entry):
+            before = entry.job.http.client_certificate
+            if given is None and before is None:
+                return False
+            if given != before:
+                await _change_what_the_helper_saw(desk, entry, "its client certificate")
+            origins = named_origins(entry, AuthTarget.SERVER) if given is not None and entry.job.resumed else None
+            if before is not None:
+                await desk.parties.forget_network(engine, entry)
+            await self._change_http(stop=before is not None, client_certificate=given, certificate_origins=origins)
+            return True
 
     async def set_server_certificate_validation(self, callback: "Callable[[Job, JobFile, bytes], bool | Awaitable[bool]] | None") -> None:
         """Let the application look at each server's certificate, after TLS verified it (under the security flags) and before anything is
@@ -1050,9 +1138,10 @@ class Job:
             return True
 
     def take_ownership(self) -> Coroutine[Any, Any, None]:
-        """Make the ambient identity at this call the owner. What was entrusted to the job is dropped: its credentials, its helper token,
-        its notification command and its callback; what was fetched is fetched anew, because the part files are the old owner's. Other
-        handles on the job lead nowhere from now on (for them it is CANCELLED): get a new one by `get_job`.
+        """Make the ambient identity at this call the owner. What was entrusted to the job is dropped: its credentials, its custom
+        headers, its client certificate, its helper token, its notification command and its callback; what was fetched is fetched anew,
+        because the part files are the old owner's. Other handles on the job lead nowhere from now on (for them it is CANCELLED): get a
+        new one by `get_job`.
 
         Raises:
             AccessDenied: the caller is not elevated.

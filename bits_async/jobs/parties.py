@@ -21,8 +21,9 @@ from ..auth.policy import (
 from ..errors import ErrorCode, ErrorContext, TokenRequired, make_error
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token
+from ..transport.client_certificates import KeyPair, read_key_pair
 from ..transport.lane import Judge, Party
-from ..transport.options import TLS_FLAGS, SecurityFlags
+from ..transport.options import TLS_FLAGS, ClientCertificate, SecurityFlags
 from ..transport.proxies import route
 from ..transport.timeouts import Timeouts
 from ..transport.tls import TlsSettings, read_revocation_lists
@@ -110,9 +111,11 @@ class Parties:
 
     async def _tls_of(self, entry: Entry) -> TlsSettings:
         """The manager's TLS as the job's security flags want it; read and made off the loop."""
-        http, revoked = entry.job.http, None
-        if not http.flags & TLS_FLAGS:
+        http, revoked, pair = entry.job.http, None, None
+        if not http.flags & TLS_FLAGS and http.client_certificate is None:
             return self._tls
+        if http.client_certificate is not None:
+            pair = await self._key_pair(entry, http.client_certificate)
         if SecurityFlags.SSL_ENABLE_CRL_CHECK in http.flags:
             if http.crl_source is None:
                 code = ErrorCode.ERROR_WINHTTP_SECURE_CERT_REV_FAILED
@@ -122,7 +125,26 @@ class Parties:
             with self._executors.lease(entry.owner, "files") as files:
                 revoked = await files.run(read_revocation_lists, http.crl_source, entry.owner.name)
         with self._executors.lease(Token.for_process(), "files") as files:
+            if pair is not None:
+                return await files.run(self._tls.presenting, pair, http.certificate_origins or frozenset(), http.flags, revoked)
             return await files.run(self._tls.under, http.flags, revoked)
+
+    async def _key_pair(self, entry: Entry, wanted: ClientCertificate) -> KeyPair:
+        """The job's client certificate, read by its owner's threads, whoever acts on the network. Nobody else shows it: a connection would
+        be one identity's by its certificate and another's by its logins. BITS lets jobs of LocalSystem do so, and no others."""
+        if entry.owner is None:
+            raise TokenRequired("the client certificate is read as the job's owner", job_id=entry.job.id)
+        if HelperTokenFlags.NETWORK in entry.job.helper_flags and not entry.owner.elevated:
+            code = ErrorCode.ERROR_WINHTTP_CLIENT_CERT_NO_ACCESS_PRIVATE_KEY
+            message = "the helper acts on the network, and the client certificate's key is the owner's"
+            advice = "remove the client certificate, or let the owner act on the network, then resume the job"
+            raise make_error(code, ErrorContext.GENERAL_TRANSPORT, message, job_id=entry.job.id, identity=entry.owner.name, advice=advice)
+        with self._executors.lease(entry.owner, "files") as files:
+            return await files.run(read_key_pair, wanted, entry.owner.name)
+
+    def check_presentable(self) -> None:
+        """Raises E_NOTIMPL when the manager's jobs cannot show a client certificate."""
+        self._tls.check_presentable()
 
     async def check_derivable(self, flags: SecurityFlags) -> None:
         """Raises E_NOTIMPL when the flags cannot be applied to the manager's context."""

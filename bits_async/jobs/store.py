@@ -62,7 +62,7 @@ from ..errors import (
 from ..files import PartRecord
 from ..identity.tokens import HelperTokenFlags
 from ..transport.digests import Digests
-from ..transport.options import HttpOptions, SecurityFlags, headers_of_text, headers_text
+from ..transport.options import ClientCertificate, HttpOptions, SecurityFlags, headers_of_text, headers_text
 from ..transport.proxies import ProxySettings, ProxyUsage
 from ..transport.ranges import FileRange, Slice, Validator
 from .keys import KeySource
@@ -261,6 +261,8 @@ SCHEMA: Final = (
     ALTER TABLE files ADD COLUMN wrong_digest TEXT;
     ALTER TABLE jobs ADD COLUMN files_at_once INTEGER NOT NULL DEFAULT 1;
     ALTER TABLE jobs ADD COLUMN segments INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE jobs ADD COLUMN client_certificate TEXT;            -- JSON object: where it is; NULL: none
+    ALTER TABLE jobs ADD COLUMN client_certificate_origins TEXT;    -- as grants.origins
     CREATE INDEX jobs_owing ON jobs (number) WHERE owed <> 0 AND notify_program IS NOT NULL;
     CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;  -- of the journal: key_source, key_id
     """,
@@ -1201,6 +1203,27 @@ def _origins_out(text: str | None) -> frozenset[Origin] | None:
     return None if text is None else frozenset(Origin(scheme, host, port) for scheme, host, port in json.loads(text))
 
 
+def _certificate_in(given: ClientCertificate | None) -> str | None:
+    if given is None:
+        return None
+    paths = {name: value and str(value) for name, value in (("key", given.key), ("password_file", given.password_file))}
+    thumbprint = given.thumbprint and given.thumbprint.hex()
+    return json.dumps({"source": str(given.source), "thumbprint": thumbprint, "subject_name": given.subject_name, **paths})
+
+
+def _certificate_out(text: str | None) -> ClientCertificate | None:
+    if text is None:
+        return None
+    stored = json.loads(text)
+    return ClientCertificate(
+        source=Path(stored["source"]),
+        thumbprint=None if stored["thumbprint"] is None else bytes.fromhex(stored["thumbprint"]),
+        subject_name=stored["subject_name"],
+        key=None if stored["key"] is None else Path(stored["key"]),
+        password_file=None if stored["password_file"] is None else Path(stored["password_file"]),
+    )
+
+
 def _url_place(job_id: UUID, owner: str, index: int, column: str) -> Place:
     return Place(job_id, owner, f"files.{index}.{column}")
 
@@ -1454,6 +1477,8 @@ def _job_row(job: JobRecord) -> Values:
         security_flags=job.http.flags,
         crl_source=job.http.crl_source,
         validates_certificates=job.http.validates_certificates,
+        client_certificate=_certificate_in(job.http.client_certificate),
+        client_certificate_origins=_origins_in(job.http.certificate_origins),
         minimum_retry_delay=float(job.minimum_retry_delay),
         no_progress_timeout=float(job.no_progress_timeout),
         maximum_download_time=float(job.maximum_download_time),
@@ -1643,6 +1668,8 @@ def _job(row: Row) -> JobRecord:
             flags=SecurityFlags(row["security_flags"]),
             crl_source=None if row["crl_source"] is None else Path(_text_out(row["crl_source"])),
             validates_certificates=bool(row["validates_certificates"]),
+            client_certificate=_certificate_out(row["client_certificate"]),
+            certificate_origins=_origins_out(row["client_certificate_origins"]),
         ),
         minimum_retry_delay=row["minimum_retry_delay"],
         no_progress_timeout=row["no_progress_timeout"],

@@ -201,6 +201,8 @@ def _wire_error(exc: BaseException, url: str, doing: str) -> BitsError:
     if isinstance(exc, aiohttp.ClientResponseError | aiohttp.http_exceptions.HttpProcessingError):
         large = "got more than" in exc.message.lower() or "too many headers" in exc.message.lower()
         return _bad_answer(url, "its head is too large", ErrorCode.BG_E_TOO_LARGE) if large else _bad_answer(url, "it is not HTTP")
+    if isinstance(exc.__cause__, ssl.SSLError):
+        return error_from_network(exc.__cause__, url=url, doing=doing)  # with TLS 1.3 a server judges our certificate after the handshake
     if isinstance(exc, TimeoutError | ssl.SSLError) and not isinstance(exc, aiohttp.ClientError):
         return error_from_network(exc, url=url, doing=doing)
     return error_from_network(ConnectionResetError(), url=url, doing=doing)
@@ -386,7 +388,7 @@ class Lane:
         proxy = Login(Seat.PROXY, self._make_flow)
         origin = Login(Seat.ORIGIN, self._make_flow)
         self._logins = (proxy, origin) if self._route.forwarded else (origin,)
-        self.connector = LaneConnector(self._route, party.tls, proxy)
+        self.connector = LaneConnector(self._route, party.tls.toward(key.origin), proxy)
         self._session = aiohttp.ClientSession(
             connector=self.connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -752,8 +754,9 @@ class Lanes:
 
     def _key(self, party: Party, url: str) -> tuple[LaneKey, dict[Seat, Offers]]:
         origin, proxy = Origin.of(url), route(party.proxy, url)
+        tls = party.tls.toward(origin)
         offers = {Seat.ORIGIN: choose_offers(Seat.ORIGIN, origin, party.grants, party.token, party.rules), Seat.PROXY: Offers()}
-        if party.redirected or not party.tls.verifies:
+        if party.redirected or not tls.verifies:
             offers[Seat.ORIGIN] = without_delegation(offers[Seat.ORIGIN])
         if proxy is not None:
             offers[Seat.PROXY] = choose_offers(Seat.PROXY, Origin.of(proxy), party.grants, party.token, party.rules)
@@ -763,7 +766,7 @@ class Lanes:
             for offer in given
         )
         judge = None if party.judge is None else party.judge.key
-        return LaneKey(party.token, shown, party.rules, party.tls.key, judge, origin, proxy), offers
+        return LaneKey(party.token, shown, party.rules, tls.key, judge, origin, proxy), offers
 
     def _new_lane(self, host: _Host, key: LaneKey, offers: Mapping[Seat, Offers], party: Party) -> Lane:
         """Makes room where kept lanes of others fill the host's share."""

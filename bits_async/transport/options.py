@@ -19,6 +19,9 @@ MAX_CUSTOM_HEADERS: Final = 16_384
 
 MAX_METHOD: Final = 64
 
+MAX_SUBJECT_NAME: Final = 255
+"""Characters of the name that a client certificate is looked for by (BITS's limit: 256 with the NUL)."""
+
 _TOKEN: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, 5.6.2
 _VALUE: Final = re.compile(r"[\x20-\x7e]*")
 _FORBIDDEN: Final = frozenset(
@@ -79,6 +82,25 @@ _REDIRECT_POLICY: Final = SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_REPORT | Secu
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClientCertificate:
+    """Where a job's client certificate is, and its key with it; nothing in here is secret.
+
+    Attributes:
+        source: the file (PEM or PKCS#12), or the directory to look for it in.
+        thumbprint: in a directory: its SHA-1 (20 bytes) or SHA-256 (32 bytes).
+        subject_name: in a directory: a part of its simple subject name.
+        key: the file with its private key; None: it is in the same file, or beside it, with the suffix `.key`.
+        password_file: the file whose first line opens `source` and the key.
+    """
+
+    source: Path
+    thumbprint: bytes | None = None
+    subject_name: str | None = None
+    key: Path | None = None
+    password_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HttpOptions:
     """The HTTP options of one job.
 
@@ -90,6 +112,8 @@ class HttpOptions:
         flags: see `SecurityFlags`.
         crl_source: file or directory with the certificate revocation lists.
         validates_certificates: the application wants to see each server's certificate; its callback itself does not survive a restart.
+        client_certificate: what the job shows of itself in the handshake.
+        certificate_origins: whom that may be shown to; None: bound at the first resume (T19).
     """
 
     method: str = "GET"
@@ -99,6 +123,8 @@ class HttpOptions:
     flags: SecurityFlags = SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_SILENT
     crl_source: Path | None = None
     validates_certificates: bool = False
+    client_certificate: ClientCertificate | None = None
+    certificate_origins: frozenset[Origin] | None = None
 
     @property
     def plain(self) -> bool:
@@ -106,8 +132,14 @@ class HttpOptions:
         return self.method == "GET"
 
     def bound(self, origins: Iterable[Origin]) -> "HttpOptions":
-        """With the custom headers bound to these origins, if they are not bound yet (T19)."""
-        return self if self.header_origins is not None or self.headers == () else replace(self, header_origins=frozenset(origins))
+        """With the custom headers and the client certificate bound to these origins, where they are not bound yet (T19)."""
+        named = frozenset(origins)
+        headers, certificate = self.header_origins, self.certificate_origins
+        if headers is None and self.headers != ():
+            headers = named
+        if certificate is None and self.client_certificate is not None:
+            certificate = named
+        return replace(self, header_origins=headers, certificate_origins=certificate)
 
     def headers_for(self, origin: Origin) -> tuple[tuple[str, str], ...]:
         """The custom headers that a request to this origin carries."""
@@ -153,6 +185,35 @@ def checked_flags(flags: SecurityFlags) -> SecurityFlags:
 def not_implemented(why: str) -> BitsError:
     """E_NOTIMPL."""
     return make_error(ErrorCode.E_NOTIMPL, ErrorContext.NONE, why, advice="use other security flags")
+
+
+# -- client certificates -----------------------------------------------------------------------------------------------------------
+
+
+def checked_thumbprint(thumbprint: bytes | str) -> bytes:
+    """A thumbprint as bytes, or as hexadecimal digits with or without colons and spaces between them.
+
+    Raises:
+        InvalidArgument: it is neither a SHA-1 nor a SHA-256.
+    """
+    try:
+        raw = bytes.fromhex(thumbprint.replace(":", " ")) if isinstance(thumbprint, str) else thumbprint
+    except ValueError:
+        raw = b""
+    if not isinstance(raw, bytes) or len(raw) not in (20, 32):
+        raise InvalidArgument("a thumbprint is a SHA-1 (20 bytes) or a SHA-256 (32 bytes)")
+    return raw
+
+
+def checked_subject_name(name: str) -> str:
+    """A part of a simple subject name: 1 to 255 characters.
+
+    Raises:
+        InvalidArgument: it is not.
+    """
+    if not isinstance(name, str) or not 1 <= len(name) <= MAX_SUBJECT_NAME or not name.strip():
+        raise InvalidArgument(f"a subject name has 1 to {MAX_SUBJECT_NAME} characters")
+    return name
 
 
 # -- custom headers --------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NoReturn, cast
 
-from ..errors import BitsError, ErrorCode, ErrorContext, make_error, scrub
+from ..auth.policy import Origin
+from ..errors import BitsError, ErrorCode, ErrorContext, make_error, scrub, show_text
 from .certificates import LeafRules, check_leaf, prepare
+from .client_certificates import KeyPair, unusable_key
 from .options import TLS_FLAGS, SecurityFlags, not_implemented
 
 SHUTDOWN_TIMEOUT = 1.0
@@ -40,12 +42,15 @@ class TlsSettings:
     """What decides how a server is verified and how we present ourselves to it.
 
     `context` None means Python's defaults, so `SSL_CERT_FILE` and `SSL_CERT_DIR` work. `leaf` is what is left to check of a server's
-    own certificate where OpenSSL does not verify it, and `proxy` the settings for TLS with a proxy, both made by `under`.
+    own certificate where OpenSSL does not verify it, and `proxy` the settings for TLS with a proxy, both made by `under`. With a client
+    certificate (`presenting`) these settings are for `origins`, and `others` for every other origin (T19).
     """
 
     context: ssl.SSLContext | None = None
     leaf: LeafRules | None = None
     proxy: "TlsSettings | None" = None
+    others: "TlsSettings | None" = None
+    origins: frozenset[Origin] = frozenset()
 
     def effective(self) -> ssl.SSLContext:
         """The context to shake hands with. Reads the trusted authorities when the defaults are used for the first time."""
@@ -82,6 +87,33 @@ class TlsSettings:
         if leaf is not None:
             prepare()
         return TlsSettings(context, leaf, TlsSettings(base))
+
+    def toward(self, origin: Origin) -> "TlsSettings":
+        """What this origin is met with."""
+        return self if self.others is None or origin in self.origins else self.others
+
+    def check_presentable(self) -> None:
+        """Whether a client certificate can be shown.
+
+        Raises:
+            BitsError: E_NOTIMPL: there is a context of the application's, which may show another (T24); or this system cannot hand a key
+                to OpenSSL without a temporary file (T27).
+        """
+        if self.context is not None:
+            raise _cannot_present("the manager has an ssl context of the application's", "open the manager without ssl=")
+        if not hasattr(os, "memfd_create"):
+            raise _cannot_present("this system would need a temporary file for the key", "use a Linux system")
+
+    def presenting(self, pair: KeyPair, origins: frozenset[Origin], flags: SecurityFlags, revoked: bytes | None = None) -> "TlsSettings":
+        """As `under`, with a client certificate for these origins; blocks.
+
+        Raises:
+            BitsError: as `under` and `check_presentable`; ERROR_WINHTTP_CLIENT_CERT_NO_ACCESS_PRIVATE_KEY: OpenSSL refuses the pair.
+        """
+        self.check_presentable()
+        others = self.under(flags, revoked)
+        context = _presenting(_places(), flags & TLS_FLAGS, revoked, pair)
+        return TlsSettings(context, others.leaf, TlsSettings(self.effective()), others, origins)
 
     def check_revocable(self) -> None:
         """Whether SSL_ENABLE_CRL_CHECK can be applied.
@@ -123,6 +155,42 @@ def _new_default() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context
+
+
+# -- a client certificate -----------------------------------------------------------------------------------------------------------
+
+_presented: "weakref.WeakValueDictionary[object, ssl.SSLContext]" = weakref.WeakValueDictionary()
+
+
+def _presenting(places: tuple[str | None, str | None], flags: SecurityFlags, revoked: bytes | None, pair: KeyPair) -> ssl.SSLContext:
+    """One context for each certificate with its key, so that jobs with the same ones share lanes; it goes with the last lane."""
+    which = (*places, flags, revoked, pair.fingerprint)
+    context = _presented.get(which)
+    if context is None:
+        context = _apply(_new_default(), flags, revoked)
+        context.post_handshake_auth = True  # a server may ask for it when it sees the path
+        _load_pair(context, pair)
+        _presented[which] = context
+    return context
+
+
+def _load_pair(context: ssl.SSLContext, pair: KeyPair) -> None:
+    """`ssl` takes keys from files only; this one is memory without a name (T27)."""
+    descriptor = os.memfd_create("client-certificate")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(pair.pem)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    except ssl.SSLError as exc:
+        raise unusable_key(f"OpenSSL refuses it: {show_text(exc.reason or '')}", pair.path, pair.identity) from scrub(exc)
+    except OSError as exc:
+        raise unusable_key("it cannot be handed to OpenSSL; is /proc mounted?", pair.path, pair.identity) from scrub(exc)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_present(why: str, advice: str) -> BitsError:
+    return make_error(ErrorCode.E_NOTIMPL, ErrorContext.NONE, f"a client certificate cannot be shown: {why}", advice=advice)
 
 
 def peer_certificate(transport: asyncio.BaseTransport) -> bytes | None:

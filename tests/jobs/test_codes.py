@@ -294,6 +294,12 @@ ELSEWHERE: dict[ErrorCode, str] = {
     ErrorCode.ERROR_WINHTTP_NAME_NOT_RESOLVED: "transport/test_connector.py::test_nothing_listens_and_nobody_knows_the_name",
     ErrorCode.ERROR_WINHTTP_SECURE_CERT_REV_FAILED: "loopback/test_http_options.py::"
     "test_without_a_good_revocation_list_no_server_is_trusted",
+    ErrorCode.ERROR_WINHTTP_CLIENT_AUTH_CERT_NEEDED: "loopback/test_client_certificates.py::"
+    "test_a_server_that_wants_a_certificate_and_gets_none_or_a_stranger_s_is_a_clear_error",
+    ErrorCode.ERROR_WINHTTP_CLIENT_CERT_NO_PRIVATE_KEY: "loopback/test_client_certificates.py",
+    ErrorCode.ERROR_WINHTTP_CLIENT_CERT_NO_ACCESS_PRIVATE_KEY: "loopback/test_client_certificates.py::"
+    "test_t27_the_owner_s_permissions_on_the_key_decide",
+    ErrorCode.CRYPT_E_NOT_FOUND: "loopback/test_client_certificates.py",
     ErrorCode.ERROR_WINHTTP_SECURE_CERT_REVOKED: "loopback/test_http_options.py::"
     "test_a_revoked_certificate_is_fatal_and_one_that_is_not_passes",
     ErrorCode.ERROR_WINHTTP_SECURE_FAILURE: "loopback/test_http_options.py::test_a_flag_lets_its_flaw_pass_and_no_other",
@@ -372,8 +378,6 @@ CANNOT: dict[ErrorCode, str] = {
     ErrorCode.BG_E_BLOCKED_BY_GAME_MODE: WINDOWS,
     ErrorCode.BG_E_BLOCKED_BY_SYSTEM_POLICY: WINDOWS,
     ErrorCode.ERROR_NOT_LOGGED_ON: "a job whose owner is not logged on waits and says so (WaitingReason.NO_OWNER_TOKEN)",
-    ErrorCode.ERROR_WINHTTP_CLIENT_AUTH_CERT_NEEDED: "client certificates belong to the application's own ssl= context",
-    ErrorCode.ERROR_WINHTTP_CLIENT_CERT_NO_ACCESS_PRIVATE_KEY: "client certificates belong to the application's own ssl= context",
 }
 
 

@@ -23,6 +23,7 @@ CHANGES: dict[str, Change] = {
     "set_security_flags": lambda job, where: job.set_security_flags(SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_HTTPS_TO_HTTP),
     "set_crl_source": lambda job, where: job.set_crl_source(where / "crl"),
     "set_http_method": lambda job, where: job.set_http_method("DELETE"),
+    "set_client_certificate_by_file": lambda job, where: job.set_client_certificate_by_file(where / "me.pem"),
     "set_server_certificate_validation": lambda job, where: job.set_server_certificate_validation(lambda *_: True),
 }
 

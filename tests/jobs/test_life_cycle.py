@@ -241,6 +241,10 @@ ORDERS = {
     "make_custom_headers_write_only": Order(lambda job: job.make_custom_headers_write_only(), SAME),
     "set_security_flags": Order(lambda job: job.set_security_flags(bits.SecurityFlags(0)), SAME),
     "set_crl_source": Order(lambda job: job.set_crl_source("/lists"), SAME),
+    "set_client_certificate_by_file": Order(lambda job: job.set_client_certificate_by_file("/me.pem"), SAME),
+    "set_client_certificate_by_id": Order(lambda job: job.set_client_certificate_by_id("/mine", b"a" * 20), SAME),
+    "set_client_certificate_by_name": Order(lambda job: job.set_client_certificate_by_name("/mine", "alice"), SAME),
+    "remove_client_certificate": Order(lambda job: job.remove_client_certificate(), SAME),
     "set_server_certificate_validation": Order(
         lambda job: job.set_server_certificate_validation(lambda *_: True),
         {state: state for state in (S.SUSPENDED, S.ERROR, S.TRANSFERRED)},

@@ -1,5 +1,8 @@
 """Rules of a job's HTTP options: what may be a custom header, a method, a set of flags."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +11,7 @@ from bits_async.auth.policy import Origin
 from bits_async.errors import BitsError, ErrorCode, InvalidArgument
 from bits_async.transport.options import (
     MAX_CUSTOM_HEADERS,
+    ClientCertificate,
     HttpOptions,
     SecurityFlags,
     checked_flags,
@@ -108,7 +112,10 @@ def test_t19_headers_go_to_the_origins_they_were_bound_to_first():
     bound = options.bound([HERE])
     assert bound.headers_for(HERE) == (("X", "1"),)
     assert bound.headers_for(THERE) == ()
-    assert bound.bound([THERE]) is bound
+    assert bound.bound([THERE]) == bound
+    certified = replace(bound, client_certificate=ClientCertificate(source=Path("/me.pem")))
+    assert certified.bound([THERE]).certificate_origins == {THERE}
+    assert certified.bound([THERE]).bound([HERE]) == certified.bound([THERE]), "and so is a client certificate"
     assert HttpOptions().bound([HERE]).header_origins is None, "headers that are set later are bound then"
 
 
