@@ -17,6 +17,7 @@ import pytest
 
 import bits_async as bits
 from bits_async import ErrorCode, InvalidState, JobPriority, JobState
+from bits_async.identity.threads import TokenExecutors
 from bits_async.jobs.engine import Engine
 from bits_async.jobs.model import NEXT, Command
 from bits_async.testing import FakeNetwork, fake_token
@@ -707,3 +708,22 @@ async def test_a_change_that_comes_while_a_job_leaves_does_not_bring_it_back(tmp
             with bits.impersonate(fake_token("admin", elevated=True)):
                 left = [(each.state, each.owner_name) async for each in manager.enum_jobs(all_users=True)]
     assert left == ([] if leaving == "cancel" else [(S.SUSPENDED, "admin")])
+
+
+async def test_t12_a_job_is_completed_with_the_rights_of_today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def locked(self: TokenExecutors, token: bits.Token) -> None:
+        raise bits.TokenRequired("the account is locked", identity=token.name)
+
+    with FakeNetwork() as network:
+        network.serve(SMALL, BODIES[SMALL])
+        async with bits.BitsManager(store=tmp_path / "queue.db") as manager:
+            job = await manager.create_job("j", owner=fake_token("alice"))
+            await job.add_file(SMALL, tmp_path / "f")
+            await job.resume()
+            await job.wait()
+            with monkeypatch.context() as patch, pytest.raises(bits.TokenRequired, match="locked"):
+                patch.setattr(TokenExecutors, "refresh", locked)
+                await job.complete()
+            assert job.state is S.TRANSFERRED
+            assert not (tmp_path / "f").exists()
+            assert await job.complete() == (tmp_path / "f",)
