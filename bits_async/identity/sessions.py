@@ -108,6 +108,7 @@ class _Logind:
     def __init__(self, address: str) -> None:
         self._address = address
         self._bus: MessageBus | None = None
+        self._sender: str | None = None  # logind's own name on the bus: anybody may send us a signal that looks like its
         self._known: dict[str, str] = {}  # session -> user
         self._ended: deque[SessionEnded] = deque()
         self._news = asyncio.Event()
@@ -175,7 +176,9 @@ class _Logind:
                 f"type='signal',sender='{LOGIND}',interface='{MANAGER}'",
                 f"type='signal',sender='{BUS}',interface='{BUS}',member='NameOwnerChanged',arg0='{LOGIND}'",
             ):
-                await _call(bus, _Peer(BUS, "/org/freedesktop/DBus", BUS), "AddMatch", "s", [rule])
+                await _call(bus, _DAEMON, "AddMatch", "s", [rule])
+            with contextlib.suppress(_Refused):  # it does not run yet
+                self._sender = (await _call(bus, _DAEMON, "GetNameOwner", "s", [LOGIND])).body[0]
         except BaseException:
             await _hang_up(bus)
             raise
@@ -198,7 +201,7 @@ class _Logind:
                 look.cancel()
         finally:
             gone.cancel()
-            self._bus = None
+            self._bus = self._sender = None
             await _hang_up(bus)
 
     # -- what logind says
@@ -221,8 +224,12 @@ class _Logind:
 
         if message.message_type is not MessageType.SIGNAL:
             return
-        if message.interface == BUS and message.member == "NameOwnerChanged" and message.body[0] == LOGIND and message.body[2]:
-            self._look.set()
+        if message.sender == BUS and message.member == "NameOwnerChanged" and message.body[0] == LOGIND:
+            self._sender = message.body[2] or None
+            if self._sender is not None:
+                self._look.set()
+        elif message.sender is None or message.sender != self._sender:
+            return  # a match rule does not keep away what is addressed to us
         elif message.interface == MANAGER and message.member == "SessionNew":
             self._look.set()  # the signal does not say whose it is
         elif message.interface == MANAGER and message.member == "SessionRemoved":
@@ -245,6 +252,9 @@ class _Peer:
     name: str
     path: str
     interface: str
+
+
+_DAEMON: Final = _Peer(BUS, "/org/freedesktop/DBus", BUS)
 
 
 async def _call(bus: "MessageBus", peer: _Peer, member: str, signature: str, body: list[object]) -> "Message":

@@ -158,21 +158,46 @@ async def test_without_dbus_fast_nobody_is_logged_off(monkeypatch: pytest.Monkey
         await nothing(watcher)
 
 
-async def test_the_end_of_a_session_that_was_not_known_is_told_too() -> None:
+def removed(session: str, *, destination: str | None = None, sender: str | None = None) -> Any:
+    """The signal of logind."""
     dbus = pytest.importorskip("dbus_fast")
-    watcher = sessions._Logind("unix:path=/nowhere")
-    body = ["c7", "/org/freedesktop/login1/session/c7"]
-    watcher._heard(
-        dbus.Message(
-            message_type=dbus.MessageType.SIGNAL,
-            path=sessions.LOGIND_PATH,
-            interface=sessions.MANAGER,
-            member="SessionRemoved",
-            signature="so",
-            body=body,
-        )
+    return dbus.Message(
+        message_type=dbus.MessageType.SIGNAL,
+        destination=destination,
+        sender=sender,
+        path=sessions.LOGIND_PATH,
+        interface=sessions.MANAGER,
+        member="SessionRemoved",
+        signature="so",
+        body=[session, f"/org/freedesktop/login1/session/{session}"],
     )
+
+
+async def test_the_end_of_a_session_that_was_not_known_is_told_too() -> None:
+    watcher = sessions._Logind("unix:path=/nowhere")
+    watcher._sender = ":1.7"
+    watcher._heard(removed("c6", sender=":1.66"))
+    watcher._heard(removed("c7", sender=":1.7"))
     assert await heard(watcher, 1) == [SessionEnded(None, "c7")]
+    await nothing(watcher)
+
+
+@needs_logind
+async def test_nobody_but_logind_logs_others_off(bus: "SystemBus", logind: "Logind", users: Mapping[str, "LocalUser"]) -> None:
+    from dbus_fast.aio import MessageBus
+
+    session = await begin(bus, users["bitsalice"])
+    async with watch_sessions(bus.address) as watcher:
+        await known(watcher, session)
+        stranger = await MessageBus(bus_address=bus.address).connect()
+        try:
+            await stranger.send(removed(session.name, destination=watcher._bus.unique_name))  # type: ignore[attr-defined]
+            await nothing(watcher)
+        finally:
+            stranger.disconnect()
+            await stranger.wait_for_disconnect()
+        await session.end()
+        assert (await heard(watcher, 1))[0].session == session.name
 
 
 async def test_who_waits_for_a_log_off_hears_that_the_watch_broke(monkeypatch: pytest.MonkeyPatch) -> None:
