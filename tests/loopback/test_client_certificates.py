@@ -6,6 +6,7 @@ import shutil
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -294,6 +295,41 @@ async def test_a_server_that_wants_a_certificate_and_gets_none_or_a_stranger_s_i
                 await job.set_client_certificate_by_file(place.write("me.pem", me.pem + me.key()))
             error = await failed(job, ErrorCode.ERROR_WINHTTP_CLIENT_AUTH_CERT_NEEDED)
     assert "client certificate" in str(error)
+
+
+def _answer_when_shown(listener: socket.socket, context: ssl.SSLContext) -> None:
+    """Asks for the certificate after it saw the request, as Apache does for a directory; the body is the subject's common name."""
+    wire, _ = listener.accept()
+    wire.settimeout(10)
+    with context.wrap_socket(wire, server_side=True) as tls:
+        assert tls.recv(65536).startswith(b"GET /file ")
+        assert tls.getpeercert() is None
+        tls.verify_client_post_handshake()
+        tls.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\n")  # writes the question first
+        tls.settimeout(0.02)
+        deadline = time.monotonic() + 10
+        while not (shown := tls.getpeercert()) and time.monotonic() < deadline:
+            with suppress(TimeoutError):  # what comes is no data: reading deals with it and goes on waiting
+                tls.recv(1)
+        assert shown
+        tls.sendall(dict(part[0] for part in shown["subject"])["commonName"].encode())
+
+
+async def test_a_server_may_ask_when_it_has_seen_the_path(place, authority, alice):
+    context = authority.issue().context
+    context.load_verify_locations(authority.ca_file)
+    context.verify_mode, context.post_handshake_auth = ssl.CERT_REQUIRED, True
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=_answer_when_shown, args=(listener, context), daemon=True)
+        thread.start()
+        async with place.manager() as manager:
+            job = await place.job(manager, f"https://127.0.0.1:{listener.getsockname()[1]}/file")
+            await job.set_client_certificate_by_file(place.write("me.pem", alice.pem + alice.key()))
+            await job.resume()
+            await job.wait(transient=True)
+            (path,) = await job.complete()
+        assert path.read_bytes() == b"alice"
+    await asyncio.to_thread(thread.join, 10)
 
 
 async def test_a_server_that_only_asks_serves_a_job_without_a_certificate(place, authority):
