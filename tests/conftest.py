@@ -8,6 +8,8 @@ import asyncio
 import gc
 import os
 import shutil
+import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -145,6 +147,8 @@ def own_environment(silent_kdc: SilentKdc) -> Iterator[None]:
     foreign = {"KRB5CCNAME", "KRB5_KTNAME", "KRB5_CLIENT_KTNAME", "NTLM_USER_FILE", "SSL_CERT_FILE", "SSL_CERT_DIR"}
     foreign |= {name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")}
     directory = make_world_directory("krb5")
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a run that was started with nohup: programs under test inherit it
     with pytest.MonkeyPatch.context() as patch:
         for name in foreign:
             patch.delenv(name, raising=False)

@@ -855,8 +855,12 @@ class Attempt:
                 await part.discard()  # the journal knows nothing of it
             elif download.fresh and not download.count and not record.transferred:
                 await self._discard(download)
-            elif not record.transferred and download.at_risk and not (self._recorder.job.high_performance and not record.wanted):
+            elif record.transferred or not download.at_risk:
+                pass
+            elif not self._recorder.job.high_performance or record.wanted:
                 await self._checkpoint(download)
+            elif record.validator is None:
+                await self._keep(download)  # which version it is: after a mere stop the part file's length says how far
         except BitsError as error:
             log.warning("job %s: the last checkpoint failed, a resume repeats some bytes: %s", record.job_id, error)
         finally:
