@@ -559,7 +559,7 @@ class Attempt:
         together, and what a kill takes in between is no more than that.
         """
         self._refuse_elsewhere(asked, body)
-        at_once = body.length is not None and body.length <= WRITE_BATCH
+        at_once = body.length is not None and body.length <= _batch(Chain(*self._recorder.levels))
         if download.validator is None or download.validator.size is None:
             self._refuse_outside(download.record, body.total)
             named = body.url == download.record.url  # a redirect may lead elsewhere next time, and an ETag is of its own resource only
