@@ -1,6 +1,6 @@
 """`python -m tests.bench`: the benchmark. It measures and reports; it passes no judgement by its exit code.
 
---only plain,tls    some rows (plain, disk, tls, small, jobs, memory, queue, line, kerberos, identities)
+--only plain,tls    some rows (plain, disk, tls, small, jobs, memory, queue, line, limit-1, limit-100, kerberos, identities)
 --rounds 3          how often (7)
 --seconds 420       about how long: the amount of bytes is chosen for it
 --full              the whole amounts, however long it takes

@@ -190,6 +190,14 @@ class InLine(OneFile):
 
 
 @dataclass(frozen=True)
+class Limited(OneFile):
+    """One large file at a limit of speed; `full` is what ten seconds bring."""
+
+    def task(self, stage: Stage, contender: Contender, amount: int) -> Task:
+        return replace(super().task(stage, contender, amount), more={"rate": self.full / LIMITED_SECONDS})
+
+
+@dataclass(frozen=True)
 class LoggedIn(Row):
     """One large file from Apache, anonymous and with Kerberos."""
 
@@ -232,11 +240,19 @@ AT_ONCE = Ours(variant="8 files at once", options=(("files_at_once", 8),))
 LONG, EMPTY = Ours("open", "100,000 jobs"), Ours("open", "no jobs")
 CROWDED, ALONE = Ours("in_line", "100,000 jobs behind it"), Ours("in_line", "no job behind it")
 ANONYMOUS, KERBEROS = replace(OURS, variant="anonymous"), Ours("logged_in", "Kerberos")
+SLOWED = Ours("limited", "limited")
+LIMITED_SECONDS = 10
 ONE, ANOTHER = replace(OURS, variant="one identity"), Ours("for_another", "two identities")
 
 
 def _grown(found: Round) -> float:
     return (found[LARGE.name].peak - found[SMALL.name].peak) / MIB
+
+
+def _off_the_limit(found: Round) -> float:
+    inside = found[SLOWED.name].inside
+    assert inside is not None
+    return abs(inside["rate"] - 1) * 100
 
 
 def _resident(found: Round) -> float:
@@ -326,6 +342,17 @@ ROWS: tuple[Row, ...] = (
         (CROWDED, ALONE),
         ALONE.name,
         (Goal("wall with 100,000 jobs in line, to none", 1.02, wall_ratio(CROWDED.name, ALONE.name)),),
+    ),
+    *(
+        Limited(
+            f"limit-{megabytes}",
+            f"one large file, limited to {megabytes} MB/s",
+            megabytes * LIMITED_SECONDS * 1_000_000,
+            (SLOWED,),
+            SLOWED.name,
+            (Goal("off the limit", 5, _off_the_limit, "%"),),
+        )
+        for megabytes in (1, 100)
     ),
     LoggedIn(
         "kerberos",

@@ -81,7 +81,7 @@ def test_the_picture_is_well_formed_and_names_everybody():
 
 
 def test_every_goal_speaks_of_contenders_that_are_in_its_row():
-    everybody = {each.name: sample(1, wall=1, resident=1) for row in ROWS for each in row.contenders}
+    everybody = {each.name: sample(1, wall=1, resident=1, rate=1) for row in ROWS for each in row.contenders}
     for row in ROWS:
         own = {each.name: everybody[each.name] for each in row.contenders}
         assert row.baseline in own

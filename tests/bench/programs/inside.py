@@ -22,6 +22,9 @@ def _memory(name: str) -> int:
 class Inside:
     """Seconds of wall and of processor time (all threads) of the block, and bytes of memory after it; printed for the benchmark."""
 
+    def __init__(self) -> None:
+        self.more: dict[str, float] = {}  # what else was found
+
     def __enter__(self) -> "Inside":
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         return self
@@ -29,5 +32,5 @@ class Inside:
     def __exit__(self, kind: object, *_: object) -> None:
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         if kind is None:
-            found = {"wall": wall, "cpu": cpu, "resident": _memory("VmRSS"), "peak": _memory("VmHWM")}
+            found = {"wall": wall, "cpu": cpu, "resident": _memory("VmRSS"), "peak": _memory("VmHWM"), **self.more}
             os.write(1, json.dumps(found).encode() + b"\n")

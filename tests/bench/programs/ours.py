@@ -5,6 +5,7 @@ The manager is open before the clock starts, as it is in a service; the clock st
 
 import asyncio
 import ssl
+import time
 from typing import Any
 
 from inside import Inside, order
@@ -51,6 +52,18 @@ async def in_line(manager: bits.BitsManager, wish: dict[str, Any]) -> None:
         await _see_through(await _job(manager, wish["files"], bits.JobPriority.HIGH))
 
 
+async def limited(manager: bits.BitsManager, wish: dict[str, Any]) -> None:
+    """All files as one job with a limit of speed (bytes per second); "rate" is how much of it was used."""
+    job = await _job(manager, wish["files"])
+    await job.set_maximum_bandwidth(wish["rate"])
+    with Inside() as inside:
+        begin = time.perf_counter()
+        await job.resume()
+        await job.wait()
+        inside.more["rate"] = job.progress.bytes_transferred / (time.perf_counter() - begin) / wish["rate"]
+        await job.complete()
+
+
 async def for_another(manager: bits.BitsManager, wish: dict[str, Any]) -> None:
     """The file is written by another user of this machine."""
     helper = await bits.Token.for_user(wish["user"])
@@ -75,7 +88,14 @@ async def logged_in(manager: bits.BitsManager, wish: dict[str, Any]) -> None:
         await _see_through(job)
 
 
-WORK = {"one_job": one_job, "many_jobs": many_jobs, "in_line": in_line, "for_another": for_another, "logged_in": logged_in}
+WORK = {
+    "limited": limited,
+    "one_job": one_job,
+    "many_jobs": many_jobs,
+    "in_line": in_line,
+    "for_another": for_another,
+    "logged_in": logged_in,
+}
 
 
 async def main(wish: dict[str, Any]) -> None:
