@@ -6,8 +6,10 @@
  */
 #define _GNU_SOURCE
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -30,6 +32,7 @@ int main(int argc, char **argv) {
     double begin = now();
     pid_t child = fork();
     if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* whoever loses patience with us kills only us */
         execvp(argv[3], argv + 3);
         perror(argv[3]);
         _exit(127);
