@@ -171,7 +171,7 @@ def test_the_log_waits_for_its_lines_and_says_what_it_has_when_they_do_not_come(
     with connection(apache.url()) as opened:
         get(opened, "/pub/big")
     with pytest.raises(TimeoutError, match="/pub/big"):
-        apache.hits(expect=2, deadline=0.2, target="/pub/big")
+        apache.hits(expect=100, deadline=0.2, target="/pub/big")  # a line of the test before may still come
 
 
 def test_a_server_whose_port_was_taken_starts_on_another(kdc: MitKdc, monkeypatch: pytest.MonkeyPatch) -> None:
