@@ -7,13 +7,12 @@ be followed are an error.
 
 import enum
 import ipaddress
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ..errors import BitsError, ErrorCode, ErrorContext, InvalidArgument, StoreError, make_error
+from ..errors import BitsError, ErrorCode, ErrorContext, InvalidArgument, make_error
 from .answers import authority, parse_authority
 
 MAX_LIST: Final = 32 * 1024
@@ -98,30 +97,6 @@ class ProxySettings:
         if not isinstance(value, ProxySettings):
             raise InvalidArgument("a proxy must be ProxySettings, text or None")
         return value
-
-    def as_text(self) -> str:
-        """For the journal."""
-        return json.dumps(
-            {"usage": self.usage.name, "proxies": list(self.proxy_list), "bypass": list(self.bypass), "resolved": self.resolved}
-        )
-
-    @classmethod
-    def from_text(cls, text: str) -> "ProxySettings":
-        """What `as_text` wrote.
-
-        Raises:
-            StoreError: it did not.
-        """
-        try:
-            fields = json.loads(text)
-            proxies, bypass, resolved = fields["proxies"], fields["bypass"], fields["resolved"]
-            if not isinstance(proxies, list) or not isinstance(bypass, list) or not isinstance(resolved, bool):
-                raise TypeError
-            if not all(isinstance(entry, str) for entry in [*proxies, *bypass]):
-                raise TypeError
-            return cls(ProxyUsage[fields["usage"]], tuple(proxies), tuple(bypass), resolved)
-        except (ValueError, KeyError, TypeError):
-            raise StoreError("the proxy settings in the journal cannot be read") from None
 
 
 def resolve(settings: ProxySettings, environment: Mapping[str, str]) -> ProxySettings:
