@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dbus_fast
 import pytest
 
 from bits_async.identity import sessions
@@ -160,9 +161,8 @@ async def test_without_dbus_fast_nobody_is_logged_off(monkeypatch: pytest.Monkey
 
 def removed(session: str, *, destination: str | None = None, sender: str | None = None) -> Any:
     """The signal of logind."""
-    dbus = pytest.importorskip("dbus_fast")
-    return dbus.Message(
-        message_type=dbus.MessageType.SIGNAL,
+    return dbus_fast.Message(
+        message_type=dbus_fast.MessageType.SIGNAL,
         destination=destination,
         sender=sender,
         path=sessions.LOGIND_PATH,
@@ -201,8 +201,6 @@ async def test_nobody_but_logind_logs_others_off(bus: "SystemBus", logind: "Logi
 
 
 async def test_who_waits_for_a_log_off_hears_that_the_watch_broke(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("dbus_fast")
-
     watcher = sessions._Logind("unix:path=/nowhere")
 
     async def dies(looked: "asyncio.Future[None]") -> None:
