@@ -1,7 +1,7 @@
-"""A fixed identity from a configuration file: TOML that says who, and where the key or the encrypted secret is; never a password.
+r"""A fixed identity from a configuration file: TOML that says who, and where the key or the encrypted secret is; never a password.
 
     [identity]
-    user = "svc-fetch@CORP.EXAMPLE"                  # or "CORP\\svc-fetch"
+    user = "svc-fetch@CORP.EXAMPLE"                  # or 'CORP\svc-fetch'
     keytab = "/etc/fetch.keytab"                     # or one of these two, instead:
     password = { systemd_credential = "fetch" }      # LoadCredentialEncrypted=fetch in the unit
     password = { keyring = "fetcher" }               # the entry of this user under that service in the system's keyring

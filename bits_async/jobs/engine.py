@@ -1,6 +1,6 @@
 """The queue at work: the commands on jobs, and the loop that starts and ends their attempts. Which jobs are in memory says the roster.
 
-The engine knows tokens only as values to hand on; who may open a job is decided at the door (`manager`). Every change of a job is in
+The engine knows tokens only as values to hand on; who may open a job is decided at the door (`door`). Every change of a job is in
 the journal before it is told to anybody. A command on a job first holds it (nothing picks it up), stops its attempt at a durable point,
 and then moves it along the table of `model`.
 

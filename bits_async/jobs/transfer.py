@@ -1,10 +1,11 @@
 """One attempt at one job: the only place where a connection meets a file.
 
-The byte's line runs through `_pump`: body -> batch -> part file -> checkpoint. A checkpoint is fdatasync and then the journal's row, in
+The byte's line runs through `_pump` (body -> batch -> part file -> checkpoint), or through `_receive`, where a thread of the file token
+moves the rest of the body and only the checkpoints are made here. A checkpoint is fdatasync and then the journal's row, in
 this order, so that the journal never speaks of bytes that may still be in the air. Cancelling the attempt is how it is suspended,
 pre-empted and closed: what has arrived is written, made durable and journalled, then the cancel goes on.
 
-This module decides nothing about jobs: it raises what went wrong and its caller (`manager`) says what becomes of the job.
+This module decides nothing about jobs: it raises what went wrong and its caller (`engine`) says what becomes of the job.
 """
 
 import asyncio

@@ -2,8 +2,8 @@
 
 A lane is one `aiohttp.ClientSession` over one `LaneConnector`: never more than one connection, requests one after the other.
 Logins of the NTLM kind belong to the connection they were made on, so whoever shares it is logged in as somebody else. A lane is
-therefore used for exactly one key (token instance, what may be shown at both seats, rules, TLS settings, origin, proxy), and for
-no other, ever. That is the first security property of the product.
+therefore used for exactly one key (`LaneKey`: token instance, what may be shown at both seats, rules, TLS settings with the client
+certificate, who judges certificates, origin, proxy), and for no other, ever. That is the first security property of the product.
 
 `Lanes` keeps lanes between requests, bounds them per host, and follows redirects; a new origin is a new lane, so nothing travels
 with the old one. This module knows no job and no local file, and decides nothing about an answer: `answers.judge` does.
