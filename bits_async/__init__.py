@@ -18,6 +18,7 @@ The map of the package; imports point from a lower line to a higher one only:
       logon.py          how tokens are made: logon_user(), s4u_logon(), Token.for_*
       sessions.py       who is logged on: the end of logon sessions (logind)
       trusted.py        files that count only if nobody else may write them
+      vault.py          where secrets are kept encrypted: systemd, the keyring
       configured.py     a fixed identity from a configuration file
       threads.py        TokenExecutor: threads born in a token
       processes.py      a child process as a token, every id and capability dropped

@@ -14,15 +14,15 @@ import os
 import tomllib
 from collections.abc import Mapping
 from functools import partial
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import ErrorCode, ErrorContext, InvalidArgument, make_error, scrub, show_text
+from ..errors import ErrorCode, ErrorContext, InvalidArgument, make_error, show_text
 from .ambient import current_token
 from .logon import for_network, for_user
 from .threads import in_own_thread, wear
 from .tokens import Token
 from .trusted import read_trusted
+from .vault import ask_keyring, systemd_credential
 
 if TYPE_CHECKING:
     import spnego
@@ -87,36 +87,19 @@ def _secret(where: Any, user: str, path: str) -> str:
     raise InvalidArgument(f"a password cannot be kept by {show_text(kind, 40)}", path=path)
 
 
-def _missing(message: str, path: str, advice: str) -> Exception:
-    return make_error(ErrorCode.BG_E_INVALID_CREDENTIALS, ErrorContext.GENERAL_QUEUE_MANAGER, message, path=path, advice=advice)
-
-
 def _from_systemd(name: str, path: str) -> str:
     if "/" in name or name in (".", ".."):
         raise InvalidArgument("a credential of systemd has a plain name", path=path)
-    advice = f"set LoadCredentialEncrypted={name} in the unit"
-    directory = os.environ.get("CREDENTIALS_DIRECTORY")
-    if not directory:
-        raise _missing("systemd gave this process no credentials", path, advice)
     try:
-        with open(os.path.join(directory, name), "rb") as file:
-            return file.read(LARGEST_SECRET).decode().rstrip("\n")
-    except (OSError, UnicodeDecodeError):
-        raise _missing(f"the credential {show_text(name, 80)} cannot be read", path, advice) from None
+        return systemd_credential(name, LARGEST_SECRET).decode().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"the credential {show_text(name, 80)} is no text", path=path) from None
 
 
 def _from_keyring(service: str, user: str, path: str) -> str:
-    try:
-        keyring: Any = import_module("keyring")
-    except ImportError:
-        raise _missing("the package keyring is not installed", path, "pip install bits-async[keyring]") from None
-    try:
-        found = keyring.get_password(service, user)
-    except Exception as exc:  # each backend has errors of its own
-        raise _missing(f"the keyring cannot be used: {type(exc).__name__}", path, "unlock it, or use a credential of systemd") from scrub(
-            exc
-        )
+    found = ask_keyring(lambda keyring: keyring.get_password(service, user))
     if not found:
+        message = f"the keyring has no entry of {show_text(user, 80)} under {show_text(service, 80)}"
         advice = f"keyring set {service} {user}"
-        raise _missing(f"the keyring has no entry of {show_text(user, 80)} under {show_text(service, 80)}", path, advice)
+        raise make_error(ErrorCode.BG_E_INVALID_CREDENTIALS, ErrorContext.GENERAL_QUEUE_MANAGER, message, path=path, advice=advice)
     return str(found)

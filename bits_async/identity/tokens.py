@@ -242,7 +242,7 @@ class Token:
         Raises:
             InvalidArgument: Not such a file; a password stands in it.
             AccessDenied: Others may write it. LocalFileError: It cannot be read.
-            BitsError: BG_E_INVALID_CREDENTIALS: the secret cannot be had. ImpersonationFailed: as `for_user`.
+            BitsError: The secret cannot be had. ImpersonationFailed: as `for_user`.
         """
         from .configured import from_configuration
 

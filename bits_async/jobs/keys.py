@@ -10,17 +10,16 @@ Everything here blocks, a keyring perhaps until somebody unlocks it: it is calle
 
 import base64
 import binascii
+import contextlib
 import os
-import stat
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, Self, final
+from typing import Final, Self, final
 
-from ..errors import ErrorCode, InvalidArgument, StoreError, scrub
-from .secrets import KEY_SIZE, OTHERS_WRITE, load_key, os_fault
+from ..errors import BitsError, ErrorCode, InvalidArgument, StoreError
+from ..identity.vault import ask_keyring, keyring_unusable, systemd_credential
+from .secrets import KEY_SIZE, load_key
 
 FILE: Final = "file"
 KEYRING: Final = "keyring"
@@ -107,72 +106,26 @@ def _named(name: str) -> str:
     return name
 
 
-# -- systemd -----------------------------------------------------------------------------------------------------------
-
-
 def _from_systemd(name: str) -> bytes:
-    directory = os.environ.get("CREDENTIALS_DIRECTORY")
-    if not directory:
-        raise StoreError(
-            f"there is no credential {name}: this process was not given any by systemd",
-            code=ErrorCode.ERROR_PATH_NOT_FOUND,
-            advice=f"set LoadCredentialEncrypted={name} in the unit; CREDENTIALS_DIRECTORY is then set",
-        )
-    path = Path(directory, name)
-    try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-        with open(fd, "rb") as file:
-            _check_credential(os.fstat(fd), path)
-            key = file.read(KEY_SIZE + 1)
-    except FileNotFoundError:
-        raise StoreError(
-            f"systemd gave this process no credential {name}",
-            code=ErrorCode.ERROR_FILE_NOT_FOUND,
-            path=path,
-            advice=f"set LoadCredentialEncrypted={name} in the unit",
-        ) from None
-    except OSError as exc:
-        raise os_fault(exc, path, "use") from scrub(exc)
+    with _of_the_store():
+        key = systemd_credential(name, KEY_SIZE + 1)
     if len(key) != KEY_SIZE:
         raise StoreError(
             f"the credential {name} has {'more' if len(key) > KEY_SIZE else len(key)} bytes instead of {KEY_SIZE}",
             code=ErrorCode.BG_E_INVALID_CREDENTIALS,
-            path=path,
             advice=f"make it with: head -c {KEY_SIZE} /dev/urandom | systemd-creds encrypt --name={name} - FILE",
         )
     return key
 
 
-def _check_credential(found: os.stat_result, path: Path) -> None:
-    """Of a service's user, or root's; nobody else reads or writes it (systemd lets a service's user read by an ACL: the group bits)."""
-    if sys.platform == "win32":
-        return
-    strange = found.st_uid not in (0, os.geteuid()) or not stat.S_ISREG(found.st_mode)
-    if strange or found.st_mode & (OTHERS_WRITE | stat.S_IRWXO):
-        raise StoreError(
-            "the credential is not used: another user may read or write it",
-            code=ErrorCode.ERROR_DIRECTORY,
-            path=path,
-            advice="let systemd make the directory of credentials (LoadCredentialEncrypted=)",
-        )
-
-
-# -- the keyring -------------------------------------------------------------------------------------------------------
-
-
 def _from_keyring(service: str, key_id: str) -> bytes:
-    try:
-        keyring: Any = import_module("keyring")
-    except ImportError:
-        raise StoreError(
-            "the package keyring is not installed", code=ErrorCode.E_NOTIMPL, advice="pip install bits-async[keyring]"
-        ) from None
-    text = _asked(lambda: keyring.get_password(service, key_id))
-    if text is None:
-        text = base64.b64encode(os.urandom(KEY_SIZE)).decode("ascii")
-        _asked(lambda: keyring.set_password(service, key_id, text))
-        if _asked(lambda: keyring.get_password(service, key_id)) != text:  # as the null backend does
-            raise _unusable("it did not keep what it was given")
+    with _of_the_store():
+        text = ask_keyring(lambda keyring: keyring.get_password(service, key_id))
+        if text is None:
+            text = base64.b64encode(os.urandom(KEY_SIZE)).decode("ascii")
+            ask_keyring(lambda keyring: keyring.set_password(service, key_id, text))
+            if ask_keyring(lambda keyring: keyring.get_password(service, key_id)) != text:  # as the null backend does
+                raise keyring_unusable("it did not keep what it was given")
     try:
         key = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -184,16 +137,10 @@ def _from_keyring(service: str, key_id: str) -> bytes:
     return key
 
 
-def _asked(call: Callable[[], Any]) -> Any:
+@contextlib.contextmanager
+def _of_the_store() -> Iterator[None]:
+    """A key that cannot be had is the journal's trouble."""
     try:
-        return call()
-    except Exception as exc:  # each backend has errors of its own besides keyring's
-        raise _unusable(type(exc).__name__) from scrub(exc)
-
-
-def _unusable(why: str) -> StoreError:
-    return StoreError(
-        f"the keyring cannot be used: {why}",
-        code=ErrorCode.E_ACCESSDENIED,
-        advice="unlock it, or choose a backend that works without a desktop (keyring --list-backends); a service has KeySource.systemd",
-    )
+        yield
+    except BitsError as error:
+        raise StoreError(error.message, code=error.code, path=error.path, advice=error.advice) from error.__cause__

@@ -100,10 +100,21 @@ async def test_what_cannot_be_meant_is_said(file: Path, text: str, why: str) -> 
 async def test_a_secret_that_is_not_there_is_said(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(file, '[identity]\nuser = "a@B"\npassword = { systemd_credential = "none" }\n')
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
-    with pytest.raises(BitsError, match="gave this process no credentials"):
+    with pytest.raises(BitsError, match="not given any by systemd"):
         await Token.from_configuration(file)
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-    with pytest.raises(BitsError, match="cannot be read"):
+    with pytest.raises(BitsError, match="gave this process no credential none"):
+        await Token.from_configuration(file)
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o620, 0o602])
+async def test_t27_a_credential_that_another_user_may_read_is_not_used(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    write(tmp_path / "fetch", SECRET, mode)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    write(file, '[identity]\nuser = "a@B"\npassword = { systemd_credential = "fetch" }\n')
+    with pytest.raises(BitsError, match="another user may read or write it"):
         await Token.from_configuration(file)
 
 
