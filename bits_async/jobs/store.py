@@ -1634,20 +1634,46 @@ def _by(rows: Iterable[Row], *columns: str) -> _Groups:
     return groups
 
 
+def _owner(row: Row) -> OwnerKey:
+    return OwnerKey(
+        sid=_text_out(row["owner_sid"]),
+        name=_text_out(row["owner_name"]),
+        local=_text_out(row["owner_local"]),
+        principal=_maybe_text(row["owner_principal"]),
+        proof=_maybe_text(row["owner_proof"]),
+        process=bool(row["owner_process"]),
+        elevated=bool(row["owner_elevated"]),
+    )
+
+
+def _proxy(row: Row) -> ProxySettings:
+    return ProxySettings(
+        ProxyUsage(row["proxy_usage"]),
+        tuple(json.loads(row["proxy_list"])),
+        tuple(json.loads(row["proxy_bypass"])),
+        bool(row["proxy_resolved"]),
+    )
+
+
+def _http(row: Row) -> HttpOptions:
+    return HttpOptions(
+        method=_text_out(row["http_method"]),
+        headers_write_only=bool(row["custom_headers_write_only"]),
+        header_origins=_origins_out(row["custom_headers_origins"]),
+        flags=SecurityFlags(row["security_flags"]),
+        crl_source=None if row["crl_source"] is None else Path(_text_out(row["crl_source"])),
+        validates_certificates=bool(row["validates_certificates"]),
+        client_certificate=_certificate_out(row["client_certificate"]),
+        certificate_origins=_origins_out(row["client_certificate_origins"]),
+    )
+
+
 def _job(row: Row) -> JobRecord:
     return JobRecord(
         id=UUID(row["id"]),
         display_name=_text_out(row["display_name"]),
         description=_text_out(row["description"]),
-        owner=OwnerKey(
-            sid=_text_out(row["owner_sid"]),
-            name=_text_out(row["owner_name"]),
-            local=_text_out(row["owner_local"]),
-            principal=_maybe_text(row["owner_principal"]),
-            proof=_maybe_text(row["owner_proof"]),
-            process=bool(row["owner_process"]),
-            elevated=bool(row["owner_elevated"]),
-        ),
+        owner=_owner(row),
         created=_EPOCH + row["created"] * _MICROSECOND,
         modified=_EPOCH + row["modified"] * _MICROSECOND,
         completed=_maybe_time(row["completed"]),
@@ -1655,22 +1681,8 @@ def _job(row: Row) -> JobRecord:
         state=JobState(row["state"]),
         resumed=bool(row["resumed"]),
         helper_flags=_flags(row["helper_flags"]),
-        proxy=ProxySettings(
-            ProxyUsage(row["proxy_usage"]),
-            tuple(json.loads(row["proxy_list"])),
-            tuple(json.loads(row["proxy_bypass"])),
-            bool(row["proxy_resolved"]),
-        ),
-        http=HttpOptions(
-            method=_text_out(row["http_method"]),
-            headers_write_only=bool(row["custom_headers_write_only"]),
-            header_origins=_origins_out(row["custom_headers_origins"]),
-            flags=SecurityFlags(row["security_flags"]),
-            crl_source=None if row["crl_source"] is None else Path(_text_out(row["crl_source"])),
-            validates_certificates=bool(row["validates_certificates"]),
-            client_certificate=_certificate_out(row["client_certificate"]),
-            certificate_origins=_origins_out(row["client_certificate_origins"]),
-        ),
+        proxy=_proxy(row),
+        http=_http(row),
         minimum_retry_delay=row["minimum_retry_delay"],
         no_progress_timeout=row["no_progress_timeout"],
         maximum_download_time=row["maximum_download_time"],

@@ -169,12 +169,6 @@ class Slice:
             raise ValueError(f"a checkpoint at {position} is not between {self.durable} and {self.written}")
         self.durable = position
 
-    def finish_at(self, end: int) -> None:
-        """The end is known now."""
-        if self.end not in (None, end) or end < self.written:
-            raise ValueError(f"a slice written up to {self.written} of {self.end} cannot end at {end}")
-        self.end = end
-
 
 @dataclass(frozen=True, slots=True)
 class Detached:
@@ -190,37 +184,6 @@ class Detached:
     socket: object
     already: bytes
     length: int
-
-
-def plan(size: int | None, parts: int = 1) -> tuple[Slice, ...]:
-    """Fresh slices that cover the file exactly and in order: `parts` nearly equal ones, fewer when the file is shorter than that.
-
-    While the size is unknown there is one open slice. An empty file has one slice, done from the start.
-    """
-    if parts < 1 or (size is not None and size < 0):
-        raise ValueError("a plan needs a part and a size of 0 or more")
-    if size is None:
-        return (Slice.fresh(),)
-    parts = max(1, min(parts, size))
-    edges = [size * number // parts for number in range(parts + 1)]
-    return tuple(Slice.fresh(start, end) for start, end in pairwise(edges))
-
-
-def next_request(piece: Slice, size: int | None) -> tuple[int, int | None]:
-    """The range to ask for next: all that the slice still lacks, at most `MAX_REQUEST`.
-
-    `(0, None)` means the whole file, asked for without a Range header: a server or proxy that knows no ranges serves it too.
-
-    Raises:
-        ValueError: the slice is done.
-    """
-    if piece.done:
-        raise ValueError("a slice that is done asks for nothing")
-    start, end = piece.written, piece.end
-    whole = start == 0 and (end is None or (end == size and end <= MAX_REQUEST))
-    if whole:
-        return 0, None
-    return start, start + MAX_REQUEST if end is None else min(end, start + MAX_REQUEST)
 
 
 def merge(slices: Iterable[Slice]) -> tuple[Slice, ...]:

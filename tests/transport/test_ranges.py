@@ -27,9 +27,7 @@ from bits_async.transport.ranges import (
     located,
     merge,
     missing,
-    next_request,
     parse_content_range,
-    plan,
     range_header,
     recover,
 )
@@ -164,36 +162,6 @@ def test_no_text_breaks_the_reader_of_dates(text: str) -> None:
 # -- the bytes
 
 
-@given(st.integers(0, 10**13), st.integers(1, 64))
-def test_a_plan_covers_the_file_exactly_in_order_and_nearly_evenly(size: int, parts: int) -> None:
-    slices = plan(size, parts)
-    assert slices[0].start == 0
-    assert slices[-1].end == size
-    assert all(before.end == after.start for before, after in pairwise(slices))
-    lengths = [piece.remaining or 0 for piece in slices]
-    assert max(lengths) - min(lengths) <= 1
-    assert len(slices) == max(1, min(parts, size))
-    assert complete(slices, size) is (size == 0)
-
-
-def test_a_file_of_unknown_size_is_one_open_slice_that_is_never_done() -> None:
-    (piece,) = plan(None, 8)
-    piece.advance(10**6)
-    assert (piece.start, piece.end, piece.done, piece.remaining) == (0, None, False, None)
-    piece.finish_at(10**6)
-    assert piece.done
-
-
-def test_an_empty_file_is_one_slice_done_from_the_start() -> None:
-    assert [piece.done for piece in plan(0, 8)] == [True]
-
-
-@pytest.mark.parametrize(("size", "parts"), [(-1, 1), (5, 0)])
-def test_an_impossible_plan_is_refused(size: int, parts: int) -> None:
-    with pytest.raises(ValueError):
-        plan(size, parts)
-
-
 @pytest.mark.parametrize(
     ("start", "end", "written", "durable"),
     [(-1, 5, 0, 0), (0, 5, 6, 0), (0, 5, 2, 3), (3, 5, 2, 2), (3, 5, 4, 2), (3, 2, 3, 3)],
@@ -218,63 +186,6 @@ def test_positions_never_fall_and_durable_never_passes_written(start: int, moves
         assert piece.written >= before[0]
         assert piece.durable >= before[1]
         assert piece.start <= piece.durable <= piece.written <= start + 5000
-
-
-def test_the_end_of_a_slice_is_learned_once() -> None:
-    piece = Slice.fresh()
-    piece.advance(5)
-    with pytest.raises(ValueError):
-        piece.finish_at(4)
-    piece.finish_at(9)
-    piece.finish_at(9)
-    with pytest.raises(ValueError):
-        piece.finish_at(10)
-
-
-@pytest.mark.parametrize(
-    ("piece", "size", "request_range"),
-    [
-        (Slice.fresh(), None, (0, None)),
-        (Slice.fresh(0, 100), 100, (0, None)),
-        (Slice(0, 100, 40, 0), 100, (40, 100)),
-        (Slice.fresh(50, 100), 100, (50, 100)),
-        (Slice.fresh(0, 50), 100, (0, 50)),
-        (Slice(0, None, 40, 40), None, (40, 40 + MAX_REQUEST)),
-        (Slice.fresh(0, MAX_REQUEST), MAX_REQUEST, (0, None)),
-        (Slice.fresh(0, 5 * MAX_REQUEST), 5 * MAX_REQUEST, (0, MAX_REQUEST)),
-        (Slice(0, 5 * MAX_REQUEST, 7, 7), 5 * MAX_REQUEST, (7, 7 + MAX_REQUEST)),
-        (Slice(0, MAX_REQUEST + 5, MAX_REQUEST, 0), MAX_REQUEST + 5, (MAX_REQUEST, MAX_REQUEST + 5)),
-    ],
-)
-def test_one_request_asks_for_all_the_rest_up_to_two_gib(piece: Slice, size: int | None, request_range: tuple[int, int | None]) -> None:
-    assert next_request(piece, size) == request_range
-
-
-def test_a_slice_that_is_done_asks_for_nothing() -> None:
-    with pytest.raises(ValueError):
-        next_request(Slice(0, 5, 5, 0), 5)
-
-
-@given(st.integers(1, 20 * MAX_REQUEST), st.integers(1, 5), st.data())
-def test_requests_in_sequence_fetch_each_byte_exactly_once(size: int, parts: int, data: st.DataObject) -> None:
-    fetched: list[tuple[int, int]] = []
-    slices = plan(size, parts)
-    for piece in slices:
-        cuts = 0
-        while not piece.done:
-            start, end = next_request(piece, size)
-            end = size if end is None else end
-            assert 0 < end - start <= MAX_REQUEST
-            got = end - start
-            if cuts < 3 and data.draw(st.booleans()):  # the connection is cut, the rest is asked for again
-                cuts, got = cuts + 1, data.draw(st.integers(0, got))
-            piece.advance(got)
-            fetched.append((start, start + got))
-    assert complete(slices, size)
-    fetched = sorted(pair for pair in fetched if pair[0] < pair[1])
-    assert fetched[0][0] == 0
-    assert fetched[-1][1] == size
-    assert all(before[1] == after[0] for before, after in pairwise(fetched))
 
 
 @st.composite
