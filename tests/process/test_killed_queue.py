@@ -5,6 +5,7 @@ last run: each file is whole, and nothing else is left.
 """
 
 import asyncio
+import contextlib
 import os
 import random
 import shutil
@@ -162,7 +163,8 @@ class Run:
         await until(lambda: ended.done() or len(self.said()) - before >= lines)
         await asyncio.wait({ended}, timeout=late)
         if not ended.done():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # at this very moment it came to its end
+                os.kill(pid, signal.SIGKILL)
         status = await ended
         assert status in (0, -signal.SIGKILL)
         return status != 0
