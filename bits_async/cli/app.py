@@ -87,6 +87,7 @@ def download(
     maximum_bandwidth: Annotated[
         float | None, typer.Option("--maximum-bandwidth", metavar="BYTES", min=1, help="Bytes per second at most.")
     ] = None,
+    segments: Annotated[int, typer.Option(metavar="N", min=1, max=64, help="Fetch a large file in N ranges side by side.")] = 1,
     cacert: Annotated[Path | None, typer.Option(metavar="FILE", help="Trust these certificate authorities only (PEM).")] = None,
     store: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the journal here, not in a private place.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Write events to standard output, one JSON object a line.")] = False,
@@ -113,6 +114,7 @@ def download(
             blake3=blake3,
             retry_for=retry_for,
             maximum_bandwidth=maximum_bandwidth,
+            segments=segments,
             cacert=cacert,
             store=store,
             json=json,

@@ -108,6 +108,7 @@ class Order:
     blake3: str | None = None
     retry_for: float = 300.0
     maximum_bandwidth: float | None = None
+    segments: int = 1
     cacert: Path | None = None
     store: Path | None = None
     json: bool = False
@@ -213,6 +214,7 @@ async def _fetch(order: Order, report: Reporter, stop: "Stop") -> Path:
         progress=report.progress,
         retry_for=order.retry_for,
         maximum_bandwidth=order.maximum_bandwidth,
+        segments=order.segments,
         store=order.store,
         ssl=context,
     )

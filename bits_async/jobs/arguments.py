@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from ..errors import ErrorCode, InvalidArgument
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from yarl import URL
 
 StrPath = str | os.PathLike[str]
+
+SIDE_BY_SIDE: Final = 64  # more than any server that is not asked first will bear
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +141,10 @@ def checked_notify_flags(flags: NotifyFlags) -> NotifyFlags:
     return flags
 
 
-def checked_count(name: str, count: int, most: int) -> int:
-    """A whole number from 1 to `most`."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
-        raise InvalidArgument(f"{name} takes a whole number from 1 to {most}, not {count!r}")
+def checked_connections(name: str, count: int) -> int:
+    """How many connections to have side by side: a whole number from 1 to `SIDE_BY_SIDE`."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= SIDE_BY_SIDE:
+        raise InvalidArgument(f"{name} takes a whole number from 1 to {SIDE_BY_SIDE}, not {count!r}")
     return count
 
 

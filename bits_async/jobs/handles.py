@@ -50,8 +50,8 @@ from .arguments import (
     checked_absolute,
     checked_bandwidth,
     checked_bool,
+    checked_connections,
     checked_cost_flags,
-    checked_count,
     checked_file,
     checked_helper_flags,
     checked_notify_flags,
@@ -93,7 +93,6 @@ log = logging.getLogger("bits_async.jobs")
 
 DISPLAY_NAME_LENGTH: Final = 256
 DESCRIPTION_LENGTH: Final = 1024
-SIDE_BY_SIDE: Final = 64  # more than any server that is not asked first will bear
 STORED: Final = (AuthTarget.PROXY, AuthScheme.NEGOTIATE)  # the grant that BITS_JOB_PROPERTY_USE_STORED_CREDENTIALS stands for
 MAX_NOTIFICATION_INTERVAL: Final = (2**32 - 1) / 1000
 
@@ -749,7 +748,7 @@ class Job:
         Raises:
             InvalidArgument: not a whole number from 1 to 64.
         """
-        await self._set(files_at_once=checked_count("files_at_once", count, SIDE_BY_SIDE))
+        await self._set(files_at_once=checked_connections("files_at_once", count))
 
     async def set_segments(self, count: int) -> None:
         """Fetch a large file in up to so many ranges side by side, each on a connection of its own; 1: in one stream.
@@ -762,7 +761,7 @@ class Job:
         Raises:
             InvalidArgument: not a whole number from 1 to 64.
         """
-        await self._set(segments=checked_count("segments", count, SIDE_BY_SIDE))
+        await self._set(segments=checked_connections("segments", count))
 
     async def _set_early(self, name: str, value: object) -> None:
         """Set what the first resume makes final."""

@@ -6,7 +6,7 @@ import contextvars
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from ssl import SSLContext
 from types import TracebackType
@@ -27,7 +27,7 @@ from ..transport.network import Connectivity, watch_network
 from ..transport.proxies import ProxySettings
 from ..transport.timeouts import Timeouts
 from ..transport.tls import TlsSettings
-from .arguments import FileInfo, StrPath, checked_bandwidth
+from .arguments import FileInfo, StrPath, checked_bandwidth, checked_connections
 from .callbacks import RunCommand, commander
 from .conditions import Conditions
 from .door import Door, calling, identity_of
@@ -288,7 +288,13 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
     # -- jobs -------------------------------------------------------------------------------------------------------------------------
 
     def create_job(
-        self, display_name: str, *, priority: JobPriority = JobPriority.NORMAL, owner: Token | None = None
+        self,
+        display_name: str,
+        *,
+        priority: JobPriority = JobPriority.NORMAL,
+        owner: Token | None = None,
+        segments: int = 1,
+        files_at_once: int = 1,
     ) -> Coroutine[Any, Any, Job]:
         """A new job, SUSPENDED and without files, durable when it returns.
 
@@ -296,16 +302,21 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             display_name: for people, 1 to 256 characters.
             priority: which jobs go first.
             owner: whose job it is; None: the ambient identity at this call.
+            segments: see `Job.set_segments`.
+            files_at_once: see `Job.set_files_at_once`.
 
         Raises:
-            InvalidArgument: a name or priority that is not allowed. AccessDenied: more jobs than `Limits.jobs_per_user`.
+            InvalidArgument: a name, priority or number that is not allowed. AccessDenied: more jobs than `Limits.jobs_per_user`.
         """
         caller = self._caller()
-        return self._create_job(display_name, priority, caller if owner is None else owner)
+        abreast = checked_connections("segments", segments), checked_connections("files_at_once", files_at_once)
+        return self._create_job(display_name, priority, caller if owner is None else owner, *abreast)
 
-    async def _create_job(self, display_name: str, priority: JobPriority, owner: Token) -> Job:
+    async def _create_job(self, display_name: str, priority: JobPriority, owner: Token, segments: int, files_at_once: int) -> Job:
         desk = self._at_desk()
-        return Job(desk, await desk.engine.add(await desk.new_record(display_name, priority, owner), owner))
+        record = await desk.new_record(display_name, priority, owner)
+        record = replace(record, segments=segments, files_at_once=files_at_once)
+        return Job(desk, await desk.engine.add(record, owner))
 
     def get_job(self, job_id: UUID | str) -> Coroutine[Any, Any, Job]:
         """The access check: a handle on an unfinished job, for the ambient identity at this call.
@@ -419,11 +430,14 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         priority: JobPriority = JobPriority.FOREGROUND,
         retry_for: float = 300.0,
         maximum_bandwidth: float | None = None,
+        segments: int = 1,
     ) -> Coroutine[Any, Any, Path]:
         """Fetch one file, from create to complete. See `bits_async.download`, which is this on a manager of its own."""
         self._caller()
         file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
-        order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for, maximum_bandwidth)
+        order = Order.checked(
+            file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for, maximum_bandwidth, segments
+        )
         return self._download(order)
 
     async def _download(self, order: "Order") -> Path:
@@ -453,6 +467,7 @@ async def download(
     priority: JobPriority = JobPriority.FOREGROUND,
     retry_for: float = 300.0,
     maximum_bandwidth: float | None = None,
+    segments: int = 1,
     store: StrPath | None = None,
     ssl: SSLContext | None = None,
     auth_rules: AuthRules = AuthRules(),  # noqa: B008 - a frozen value
@@ -476,6 +491,7 @@ async def download(
         priority: of interest on a shared manager only.
         retry_for: seconds without a byte until a transient error is final; 0: the first error is.
         maximum_bandwidth: bytes per second at most; None: no limit.
+        segments: ranges of a large file that are fetched side by side, 1 to 64, each on a connection of its own; see `Job.set_segments`.
         store: the journal's file instead of a private one; the lock on the destination is in the user's state directory,
             or beside this journal if that cannot be used.
         ssl: None: `ssl.create_default_context()`.
@@ -486,7 +502,7 @@ async def download(
             is running.
     """
     file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
-    order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for, maximum_bandwidth)
+    order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for, maximum_bandwidth, segments)
     manager = BitsManager(store=private_store(order.owner, order.file.path) if store is None else store, ssl=ssl, auth_rules=auth_rules)
     manager._one_shot = OneShot(order.file.path, None if store is None else manager._path)
     async with manager:

@@ -16,7 +16,16 @@ from ..errors import BitsError, InvalidArgument, InvalidState, ManagerClosed, Va
 from ..identity.ambient import current_token
 from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.proxies import ProxySettings, resolve
-from .arguments import CheckedFile, FileInfo, checked_bandwidth, checked_file, checked_helper_flags, checked_seconds, file_record
+from .arguments import (
+    CheckedFile,
+    FileInfo,
+    checked_bandwidth,
+    checked_connections,
+    checked_file,
+    checked_helper_flags,
+    checked_seconds,
+    file_record,
+)
 from .engine import Engine
 from .handles import DISPLAY_NAME_LENGTH, Desk, Job
 from .model import RETRY_DELAY_FLOOR, GrantRemoved, JobPriority, JobState
@@ -42,6 +51,7 @@ class Order:
     priority: JobPriority
     retry_for: float
     maximum_bandwidth: float | None
+    segments: int
 
     @classmethod
     def checked(
@@ -56,6 +66,7 @@ class Order:
         priority: JobPriority,
         retry_for: float,
         maximum_bandwidth: float | None,
+        segments: int,
     ) -> "Order":
         """Read the ambient identity and the environment, and refuse what cannot be meant."""
         flags = checked_helper_flags(helper_flags)
@@ -84,6 +95,7 @@ class Order:
             priority=priority,
             retry_for=checked_seconds("retry_for", retry_for),
             maximum_bandwidth=checked_bandwidth(maximum_bandwidth),
+            segments=checked_connections("segments", segments),
         )
 
     @property
@@ -136,6 +148,7 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
             minimum_retry_delay=RETRY_DELAY_FLOOR,
             no_progress_timeout=order.retry_for,
             maximum_bandwidth=order.maximum_bandwidth,
+            segments=order.segments,
         )
         if entry.grants:
             removed = [GrantRemoved(entry.job.id, old.target, old.scheme) for old in entry.grants]

@@ -85,6 +85,16 @@ async def test_a_digest_is_checked(command: Command, origin: Origin, tmp_path: P
     assert (await command("download", url, "file", "--sha256", hashlib.sha256(BODY).hexdigest())).code == 0
 
 
+async def test_a_large_file_comes_in_as_many_ranges_as_were_asked_for(command: Command, origin: Origin, tmp_path: Path) -> None:
+    body = BODY * 4
+    assert (await command("download", origin.serve("/file", body), "file", "--segments", "2")).code == 0
+    assert (tmp_path / "file").read_bytes() == body
+    assert len(origin.requests) == 3  # one that asks for the version, then both halves of the rest
+    refused = await command("download", origin.url("/file"), "file", "--segments", "65")
+    assert refused.code == 2
+    assert "--segments" in refused.complaint
+
+
 async def test_the_journal_is_kept_where_store_says(command: Command, origin: Origin, tmp_path: Path) -> None:
     (tmp_path / "journal").mkdir(mode=0o700)
     assert (await command("download", origin.serve("/file", BODY), "file", "--store", "journal/queue.db")).code == 0

@@ -306,11 +306,55 @@ async def test_suspended_files_go_on_where_they_were(no_leaks: None, scene: Scen
     assert [seen.range for seen in scene.origin.requests].count("bytes=10000-") == 3
 
 
+# -- asking for it ------------------------------------------------------------------------------------------------------------------------
+
+
+async def test_one_call_fetches_a_large_file_in_ranges(monkeypatch: pytest.MonkeyPatch, scene: Scene) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(scene.directory / "state"))
+    path = await bits.download(scene.origin.url("/file"), scene.directory / "file", segments=4)
+    assert path.read_bytes() == OLD
+    assert once(scene.ranges)
+    assert len(scene.origin.requests) == 5
+
+
+async def test_a_download_goes_on_in_as_many_ranges_as_the_last_call_says(scene: Scene) -> None:
+    hold = Hold(after=SEGMENT)
+    scene.origin.fault("/file", Fault(hold=hold))
+    async with scene.manager() as manager:
+        first = asyncio.ensure_future(manager.download(scene.origin.url("/file"), scene.directory / "file"))
+        await until(lambda: sum(each.stat().st_size for each in scene.directory.glob(".file*")) >= SEGMENT)
+        first.cancel()
+        await asyncio.wait({first})
+        hold.release()
+        path = await manager.download(scene.origin.url("/file"), scene.directory / "file", segments=3)
+    assert path.read_bytes() == OLD
+    assert len(scene.origin.requests) == 4
+    assert once(scene.ranges[1:], already=SEGMENT)
+
+
+async def test_a_job_is_made_with_as_many_connections_as_it_shall_have(scene: Scene) -> None:
+    async with scene.manager() as manager:
+        job = await manager.create_job("x", segments=4, files_at_once=8)
+        assert (job.segments, job.files_at_once) == (4, 8)
+    async with scene.manager(run=False) as manager:
+        (job,) = [each async for each in manager.enum_jobs()]
+        assert (job.segments, job.files_at_once) == (4, 8)
+
+
 @pytest.mark.parametrize("count", [0, 65, True, 1.5])
 async def test_only_a_number_of_connections_can_be_asked_for(scene: Scene, count: Any) -> None:
     async with scene.manager() as manager:
         job = await manager.create_job("x")
-        for ask in (job.set_segments, job.set_files_at_once):
-            with pytest.raises(bits.InvalidArgument):
-                await ask(count)
+        asked = [
+            lambda: job.set_segments(count),
+            lambda: job.set_files_at_once(count),
+            lambda: manager.create_job("y", segments=count),
+            lambda: manager.create_job("y", files_at_once=count),
+            lambda: manager.download(scene.origin.url("/file"), scene.directory / "file", segments=count),
+            lambda: bits.download(scene.origin.url("/file"), scene.directory / "file", segments=count),
+        ]
+        for ask in asked:
+            with pytest.raises(bits.InvalidArgument, match="takes a whole number from 1 to 64"):
+                await ask()
         assert (job.segments, job.files_at_once) == (1, 1)
+        assert [each.display_name async for each in manager.enum_jobs()] == ["x"]

@@ -35,6 +35,7 @@ async def one_call(token: bits.Token) -> None:
         priority=bits.JobPriority.FOREGROUND,
         retry_for=0,
         maximum_bandwidth=1e6,
+        segments=4,
         store=Path("queue.db"),
         ssl=ssl.create_default_context(),
     )
@@ -81,7 +82,7 @@ async def the_queue() -> None:
     )
     async with manager as same:
         assert_type(same, bits.BitsManager)
-        job = await manager.create_job("name", priority=bits.JobPriority.HIGH, owner=None)
+        job = await manager.create_job("name", priority=bits.JobPriority.HIGH, owner=None, segments=4, files_at_once=8)
         assert_type(job, bits.Job)
         assert_type(job.id, UUID)
         assert_type(job.state, bits.JobState)
