@@ -1,4 +1,4 @@
-"""Limits of speed over real sockets: on each of the three ways that a body can take into a file, by counting, never by the clock."""
+"""Limits of speed that come and go, over real sockets: by counting, never by the clock. What every way owes a limit is in test_paths."""
 
 import asyncio
 import hashlib
@@ -87,17 +87,6 @@ async def finished(job: bits.Job) -> bytes:
     return path.read_bytes()
 
 
-async def test_every_byte_is_paid_for_on_every_way(origin: Origin, memory_dir: Path, way: str, counts: Counts) -> None:
-    async with bits.BitsManager(store=memory_dir / "queue.db") as manager:
-        job = await a_job(manager, origin, memory_dir, way)
-        await job.set_maximum_bandwidth(FAST)
-        await job.resume()
-        assert await finished(job) == BODY
-    assert counts.taken == SIZE
-    assert counts.limited == ([] if way == "iterated" else [True])
-    assert bool(counts.spliced) == (way == "spliced")
-
-
 async def test_no_limit_costs_nothing_on_any_way(origin: Origin, memory_dir: Path, way: str, counts: Counts) -> None:
     async with bits.BitsManager(store=memory_dir / "queue.db") as manager:
         job = await a_job(manager, origin, memory_dir, way)
@@ -141,21 +130,3 @@ async def test_a_limit_set_and_lifted_reaches_a_transfer_under_way(
         assert await finished(job) == BODY
         assert counts.taken == 0
     assert len(origin.requests) == 2, "the request went on"
-
-
-@pytest.mark.parametrize("how", ["suspend", "cancel"])
-async def test_a_transfer_that_rests_is_stopped_at_once_on_every_way(
-    origin: Origin, memory_dir: Path, way: str, counts: Counts, how: str
-) -> None:
-    async with bits.BitsManager(store=memory_dir / "queue.db") as manager:
-        job = await a_job(manager, origin, memory_dir, way)
-        await job.set_maximum_bandwidth(10)
-        await job.resume()
-        await until(lambda: counts.taken)
-        async with asyncio.timeout(5):
-            await getattr(job, how)()
-        if how == "suspend":
-            assert 0 < job.progress.bytes_transferred < SIZE
-            await job.set_maximum_bandwidth(None)
-            await job.resume()
-            assert await finished(job) == BODY
