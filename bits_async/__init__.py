@@ -30,6 +30,7 @@ The map of the package; imports point from a lower line to a higher one only:
       challenge.py      WWW-/Proxy-Authenticate text <-> values
       policy.py         which credentials may go where
       tickets.py        ticket-granting tickets, one private cache per credential
+      renewal.py        tickets renewed before they end
       schemes.py        Basic, Digest, NTLM, Negotiate: challenge in, header out; channel binding
     transport/          FETCH
       digests.py        what servers and callers say the bytes hash to

@@ -351,6 +351,7 @@ class MitKdc(Server):
  {self.realm} = {{
   database_name = {self.directory}/principal
   key_stash_file = {self.directory}/stash
+  max_renewable_life = 7d
   supported_enctypes = aes256-cts-hmac-sha1-96:normal aes128-cts-hmac-sha1-96:normal
  }}
 [logging]
@@ -369,9 +370,9 @@ class MitKdc(Server):
     def password(self, name: str) -> str:
         return PASSWORDS[name]
 
-    def add_user(self, name: str, password: str) -> str:
+    def add_user(self, name: str, password: str, *flags: str) -> str:
         """A principal of the test's own; returns its full name."""
-        self._kadmin(f"addprinc -pw {password} {name}")
+        self._kadmin(f"addprinc -pw {password} {' '.join(flags)} {name}")
         return self.principal(name)
 
     def add_service(self, name: str, *flags: str) -> str:
@@ -388,18 +389,37 @@ class MitKdc(Server):
             shutil.chown(file, owner)
         return file
 
-    def ccache(self, name: str, *, directory: Path | None = None, owner: str | int | None = None) -> str:
-        """A FILE: credential cache (0600) that holds a ticket-granting ticket of this user."""
-        import gssapi
+    def ccache(
+        self,
+        name: str,
+        *,
+        directory: Path | None = None,
+        owner: str | int | None = None,
+        life: int | None = None,
+        renewable: int | None = None,
+        file: Path | None = None,
+    ) -> str:
+        """A FILE: credential cache (0600) that holds a ticket-granting ticket of this user, as kinit makes it.
 
-        file = (directory or self.directory) / f"ccache-{uuid4().hex}"
+        Args:
+            life, renewable: seconds; None: as the realm gives it, and not renewable.
+            file: the one to write; None: a new one.
+        """
+        import krb5
+
+        file = (directory or self.directory) / f"ccache-{uuid4().hex}" if file is None else file
         keytab = self.keytab(name)
-        credentials = gssapi.Credentials(
-            name=gssapi.Name(self.principal(name), gssapi.NameType.kerberos_principal),
-            usage="initiate",
-            store={"client_keytab": str(keytab), "ccache": f"FILE:{file}"},
-        )
-        assert credentials.lifetime  # asking for it is what fetches the ticket
+        context = krb5.init_context()
+        client = krb5.parse_name_flags(context, self.principal(name).encode())
+        options = krb5.get_init_creds_opt_alloc(context)
+        if life is not None:
+            krb5.get_init_creds_opt_set_tkt_life(options, life)
+        if renewable is not None:
+            krb5.get_init_creds_opt_set_renew_life(options, renewable)
+        ticket = krb5.get_init_creds_keytab(context, client, options, keytab=krb5.kt_resolve(context, str(keytab).encode()))
+        cache = krb5.cc_resolve(context, f"FILE:{file}".encode())
+        krb5.cc_initialize(context, cache, client)
+        krb5.cc_store_cred(context, cache, ticket)
         keytab.unlink()
         if owner is not None:
             shutil.chown(file, owner)

@@ -25,11 +25,11 @@ from functools import partial
 from typing import Any, Final, Protocol
 from urllib.parse import quote as percent
 
-from ..errors import HTTP_ERROR, AuthFailed, BitsError, ErrorCode, ErrorContext, NetworkError, show_text
-from ..identity.kerberos import explain, kerberos, silent_kdc, translated, unable
+from ..errors import HTTP_ERROR, AuthFailed, BitsError, ErrorCode, ErrorContext, NetworkError, TokenRequired, show_text
+from ..identity.kerberos import explain, is_expired, kerberos, silent_kdc, translated, unable
 from .challenge import Challenge, parse_challenges, parse_params, quote
 from .policy import AuthRules, AuthScheme, Delegation, Offer, Origin, Refusals, Seat, mechanisms
-from .tickets import Tickets, credential_of, descend, target_of
+from .tickets import Tickets, asks, credential_of, descend, expired, target_of
 
 MAX_LEGS: Final = 6  # answers per request or CONNECT
 MAX_RESTARTS: Final = 2  # handshakes begun anew because the connection broke
@@ -410,7 +410,21 @@ class _Kerberos:
 
 
 def _begin_kerberos(tickets: Tickets, offer: Offer, host: str, binding: bytes | None) -> tuple[Any, bytes]:
-    """In a thread of the token."""
+    """In a thread of the token.
+
+    Raises:
+        TokenRequired: the tickets are over, and nothing is there to get others with.
+    """
+    try:
+        return _first_kerberos_token(tickets, offer, host, binding)
+    except TokenRequired:
+        if not asks(offer):
+            raise
+    tickets.drop(offer)  # the realm's clock is ahead of ours: they ended before we noticed
+    return _first_kerberos_token(tickets, offer, host, binding)
+
+
+def _first_kerberos_token(tickets: Tickets, offer: Offer, host: str, binding: bytes | None) -> tuple[Any, bytes]:
     credential = tickets.ready(offer)
 
     def begin() -> tuple[Any, bytes]:
@@ -427,12 +441,14 @@ def _begin_kerberos(tickets: Tickets, offer: Offer, host: str, binding: bytes | 
             )
             return context, context.step() or b""
 
-    context, token = translated(partial(_explain_kerberos, host), begin)
+    context, token = translated(partial(_explain_kerberos, host, getattr(credential, "principal", None)), begin)
     _check_target(token, host)
     return context, token
 
 
-def _explain_kerberos(host: str, exc: Exception) -> BitsError:
+def _explain_kerberos(host: str, principal: str | None, exc: Exception) -> BitsError:
+    if is_expired(exc):
+        return expired(principal)
     failure = explain(exc)
     if failure.code == ErrorCode.SEC_E_DELEGATION_POLICY:
         return AuthFailed(f"the realm does not let this account act for others with HTTP/{host}", code=failure.code)
@@ -605,6 +621,7 @@ class AuthFlow:
         Raises:
             AuthFailed: nothing may be answered: nothing permitted, refused, or too many legs. Not transient.
             NetworkError: the realm's KDC does not answer, and nothing else is permitted. Transient.
+            TokenRequired: the identity's tickets have expired, and nothing else is permitted.
         """
         challenges = parse_challenges(lines)
         self._legs += 1
@@ -628,7 +645,7 @@ class AuthFlow:
             return None
         try:
             header = await self._current.exchange.unasked(_Ask(method, target))
-        except (AuthFailed, NetworkError):
+        except (AuthFailed, NetworkError, TokenRequired):
             self._current = None  # the challenge will come, and its answer says what is wrong or finds another way
             return None
         self._shown = header is not None
@@ -695,7 +712,7 @@ class AuthFlow:
             for exchange in self._exchanges(offer):
                 try:
                     header = await exchange.first(asked, ask)
-                except (AuthFailed, NetworkError) as failed:
+                except (AuthFailed, NetworkError, TokenRequired) as failed:
                     if isinstance(failed, AuthFailed) and failed.code != ErrorCode.SEC_E_NO_CREDENTIALS:
                         raise self._located(failed, challenges) from failed.__cause__
                     failures.append(failed)

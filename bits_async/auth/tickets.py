@@ -1,10 +1,15 @@
 """Kerberos tickets: got once per credential, kept in memory that nobody else can name, checked before each use.
 
 pyspnego asks the KDC for a ticket-granting ticket in every context built from a password or a keytab, and leaves the memory
-cache it makes for that behind. `Tickets` therefore asks once, into a MEMORY: cache with a random name, renews it when it nears
-its end, hands out `KerberosCCache`s only, and destroys what it made. FILE: caches are used as they are, under the token's user
-id, which is what guards them. The principal of a cache is compared with the one its token claims before each context (T4).
+cache it makes for that behind. `Tickets` therefore asks once, into a MEMORY: cache with a random name, hands out
+`KerberosCCache`s only, and destroys what it made. FILE: caches are used as they are, under the token's user id, which is what
+guards them. The principal of a cache is compared with the one its token claims before each context (T4).
 GSSAPI is never left to choose a credential by itself: the process's default cache is looked up and named.
+
+Before a ticket ends it is renewed, where the realm lets it be, or another is got with the password or key. A cache that somebody
+else filled is never renewed in its place: it belongs to whoever runs kinit, and other programs read it. The renewed ticket is
+kept in a cache of our own, and used while it lasts longer than what is in the other one; when that is emptied or removed, as a
+log-off does, ours goes too. While a ticket is good nobody waits for its successor, and a KDC that does not answer harms nobody.
 
 What blocks is plain functions, meant for the token's security threads. On Windows SSPI keeps tickets in the logon session, so
 credentials pass unchanged. This module also reads a ticket's target out of a token (T21); it knows neither HTTP nor challenges.
@@ -16,13 +21,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar, cast
 
-from ..errors import AuthFailed, BitsError, ErrorCode, show_text
+from ..errors import AuthFailed, BitsError, ErrorCode, TokenRequired, show_text
 from ..identity.kerberos import (
-    KINIT,
     Cache,
+    Lifetime,
     kerberos,
+    look_into,
+    renew,
     require_kerberos,
     silent_kdc,
     text_of,
@@ -39,17 +48,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 KDC_DEADLINE: Final = 10.0  # seconds one thread waits for another that asks the KDC for the same ticket
+AGAIN: Final = 0.2  # of the time that a ticket lasts until a renewal that failed is tried again
 KDC: Final = "kdc"  # the realm under which a KDC's own refusal is remembered
 
 
+_ASKS: Final = (CredentialKind.PASSWORD, CredentialKind.KEYTAB)
 _Holder = weakref.ref[object] | None
 """A token, which lives no longer for having tickets."""
 
 
 class Tickets:
-    """The ticket-granting tickets of all lanes of one manager."""
+    """The ticket-granting tickets of all lanes of one manager.
+
+    Attributes:
+        keeper: sees to it that tickets are renewed in time. None: whoever asks for tickets waits for that.
+    """
 
     def __init__(self, refusals: Refusals | None = None, *, clock: Callable[[], float] = time.time) -> None:
+        self.keeper: Keeper | None = None
         self._refusals = refusals or Refusals()
         self._clock = clock
         self._entries: dict[tuple[_Holder, str], _Entry] = {}
@@ -73,32 +89,62 @@ class Tickets:
             return credential
         require_kerberos()
         kind = kind_of(credential)
-        if kind in (CredentialKind.PASSWORD, CredentialKind.KEYTAB):
+        if kind in _ASKS:
             cache = self._granted(offer, credential)
             name, principal = cache.name, cache.principal
         elif kind is CredentialKind.HASH:
             raise unable("an NTLM hash cannot get Kerberos tickets")
         else:
-            name = _existing_cache(credential, offer)
-            principal = kerberos(_principal_of_cache, name)
+            name, principal = self._borrowed(offer, _existing_cache(credential, offer))
         for claimed in (offer.principal, getattr(credential, "principal", None)):
             _compare(claimed, principal)
         return spnego.KerberosCCache(name, principal)
 
-    def revision(self, offer: Offer) -> str:
-        """The state of the file a credential lives in, "" where there is none. Blocking: call it in the token's thread."""
-        try:
-            name = _place(offer)
-            found = os.stat(name.partition(":")[2] if name.upper().startswith("FILE:") else name)
-        except (OSError, ValueError, BitsError):
-            return ""
-        return f"{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}:{found.st_size}"
+    def refresh(self, offer: Offer) -> None:
+        """Get another ticket in place of one that nears its end. Blocking: call it in a thread of the token.
+
+        Raises:
+            BitsError: as `ready`; the one that is there is good until its end.
+        """
+        entry = self._entries.get(_mine(offer))
+        cache = None if entry is None else entry.cache
+        if entry is not None and cache is not None and cache.life.worn(self._clock()):
+            self._replace(entry, cache, partial(self._ask, offer, credential_of(offer)))
+
+    def renewals(self) -> "list[Renewal]":
+        """The tickets that can be renewed, in no order."""
+        with self._lock:
+            self._clear_out()
+            found = [(key[0]() if key[0] is not None else None, entry) for key, entry in self._entries.items()]
+        return [Renewal(when, holder, entry.wanted, entry) for holder, entry in found if holder and (when := entry.renew_at) is not None]
+
+    def renew(self, renewal: "Renewal") -> None:
+        """Renew a ticket by itself, if it is time. Blocking: call it in a thread of the token.
+
+        Raises:
+            BitsError: it could not be; it is good until its end.
+        """
+        entry, now = renewal.entry, self._clock()
+        with entry.turn(0) as mine:
+            if not mine:
+                return  # a KDC that does not answer still has that thread
+            name, life = self._longest(entry)
+            if life.renew_at is not None and life.renew_at <= now:
+                self._keep(entry, kerberos(renew, name))
+                entry.wanted = False
 
     def forget(self, holder: object) -> None:
         """Destroy what was got for this token: it was closed or replaced."""
         with self._lock:
             for key in [key for key in self._entries if key[0] is not None and key[0]() is holder]:
                 self._entries.pop(key).close()
+
+    def drop(self, offer: Offer) -> None:
+        """Destroy what was got for this offer: it is of no use any more."""
+        with self._lock:
+            entry = self._entries.pop(_mine(offer), None)
+            if entry is not None:
+                entry.close()
 
     async def aclose(self) -> None:
         """Destroy all tickets. Each cache is destroyed with the handle it was made with: memory only, nothing that could wait."""
@@ -107,32 +153,57 @@ class Tickets:
             while self._entries:
                 self._entries.popitem()[1].close()
 
+    # -- tickets that we ask for
+
     def _granted(self, offer: Offer, credential: object) -> Cache:
         entry = self._entry(offer)
-        # The KDC is asked once, however many lanes want the ticket; but none waits longer for another's question than its own.
-        if not entry.asking.acquire(timeout=KDC_DEADLINE):
-            raise silent_kdc()
-        try:
-            cache = entry.cache
-            if cache is None or cache.worn(self._clock()):
-                cache = self._ask(offer, credential)
-                with self._lock:
-                    entry.replace(cache)
-            return cache
-        finally:
-            entry.asking.release()
+        now, cache = self._clock(), entry.cache
+        ask = partial(self._ask, offer, credential)
+        if cache is None or cache.life.ends <= now:
+            self._replace(entry, cache, ask, wait=KDC_DEADLINE)
+        elif cache.life.worn(now) and entry.tries_again <= now:
+            entry.next_try(now)
+            if self.keeper is not None:
+                self.keeper.worn(offer)
+            else:
+                with suppress(BitsError):
+                    self._replace(entry, cache, ask)
+        return entry.have()
+
+    def _replace(self, entry: "_Entry", known: Cache | None, ask: Callable[[], Cache], *, wait: float = 0.0) -> None:
+        """The KDC is asked once, however many lanes want the ticket; but none waits longer for another's question than its own."""
+        with entry.turn(wait) as mine:
+            if not mine and wait:
+                raise silent_kdc()
+            if mine and entry.cache is known:
+                self._keep(entry, ask())
+
+    def _keep(self, entry: "_Entry", cache: Cache) -> None:
+        with self._lock:
+            entry.replace(cache)
+        self._tell_keeper()
+
+    def _tell_keeper(self) -> None:
+        if self.keeper is not None:
+            self.keeper.news()
 
     def _entry(self, offer: Offer) -> "_Entry":
         """One entry per token and credential: the path of a keytab is no proof that another token may read it."""
-        mine = (None if offer.holder is None else weakref.ref(offer.holder), offer.fingerprint)
         with self._lock:
             if self._closed:
                 raise unable("the manager is closing")
-            for key, entry in list(self._entries.items()):
-                alone = key[0] is not None and key[0]() is None  # nobody holds the token any more
-                if alone or (key != mine and entry.ended(self._clock())):
-                    self._entries.pop(key).close()
-            return self._entries.setdefault(mine, _Entry())
+            self._clear_out(_mine(offer))
+            entry = self._entries.setdefault(_mine(offer), _Entry())
+            news, entry.wanted = not entry.wanted, True
+        if news and entry.life is not None:
+            self._tell_keeper()
+        return entry
+
+    def _clear_out(self, but: object = None) -> None:
+        for key, entry in list(self._entries.items()):
+            alone = key[0] is not None and key[0]() is None  # nobody holds the token any more
+            if alone or (key != but and entry.ended(self._clock())):
+                self._entries.pop(key).close()
 
     def _ask(self, offer: Offer, credential: object) -> Cache:
         revision = self.revision(offer)
@@ -148,6 +219,48 @@ class Tickets:
                 self._refusals.add(offer.fingerprint, KDC, None, revision)
             raise
 
+    # -- tickets that somebody else got
+
+    def _borrowed(self, offer: Offer, name: str) -> tuple[str, str]:
+        """The cache to use in place of this one, and whose tickets are in it."""
+        try:
+            principal, life = kerberos(look_into, name)
+        except BitsError:
+            self.drop(offer)  # whoever filled it has given it up
+            raise
+        if life.renew_at is None and _mine(offer) not in self._entries:
+            return name, principal
+        entry = self._entry(offer)
+        ours = entry.cache
+        if ours is not None and (ours.principal != principal or ours.life.ends <= life.ends):
+            self.drop(offer)
+            entry, ours = self._entry(offer), None
+        if entry.source != (name, life):
+            entry.source = name, life
+            self._tell_keeper()
+        return (name, principal) if ours is None else (ours.name, principal)
+
+    def _longest(self, entry: "_Entry") -> tuple[str, Lifetime]:
+        """The cache with the ticket that lasts longest: whoever filled the other one may have renewed it himself."""
+        ours = entry.cache
+        if entry.source is not None:
+            name, _ = entry.source
+            principal, life = kerberos(look_into, name)
+            entry.source = name, life
+            if ours is None or ours.principal != principal or ours.life.ends <= life.ends:
+                return name, life
+        cache = entry.have()
+        return cache.name, cache.life
+
+    def revision(self, offer: Offer) -> str:
+        """The state of the file a credential lives in, "" where there is none. Blocking: call it in the token's thread."""
+        try:
+            name = _place(offer)
+            found = os.stat(name.partition(":")[2] if name.upper().startswith("FILE:") else name)
+        except (OSError, ValueError, BitsError):
+            return ""
+        return f"{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}:{found.st_size}"
+
 
 class _Entry:
     """One credential's ticket. All but `asking` is guarded by the lock of `Tickets`."""
@@ -155,17 +268,55 @@ class _Entry:
     def __init__(self) -> None:
         self.asking = threading.Lock()
         self.cache: Cache | None = None
+        self.source: tuple[str, Lifetime] | None = None  # the cache that somebody else filled
+        self.wanted = False  # a context was made since it was renewed
+        self.tries_again = 0.0  # not before that moment, if it failed
         self._previous: Cache | None = None  # until the next renewal, because a context may be on its way to it
         self._closed = False
 
+    @property
+    def life(self) -> Lifetime | None:
+        """Of the ticket that is used."""
+        if self.cache is not None:
+            return self.cache.life
+        return None if self.source is None else self.source[1]
+
+    @property
+    def renew_at(self) -> float | None:
+        """When it is time to renew the ticket; None: that is not possible."""
+        when = None if self.life is None else self.life.renew_at
+        return None if when is None else max(when, self.tries_again)
+
+    def next_try(self, now: float) -> None:
+        """A try begins: if it fails, there is another after a part of the time that is left."""
+        left = 0.0 if self.life is None else self.life.ends - now
+        self.tries_again = now + max(left * AGAIN, 1.0)
+
+    @contextmanager
+    def turn(self, wait: float) -> Iterator[bool]:
+        """Whether it is ours to ask the KDC."""
+        mine = self.asking.acquire(timeout=wait)
+        try:
+            yield mine
+        finally:
+            if mine:
+                self.asking.release()
+
+    def have(self) -> Cache:
+        """The ticket, which was got a moment ago."""
+        if self.cache is None:
+            raise unable("the identity was closed")
+        return self.cache
+
     def ended(self, now: float) -> bool:
-        return self.cache is not None and self.cache.ends < now and not self.asking.locked()
+        return self.life is not None and self.life.ends < now and not self.asking.locked()
 
     def replace(self, cache: Cache) -> None:
         if self._closed:  # forgotten while the KDC was asked
             cache.destroy()
             raise unable("the identity was closed")
         old, self._previous, self.cache = self._previous, self.cache, cache
+        self.tries_again = 0.0
         if old:
             old.destroy()
 
@@ -175,6 +326,48 @@ class _Entry:
             if cache:
                 cache.destroy()
         self._previous = self.cache = None
+
+
+class Renewal(NamedTuple):
+    """A ticket that can be renewed: from when on, the token whose it is, and whether it was used since it was got."""
+
+    when: float
+    holder: object
+    used: bool
+    entry: _Entry
+
+    def begin(self, now: float) -> None:
+        """There is a try now; if it fails, another after a part of the time that is left."""
+        self.entry.next_try(now)
+
+
+class Keeper(Protocol):
+    """Who sees to it that tickets are renewed in time. Called in whatever thread asks for tickets."""
+
+    def news(self) -> None:
+        """`Tickets.renewals` says something else."""
+
+    def worn(self, offer: Offer) -> None:
+        """The ticket of this offer nears its end: `Tickets.refresh` is due."""
+
+
+def _mine(offer: Offer) -> tuple[_Holder, str]:
+    return (None if offer.holder is None else weakref.ref(offer.holder), offer.fingerprint)
+
+
+def expired(principal: str | None) -> TokenRequired:
+    """Tickets that nobody here can replace are over: the identity is gone, as after a log-off."""
+    who = show_text(principal or "this identity", 80)
+    return TokenRequired(
+        f"the Kerberos tickets of {who} have expired",
+        identity=who,
+        advice="get new tickets (kinit), set the helper token again, or set the helper token flags to NONE; then resume the job",
+    )
+
+
+def asks(offer: Offer) -> bool:
+    """Whether the credential gets tickets by itself, as often as it needs."""
+    return kind_of(credential_of(offer)) in _ASKS
 
 
 # -- credentials -----------------------------------------------------------------------------------------------------------------
@@ -226,15 +419,6 @@ def _compare(claimed: str | None, actual: str) -> None:
 
 
 # -- krb5 (each runs inside `kerberos`) ------------------------------------------------------------------------------------------
-
-
-def _principal_of_cache(name: str) -> str:
-    import krb5
-
-    principal = krb5.cc_resolve(krb5.init_context(), name.encode()).principal
-    if principal is None:
-        raise unable("there are no tickets in the cache", advice=KINIT)
-    return text_of(principal.name)
 
 
 def _default_cache(user: str | None) -> str:

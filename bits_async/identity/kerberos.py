@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RENEW_BEFORE: Final = 300.0  # seconds before a ticket's end (the clock skew that realms allow)
+REPLACE_BEFORE: Final = 300.0  # seconds before a ticket's end (the clock skew that realms allow)
+RENEW_AFTER: Final = 0.75  # of its life a renewable ticket is renewed
+RENEWABLE_FOR: Final = 7 * 86400  # seconds that are asked for with a password; the realm says for how long at most
 CLOCK_SKEW: Final = 300  # seconds that a realm's clock and this machine's may differ
 TRIED_KEYS: Final = 4  # principals of a keytab that an answer is verified with, one after the other
 
@@ -44,20 +46,33 @@ def require_kerberos() -> None:
 # -- caches of our own -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """When a ticket was given, when it ends, and until when it can be renewed (0: it cannot). Seconds of the wall clock."""
+
+    starts: float
+    ends: float
+    renewable_until: float
+
+    @property
+    def renew_at(self) -> float | None:
+        """When it is time to renew it; None: that would bring nothing."""
+        return self.starts + (self.ends - self.starts) * RENEW_AFTER if self.renewable_until > self.ends else None
+
+    def worn(self, now: float) -> bool:
+        """Near enough to its end to be replaced."""
+        return now > self.ends - min(REPLACE_BEFORE, (self.ends - self.starts) / 10)
+
+
 @dataclass(slots=True)
 class Cache:
     """A cache of ours: its name, whose tickets are in it, and the handles that destroy it."""
 
     name: str
     principal: str
-    starts: float
-    ends: float
+    life: Lifetime
     context: Any
     handle: Any
-
-    def worn(self, now: float) -> bool:
-        """Near enough to its end to be renewed."""
-        return now > self.ends - min(RENEW_BEFORE, (self.ends - self.starts) / 10)
 
     def destroy(self) -> None:
         import krb5
@@ -81,7 +96,13 @@ def _kept(context: Any, ticket: Any) -> Cache:
     handle = krb5.cc_resolve(context, name.encode())
     krb5.cc_initialize(context, handle, ticket.client)
     krb5.cc_store_cred(context, handle, ticket)
-    return Cache(name, text_of(ticket.client.name), ticket.times.authtime, ticket.times.endtime, context, handle)
+    return Cache(name, text_of(ticket.client.name), _life(ticket), context, handle)
+
+
+def _life(ticket: Any) -> Lifetime:
+    times = ticket.times
+    renewable = ticket.ticket_flags_raw & _RENEWABLE
+    return Lifetime(times.starttime or times.authtime, times.endtime, times.renew_till if renewable else 0)
 
 
 def _filled(name: str) -> Cache:
@@ -90,10 +111,24 @@ def _filled(name: str) -> Cache:
 
     context = krb5.init_context()
     handle = krb5.cc_resolve(context, name.encode())
-    times = [ticket.times for ticket in handle if ticket.times.endtime]
-    starts, ends = max((t.authtime for t in times), default=0), min((t.endtime for t in times), default=0)
     principal = handle.principal
-    return Cache(name, text_of(principal.name if principal else None), starts, ends, context, handle)
+    return Cache(name, text_of(principal.name if principal else None), _life_of(handle), context, handle)
+
+
+def _life_of(handle: Any) -> Lifetime:
+    """Of the ticket-granting ticket in a cache; of what ends first, where there is none (S4U)."""
+    tickets = [ticket for ticket in handle if ticket.times.endtime]
+    owner = text_of(handle.principal.name) if handle.principal else ""
+    realm = owner.rpartition("@")[2]
+    granting = [
+        ticket
+        for ticket in tickets
+        if (text_of(ticket.client.name), text_of(ticket.server.name)) == (owner, f"krbtgt/{realm}@{realm}")  # not the service's (S4U)
+    ]
+    if granting:
+        return _life(max(granting, key=lambda ticket: ticket.times.endtime))
+    times = [ticket.times for ticket in tickets]
+    return Lifetime(max((t.authtime for t in times), default=0), min((t.endtime for t in times), default=0), 0)
 
 
 def text_of(raw: bytes | None) -> str:
@@ -109,7 +144,9 @@ def ticket_by_password(credential: "spnego.Password", *, forwardable: bool = Fal
 
     context = krb5.init_context()
     client = krb5.parse_name_flags(context, str(credential.username).encode())
-    ticket = krb5.get_init_creds_password(context, client, _options(context, forwardable), password=_encoded(credential))
+    options = _options(context, forwardable)
+    krb5.get_init_creds_opt_set_renew_life(options, RENEWABLE_FOR)
+    ticket = krb5.get_init_creds_password(context, client, options, password=_encoded(credential))
     return _kept(context, ticket)
 
 
@@ -146,6 +183,29 @@ def _options(context: Any, forwardable: bool) -> Any:
     if forwardable:
         krb5.get_init_creds_opt_set_forwardable(options, True)
     return options
+
+
+def look_into(name: str) -> tuple[str, Lifetime]:
+    """Whose tickets are in a cache of this name, and how long they last. Nothing is asked of a KDC, and nothing written."""
+    import krb5
+
+    handle = krb5.cc_resolve(krb5.init_context(), name.encode())
+    principal = handle.principal
+    if principal is None:
+        raise unable("there are no tickets in the cache", advice=KINIT)
+    return text_of(principal.name), _life_of(handle)
+
+
+def renew(name: str) -> Cache:
+    """Have the KDC renew the ticket-granting ticket in the cache of this name (RFC 4120, 3.3): the new one in a new cache of ours.
+
+    The cache itself stays as it is: whoever filled it renews it there when he likes. Neither password nor key is needed.
+    """
+    import krb5
+
+    context = krb5.init_context()
+    handle = krb5.cc_resolve(context, name.encode())
+    return _kept(context, krb5.get_renewed_creds(context, krb5.cc_get_principal(context, handle), handle))
 
 
 def clock_difference(cache: Cache) -> int:
@@ -249,6 +309,7 @@ def act_for(user: str, service: Cache) -> Evidence:
 
 
 _FORWARDABLE: Final = 0x40000000  # RFC 4120, 5.3: bit 1, counted from the left
+_RENEWABLE: Final = 0x00800000  # bit 8
 
 
 def keep(credentials: Any) -> Cache:
@@ -277,6 +338,7 @@ class Problem(NamedTuple):
 
 
 _REVOKED: Final = -1765328366
+_EXPIRED: Final = -1765328352
 _WRONG: Final = Problem(_DENIED, "the KDC says that the password or key is wrong", "", ErrorCode.ERROR_LOGON_FAILURE)
 _SKEW: Final = Problem(_UNABLE, SKEW, "set the clock", ErrorCode.ERROR_TIME_SKEW)
 _PROBLEMS: Final[dict[int, Problem]] = {
@@ -308,7 +370,7 @@ _PROBLEMS: Final[dict[int, Problem]] = {
     -1765328237: Problem(
         _UNABLE, "the clocks of this machine and of the realm differ too much", "set the clock", ErrorCode.ERROR_TIME_SKEW
     ),
-    -1765328352: Problem(_UNABLE, "the tickets have expired", KINIT),
+    _EXPIRED: Problem(_UNABLE, "the tickets have expired", KINIT),
     -1765328243: Problem(_UNABLE, "there are no tickets in the cache", KINIT),
     -1765328189: Problem(_UNABLE, "there is no such ticket cache", KINIT),
     -1765328190: Problem(_UNABLE, "the ticket cache may not be read by this identity", "give the identity a cache of its own"),
@@ -353,9 +415,19 @@ def kerberos(function: Callable[..., T], *args: Any) -> T:
 def problem_of(exc: Exception) -> Problem:
     """What krb5, GSSAPI or pyspnego raised: by the number of the mechanism, where it has one."""
     base = getattr(exc, "base_error", None) or exc
-    number = getattr(base, "err_code", None) or getattr(base, "min_code", None) or getattr(base, "errno", None) or 0
-    number = number - 2**32 if number >= 2**31 else number
+    number = _number(exc)
     return _PROBLEMS.get(number) or Problem(_UNABLE, f"{type(base).__name__} {number or ''}".rstrip())
+
+
+def _number(exc: Exception) -> int:
+    base = getattr(exc, "base_error", None) or exc
+    number: int = getattr(base, "err_code", None) or getattr(base, "min_code", None) or getattr(base, "errno", None) or 0
+    return number - 2**32 if number >= 2**31 else number
+
+
+def is_expired(exc: Exception) -> bool:
+    """The tickets are over."""
+    return _number(exc) == _EXPIRED
 
 
 def is_revoked(exc: Exception) -> bool:

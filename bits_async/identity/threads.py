@@ -636,6 +636,7 @@ class TokenExecutor:
 # -- the manager's executors ------------------------------------------------------------------------------------------
 
 Kind = Literal["files", "security"]
+KINDS: Final[tuple[Kind, ...]] = ("files", "security")
 
 
 class _Entry:
@@ -683,6 +684,10 @@ class TokenExecutors:
         finally:
             self._leave((token, kind), entry)
 
+    def in_use(self, token: Token) -> bool:
+        """Somebody has leased one of its executors."""
+        return any(entry.users for kind in KINDS if (entry := self._entries.get((token, kind))) is not None)
+
     async def refresh(self, token: Token) -> None:
         """Read again what the machine says of the token's user: executors leased from now on have the groups of today (T12).
 
@@ -697,7 +702,7 @@ class TokenExecutors:
         if fresh == known:
             return
         self._fresh[token] = fresh
-        for kind in ("files", "security"):
+        for kind in KINDS:
             entry = self._entries.pop((token, kind), None)  # whoever uses it ends with it
             if entry is not None:
                 entry.replaced = True
@@ -707,7 +712,7 @@ class TokenExecutors:
     def discard(self, token: Token) -> None:
         """The token is gone: whoever still uses it gets TokenRequired."""
         self._fresh.pop(token, None)
-        for kind in ("files", "security"):
+        for kind in KINDS:
             entry = self._entries.pop((token, kind), None)
             if entry is not None:
                 entry.executor.discard()

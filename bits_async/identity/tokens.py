@@ -250,7 +250,11 @@ class Token:
 
     @classmethod
     def for_network(cls, network: "spnego.Credential") -> "Token":
-        """This process on the machine, that credential on the network. Needs no privilege."""
+        """This process on the machine, that credential on the network. Needs no privilege.
+
+        Tickets are renewed in time, or got anew with the password or key. A cache that is named here stays as it is: what is renewed
+        is kept in memory, and only while the cache has tickets of the same principal.
+        """
         from .logon import for_network
 
         return for_network(network)

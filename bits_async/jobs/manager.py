@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
 from ..auth.policy import AuthCredentials, AuthRules, Refusals
+from ..auth.renewal import Renewals
+from ..auth.tickets import Tickets
 from ..clock import Clock, SystemClock
 from ..errors import AccessDenied, BitsError, InvalidArgument, NotFound
 from ..identity import native
@@ -134,6 +136,8 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._destinations: set[Path] = set()
         self._refusals = Refusals()
+        self._tickets: Tickets | None = None
+        self._renewals: Renewals | None = None
         self._log_offs: LogOffs | None = None
         self._overridden: frozenset[str] = frozenset()
 
@@ -165,7 +169,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             path = self._path or default_store()
             # our own place may be reached through links (a home directory often is); a path that was named may not (T13)
             self._store = SqliteStore(Path(await files.run(os.path.realpath, path)) if own else path, key=self._key)
-        self._network = self._seams.network if self._seams else Lanes(self._limits.connections_per_host, refusals=self._refusals)
+        self._network = self._seams.network if self._seams else self._real_network(self._executors)
         await self._store.open()
         shop = Workshop(self._network, self._executors, self._clock, boot_id, self._limits.disk_reserve)
         parties = Parties(self._tls, self._auth_rules, self._timeouts, self._executors, self._refusals, self._handles)
@@ -196,6 +200,12 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         )
         self._overridden = overrides(policy)
         await engine.start()
+
+    def _real_network(self, executors: TokenExecutors) -> Network:
+        self._tickets = Tickets(self._refusals)
+        self._renewals = Renewals(self._tickets, executors, self._clock)
+        self._renewals.start()
+        return Lanes(self._limits.connections_per_host, refusals=self._refusals, tickets=self._tickets)
 
     @property
     def set_aside(self) -> Path | None:
@@ -240,8 +250,12 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
                 stack.push_async_callback(self._one_shot.release, self._executors)
             if self._store is not None:
                 stack.push_async_callback(self._close_store, self._store)
+            if self._tickets is not None:
+                stack.push_async_callback(self._tickets.aclose)
             if self._network is not None:
                 stack.push_async_callback(self._network.aclose)
+            if self._renewals is not None:
+                stack.push_async_callback(self._renewals.aclose)
 
     async def _close_store(self, store: SqliteStore) -> None:
         private = self._one_shot is not None and self._one_shot.private

@@ -1,0 +1,160 @@
+"""Kerberos tickets that end while jobs are at work, with a real KDC: renewed in time where they can be, else the end of an identity."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import spnego
+
+import bits_async as bits
+from bits_async import AuthScheme, AuthTarget, ErrorCode, HelperTokenFlags, Job, JobState, Token, TokenRequired, impersonate
+from bits_async.identity.kerberos import look_into
+from tests.peers import Fault, Hold, Origin
+from tests.realms import Apache, MitKdc, Squid
+from tests.waiting import until
+
+pytestmark = pytest.mark.realm
+
+LIFE = 5  # seconds; tickets begin at a whole one
+NETWORK = HelperTokenFlags.NETWORK
+
+
+@pytest.fixture(autouse=True)
+def private_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+class Meanwhile:
+    """A file that is under way until `go_on`, between two that need a login."""
+
+    def __init__(self, origin: Origin) -> None:
+        self._origin = origin
+        self._holds: list[Hold] = []
+
+    def url(self) -> str:
+        url = self._origin.serve(f"/{len(self._holds)}", b"x" * 2000)
+        hold = Hold(after=1000)
+        self._origin.fault(f"/{len(self._holds)}", Fault(hold=hold))
+        self._holds.append(hold)
+        return url
+
+    async def reached(self) -> None:
+        for hold in self._holds:
+            async with asyncio.timeout(20):
+                await hold.reached.wait()
+
+    def go_on(self) -> None:
+        for hold in self._holds:
+            hold.release()
+
+
+@pytest.fixture
+async def meanwhile() -> AsyncIterator[Meanwhile]:
+    async with Origin() as origin:
+        yield Meanwhile(origin)
+
+
+@contextlib.asynccontextmanager
+async def manager(tmp_path: Path) -> AsyncIterator[bits.BitsManager]:
+    async with bits.BitsManager(store=tmp_path / "queue.db") as opened:
+        yield opened
+
+
+def cached(cache: str) -> Token:
+    return Token.for_network(spnego.KerberosCCache(cache))
+
+
+async def begun(
+    manager: bits.BitsManager, urls: list[str], directory: Path, *, owner: Token | None = None, helper: Token | None = None, proxy: str = ""
+) -> Job:
+    job = await manager.create_job("long", owner=owner, priority=bits.JobPriority.FOREGROUND)
+    await job.set_proxy_settings(bits.ProxySettings.override(proxy) if proxy else bits.ProxySettings.no_proxy())
+    for url in urls:
+        await job.add_file(url, directory / f"{job.id}-{len(job.files)}")
+    for target in AuthTarget:
+        await job.set_credentials(target, AuthScheme.NEGOTIATE, None, None)
+    if helper is not None:
+        await help_with(job, helper)
+    await job.resume()
+    return job
+
+
+async def help_with(job: Job, helper: Token) -> None:
+    options = await job.token_options()
+    with impersonate(helper):
+        await options.set_helper_token()
+    await options.set_helper_token_flags(NETWORK)
+
+
+async def test_tickets_of_owner_and_helper_are_renewed_while_a_transfer_goes_on_at_origin_and_proxy(
+    kdc: MitKdc, apache: Apache, squid_negotiate: Squid, tmp_path: Path, meanwhile: Meanwhile
+) -> None:
+    """Each job logs on once more after the first ticket's end: in the log of the origin, and of the proxy, as the same principal."""
+    passwords = {"brief": "brief-password", "short": "short-password"}
+    for name, password in passwords.items():
+        kdc.add_user(name, password, f'-maxlife "{LIFE} seconds"')
+    cache = kdc.ccache("alice", directory=tmp_path, life=LIFE, renewable=600)
+    before = look_into(cache)[1]
+    brief, short = (Token.for_network(spnego.Password(kdc.principal(name), secret)) for name, secret in passwords.items())
+    keytab = Token.for_network(spnego.KerberosKeytab(str(kdc.keytab("short")), kdc.principal("short")))
+    url = apache.url("/neg/big")
+    async with manager(tmp_path) as queue:
+        jobs = {
+            "alice": await begun(queue, [url, meanwhile.url(), url], tmp_path, owner=cached(cache)),
+            "brief": await begun(queue, [url, meanwhile.url(), url], tmp_path, helper=brief, proxy=squid_negotiate.url),
+            "short": await begun(queue, [url, meanwhile.url(), url], tmp_path, owner=keytab, proxy=squid_negotiate.url),
+        }
+        await meanwhile.reached()
+        ended = max(before.ends, time.time() + LIFE) + 1
+        await until(lambda: time.time() > ended, deadline=LIFE + 5)
+        meanwhile.go_on()
+        for job in jobs.values():
+            await job.wait(transient=True)
+            await job.complete()
+    for name in jobs:
+        assert len(apache.hits(expect=2, user=kdc.principal(name), status=200)) == 2
+    for name in ("brief", "short"):
+        assert len(squid_negotiate.hits(expect=3, user=kdc.principal(name), status=200)) == 3
+    assert look_into(cache)[1] == before, "what kinit wrote is its own business"
+    short.close()
+
+
+async def test_tickets_that_cannot_be_renewed_end_the_identity_and_a_job_goes_on_with_new_ones_or_without_the_helper(
+    kdc: MitKdc, apache: Apache, tmp_path: Path, meanwhile: Meanwhile
+) -> None:
+    file = tmp_path / "alice.ccache"
+    life = 3
+    url = apache.url("/neg/big")
+    kdc.ccache("alice", file=file, life=life)
+    others = [kdc.ccache("bob", directory=tmp_path, life=life) for _ in range(2)]
+    async with manager(tmp_path) as queue:
+        of_owner = await begun(queue, [url, meanwhile.url(), url], tmp_path, owner=cached(f"FILE:{file}"))
+        of_helper = [await begun(queue, [url, meanwhile.url(), url], tmp_path, helper=cached(each)) for each in others]
+        await meanwhile.reached()
+        ended = time.time() + life + 1
+        await until(lambda: time.time() > ended)
+        meanwhile.go_on()
+        for job, name in ((of_owner, "alice"), *((each, "bob") for each in of_helper)):
+            with pytest.raises(TokenRequired, match=rf"the Kerberos tickets of {name}@BITS\.TEST have expired") as caught:
+                await job.wait(transient=True)
+            assert (caught.value.code, job.state) == (ErrorCode.BG_E_TOKEN_REQUIRED, JobState.ERROR)
+            assert "kinit" in caught.value.advice
+            assert "set_helper" in caught.value.advice or "helper token" in caught.value.advice
+        kdc.ccache("alice", file=file)
+        await of_owner.resume()
+        again, without = of_helper
+        await help_with(again, cached(kdc.ccache("helper", directory=tmp_path)))
+        await again.resume()
+        options = await without.token_options()
+        await options.set_helper_token_flags(HelperTokenFlags.NONE)
+        await without.files[2].set_remote_name(apache.url("/pub/big"))
+        await without.resume()
+        for job in (of_owner, *of_helper):
+            await job.wait(transient=True)
+            await job.complete()
+    assert len(apache.hits(expect=2, user=kdc.principal("alice"), status=200)) == 2
+    assert len(apache.hits(expect=2, user=kdc.principal("bob"), status=200)) == 2
+    assert len(apache.hits(expect=1, user=kdc.principal("helper"), status=200)) == 1
