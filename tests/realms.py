@@ -432,14 +432,15 @@ class MitKdc(Server):
 class Apache(Server):
     """Apache with one big file under /pub, /dated (no ETag), /basic, /digest, /neg (Kerberos) and /ntlm, each over http and https.
 
-    Everything is there once more below /slow, paced.
+    Everything is there once more below /slow, paced. Over https /known asks for a client's certificate when it has seen the path:
+    within the handshake that follows (TLS 1.3), or by another one (TLS 1.2, `tls12_port`); the log shows its common name as the user.
     """
 
     modules = (
         *("mpm_event", "authn_core", "authn_file", "authz_core", "authz_user", "auth_basic", "auth_digest", "auth_gssapi"),
         *("alias", "filter", "session", "request", "mime", "headers", "ratelimit", "env", "socache_shmcb", "ssl"),
     )
-    locations = ("pub", "dated", "basic", "digest", "neg", "ntlm")
+    locations = ("pub", "dated", "basic", "digest", "neg", "ntlm", "known")
 
     def __init__(self, kdc: Realm, authority: Authority, *, size: int = 8 * 1024 * 1024, slow_kib_per_second: int = 1024) -> None:
         super().__init__("apache")
@@ -448,7 +449,7 @@ class Apache(Server):
         self.ca_file = authority.ca_file
         self.data = os.urandom(size)
         self.sha256 = hashlib.sha256(self.data).hexdigest()
-        self.port = self.tls_port = 0
+        self.port = self.tls_port = self.tls12_port = 0
         self.log = Log(self.directory / "access.log", parse_hit)
 
     @property
@@ -458,7 +459,7 @@ class Apache(Server):
 
     @property
     def ports(self) -> Iterable[int]:
-        return self.port, self.tls_port
+        return self.port, self.tls_port, self.tls12_port
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -492,7 +493,7 @@ class Apache(Server):
         self.log.path.touch()
 
     def configure(self) -> None:
-        self.port, self.tls_port = free_port(), free_port()
+        self.port, self.tls_port, self.tls12_port = free_port(), free_port(), free_port()
         load = "\n".join(f"LoadModule {name}_module {APACHE_MODULES}/mod_{name}.so" for name in self.modules)
         user = "User www-data\nGroup www-data" if os.geteuid() == 0 else ""
         (self.directory / "httpd.conf").write_text(f"""{load}
@@ -506,6 +507,7 @@ ErrorLog {self.directory}/error.log
 LogLevel warn auth_gssapi:info
 Listen 127.0.0.1:{self.port}
 Listen 127.0.0.1:{self.tls_port} https
+Listen 127.0.0.1:{self.tls12_port} https
 TypesConfig /dev/null
 DocumentRoot {self.root}
 Alias /slow {self.root}
@@ -557,14 +559,23 @@ LimitRequestFieldSize 65536
  AuthUserFile {self.directory}/digest.users
  Require valid-user
 </LocationMatch>
-<VirtualHost 127.0.0.1:{self.tls_port}>
+{self._host(self.tls_port, "")}{self._host(self.tls12_port, "SSLProtocol -all +TLSv1.2")}""")
+        give_to("www-data", self.directory)
+
+    def _host(self, port: int, more: str) -> str:
+        return f"""<VirtualHost 127.0.0.1:{port}>
  SSLEngine on
+ {more}
  SSLCertificateFile {self._chain}
  SSLCertificateKeyFile {self._key}
+ SSLCACertificateFile {self.ca_file}
+ <Location /known>
+  SSLVerifyClient require
+  SSLUserName SSL_CLIENT_S_DN_CN
+ </Location>
  CustomLog {self.log.path} fields
 </VirtualHost>
-""")
-        give_to("www-data", self.directory)
+"""
 
     def command(self) -> list[str]:
         return [find_program("apache2") or "apache2", "-f", str(self.directory / "httpd.conf"), "-DFOREGROUND"]
@@ -666,7 +677,9 @@ class Nginx(Server):
     """Nginx with the files below `root`, over http and https, each in every way that its path begins with.
 
     `/pub/` as they are; `/dated/` without an ETag; `/unpinned/` with no validator at all; `/whole/` 200 to every range; `/chunked/`
-    without a length; `/packed/` the gzip file beside it, whatever was asked for; `/slow/` paced; `/getonly/` refuses HEAD.
+    without a length; `/packed/` the gzip file beside it, whatever was asked for; `/slow/` paced; `/getonly/` refuses HEAD. With an
+    authority there are two more ports, which ask for a client's certificate: `required_port` serves nobody without one, and on
+    `optional_port` only what is below `/known/` does; the log shows its common name as the user.
 
     Args:
         authority: signs the certificate; None: no https.
@@ -689,12 +702,12 @@ class Nginx(Server):
         self._authority, self._slow = authority, slow_kib_per_second
         self.root = self.directory / "www" if root is None else root
         self.ca_file = None if authority is None else authority.ca_file
-        self.port = self.tls_port = 0
+        self.port = self.tls_port = self.required_port = self.optional_port = 0
         self.log = Log(self.directory / "access.log", parse_hit)
 
     @property
     def ports(self) -> Iterable[int]:
-        return (self.port,) if self._authority is None else (self.port, self.tls_port)
+        return (self.port,) if self._authority is None else (self.port, self.tls_port, self.required_port, self.optional_port)
 
     def url(self, path: str, *, tls: bool = False) -> str:
         return f"https://localhost:{self.tls_port}{path}" if tls else f"http://localhost:{self.port}{path}"
@@ -710,11 +723,17 @@ class Nginx(Server):
         self.log.path.touch()
 
     def configure(self) -> None:
-        self.port, self.tls_port = free_port(), free_port()
+        self.port, self.tls_port, self.required_port, self.optional_port = (free_port() for _ in range(4))
         at = self.directory
         user = "user www-data;" if os.geteuid() == 0 else ""
-        tls = ""
+        tls = asking = ""
         if self._authority is not None:
+            shown = f"ssl_certificate {self._chain}; ssl_certificate_key {self._key}; ssl_client_certificate {self._authority.ca_file};"
+            known = f"location /known/ {{ if ($ssl_client_verify != SUCCESS) {{ return 403; }} alias {self.root}/; }}"
+            asking = "\n".join(
+                f" server {{ listen 127.0.0.1:{port} ssl; {shown} ssl_verify_client {how}; location / {{ alias {self.root}/; }} {known} }}"
+                for port, how in ((self.required_port, "on"), (self.optional_port, "optional"))
+            )
             tls = f"listen 127.0.0.1:{self.tls_port} ssl; ssl_certificate {self._chain}; ssl_certificate_key {self._key};"
         ways = {**self.ways, "slow": f"limit_rate {self._slow}k;"}
         locations = "\n".join(f"  location /{name}/ {{ alias {self.root}/; {how} }}" for name, how in ways.items())
@@ -731,7 +750,8 @@ http {{
  tcp_nopush on;
  keepalive_requests 1000000;
  large_client_header_buffers 4 64k;
- log_format fields '$remote_port\\t$server_port\\t-\\t$request_method\\t$uri$is_args$args\\t'
+ map $ssl_client_s_dn $who {{ default '-'; ~CN=(?<name>[^,]+) $name; }}
+ log_format fields '$remote_port\\t$server_port\\t$who\\t$request_method\\t$uri$is_args$args\\t'
   '$status\\t$body_bytes_sent\\t$told\\t$connection_requests';
  map $http_range $told {{ '' '-'; default $http_range; }}
  access_log {self.log.path} fields;
@@ -742,6 +762,7 @@ http {{
   server_name localhost;
 {locations}
  }}
+{asking}
 }}
 """)
         give_to("www-data", at)

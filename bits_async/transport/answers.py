@@ -684,6 +684,28 @@ def _error(asked: Asked, answer: Answer, now: float | None) -> BitsError:
     return error_from_status(answer.status, url=asked.url, reason=answer.reason, retry_after=retry_after(answer.headers, now))
 
 
+_ABOUT_CERTIFICATES: Final = {  # nginx keeps its codes 495 and 496 to itself and writes them into the page
+    b"No required SSL certificate was sent": "the job showed none",
+    b"The SSL certificate error": "it does not accept the one that was shown",
+}
+
+
+def refused_for(error: BitsError, page: bytes) -> BitsError:
+    """The error of an answer, by the beginning of its page too: nginx refuses clients' certificates, and clients without one, with
+    a plain 400."""
+    why = next((why for words, why in _ABOUT_CERTIFICATES.items() if words in page), None)
+    if error.http_status != 400 or why is None or not (error.url or "").startswith("https:"):
+        return error
+    return certificate_wanted(why, error.url or "")
+
+
+def certificate_wanted(why: str, url: str) -> BitsError:
+    """The server wants to know who we are, and there is something in the way."""
+    message = f"the server wants a client certificate, and {why}"
+    code, context = ErrorCode.ERROR_WINHTTP_CLIENT_AUTH_CERT_NEEDED, ErrorContext.GENERAL_TRANSPORT
+    return make_error(code, context, message, url=url, transient=False)
+
+
 def retry_after(headers: Headers, now: float | None = None) -> float | None:
     """Seconds that `Retry-After` asks to wait, between 0 and a day.
 

@@ -70,8 +70,10 @@ from .answers import (
     Restart,
     Verdict,
     authority,
+    certificate_wanted,
     check_url,
     judge,
+    refused_for,
 )
 from .connector import EXCHANGES, HEAD_LIMIT, LEG_BODY_LIMIT, USER_AGENT, LaneConnector, Login, Route, throw, tokens
 from .digests import Digests
@@ -88,6 +90,7 @@ REDIRECTS: Final = 10
 READ_BUFFER: Final = 256 * 1024
 LEFTOVER_LIMIT: Final = 64 * 1024  # an unwanted body up to this size is read, so that the connection can be used again
 LEFTOVER_SECONDS: Final = 5.0
+PAGE: Final = 1024  # bytes of an error's page that are looked at
 DETACH_FROM: Final = 4 * 1024 * 1024  # a body with less left is not worth a thread of its own
 
 
@@ -202,6 +205,8 @@ def _wire_error(exc: BaseException, url: str, doing: str) -> BitsError:
         large = "got more than" in exc.message.lower() or "too many headers" in exc.message.lower()
         return _bad_answer(url, "its head is too large", ErrorCode.BG_E_TOO_LARGE) if large else _bad_answer(url, "it is not HTTP")
     if isinstance(exc.__cause__, ssl.SSLError):
+        if exc.__cause__.reason == "SSLV3_ALERT_HANDSHAKE_FAILURE":  # in another handshake, to ask who we are (RFC 5246, 7.4.6)
+            return certificate_wanted("the job showed none", url)
         return error_from_network(exc.__cause__, url=url, doing=doing)  # with TLS 1.3 a server judges our certificate after the handshake
     if isinstance(exc, TimeoutError | ssl.SSLError) and not isinstance(exc, aiohttp.ClientError):
         return error_from_network(exc, url=url, doing=doing)
@@ -533,9 +538,12 @@ class Lane:
 
     # -- after an answer
 
-    async def settle(self, response: aiohttp.ClientResponse, limit: int, seconds: float) -> None:
-        """Reads a body that nobody wants, so that the connection can go on; a larger or slower one costs the connection (T26)."""
-        left, settled = limit, False
+    async def settle(self, response: aiohttp.ClientResponse, limit: int, seconds: float) -> bytes:
+        """Reads a body that nobody wants, so that the connection can go on; a larger or slower one costs the connection (T26).
+
+        Returns its beginning.
+        """
+        left, settled, page = limit, False, b""
         try:
             announced = response.content_length or 0
             async with asyncio.timeout(seconds):
@@ -543,12 +551,14 @@ class Lane:
                     chunk = await response.content.readany()
                     left -= len(chunk)
                     settled = not chunk
+                    page += chunk[: PAGE - len(page)]
         except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError):
             pass  # the connection is given up below, whatever is wrong with it
         finally:
             if not settled:
                 response.close()
                 self.drop()
+        return page
 
     def drop(self) -> None:
         """Closes the connection at once; the next request opens another."""
@@ -715,7 +725,7 @@ class Lanes:
             party.heard((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in response.raw_headers)
         if isinstance(verdict, Accept):
             return LaneBody(lane, response, asked, verdict), Redirect("")
-        await lane.settle(response, LEFTOVER_LIMIT, LEFTOVER_SECONDS)
+        page = await lane.settle(response, LEFTOVER_LIMIT, LEFTOVER_SECONDS)
         match verdict:
             case Redirect():
                 return None, verdict
@@ -724,7 +734,7 @@ class Lanes:
             case Complete():
                 raise AlreadyComplete(verdict.total)
             case Refuse():
-                raise verdict.error
+                raise refused_for(verdict.error, page)
             case Challenged():  # the lane answers or refuses each of them
                 raise error_from_status(verdict.seat_status, url=asked.url)
 
