@@ -26,7 +26,7 @@ from typing import Final, Self, final
 from .auth.policy import Origin
 from .errors import AuthFailed, BitsError, ErrorCode, ErrorContext, NetworkError, RemoteFileError, error_from_status, make_error
 from .identity.sessions import SessionEnded, Sessions
-from .identity.tokens import LocalIdentity, Token
+from .identity.tokens import ImpersonationLevel, LocalIdentity, Token
 from .jobs.manager import Seams, seams
 from .transport.answers import Accept, AlreadyComplete, Answer, Asked, Complete, FileChanged, HeaderFields, Refuse, Restart, judge
 from .transport.digests import Digests
@@ -470,11 +470,18 @@ class _FakeSessions:
         return None if session in self._ended else f"fake:{session}"
 
 
-def fake_token(name: str, *, elevated: bool = False, session: str | None = None) -> Token:
+def fake_token(
+    name: str,
+    *,
+    elevated: bool = False,
+    session: str | None = None,
+    level: ImpersonationLevel = ImpersonationLevel.IMPERSONATE,
+) -> Token:
     """An identity for tests: owner of jobs, helper, or whom a fake server requires. A real manager refuses it.
 
-    With `session` it is tied to a logon session, and ends with it (`FakeNetwork.log_off`).
+    With `session` it is tied to a logon session, and ends with it (`FakeNetwork.log_off`). Below the level IMPERSONATE nothing can be done
+    as it.
     """
     if not name:
         raise ValueError("a fake token has a name")
-    return Token._make(_FakeIdentity(name, elevated), fake=True, session=session)
+    return Token._make(_FakeIdentity(name, elevated), level=level, fake=True, session=session)

@@ -1,7 +1,7 @@
 r"""The helper-token story: a service writes where only it may write, and shows the servers somebody with fewer rights.
 
 The job belongs to the service (its owner). A second token, the helper, is set on it as BITS does with IBitsTokenOptions: take
-the options, impersonate, set the token; the flags say where it acts. Here that is the network, so the proxy and the origin see
+the options, impersonate, set the token and the flags, which say where it acts. Here that is the network, so the proxy and the origin see
 the helper, and the file is the service's. With HelperTokenFlags.LOCAL_FILE it would be the other way round.
 
     python examples/two_identities.py                                      against servers of its own (NTLM)
@@ -35,7 +35,7 @@ async def fetch(url: str, path: Path, proxy: str | None, helper: bits.Token, sch
         options = await job.token_options()
         with bits.impersonate(helper):
             await options.set_helper_token()
-        await options.set_helper_token_flags(bits.HelperTokenFlags.NETWORK)
+            await options.set_helper_token_flags(bits.HelperTokenFlags.NETWORK)
         print(f"owner {job.owner_name}, helper {options.helper_token_sid} for {options.helper_token_flags.name}")
 
         await job.resume()

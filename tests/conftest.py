@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -102,6 +103,14 @@ async def no_leaks() -> AsyncIterator[None]:
 
 
 # -- the machine
+
+
+@pytest.fixture
+def memory_dir() -> Iterator[Path]:
+    """A directory that needs no disk where there is one: for many small tests in which nothing has to survive."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="bits-test-", dir=memory) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture

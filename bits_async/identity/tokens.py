@@ -37,7 +37,7 @@ class ImpersonationLevel(enum.Enum):
     DELEGATE = 3
 
 
-class HelperTokenFlags(enum.Flag):
+class HelperTokenFlags(enum.Flag, boundary=enum.STRICT):
     """BG_TOKEN: where a job's helper acts instead of its owner."""
 
     NONE = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import final
 
 from ..auth.policy import credential_fingerprint
-from ..errors import AccessDenied, ImpersonationFailed, InvalidArgument
+from ..errors import AccessDenied, ImpersonationFailed, InvalidArgument, TokenRequired
 from ..identity.ambient import current_token, impersonation
 from ..identity.logon import NetworkOnly
 from ..identity.tokens import ImpersonationLevel, Token
@@ -69,13 +69,15 @@ class Door:
         """A token that jobs may carry.
 
         Raises:
-            InvalidArgument: no token. ImpersonationFailed: one that cannot act.
+            InvalidArgument: no token. ImpersonationFailed: one that cannot act. TokenRequired: it was closed.
         """
         if not isinstance(token, Token):
             raise InvalidArgument(f"a token is a Token, not {type(token).__name__}")
         self.refuse_fake(token)
         if token.level.value < ImpersonationLevel.IMPERSONATE.value:
             raise ImpersonationFailed(f"a token of level {token.level.name} cannot act", identity=token.name)
+        if token.closed:
+            raise TokenRequired("the token was closed", identity=token.name)
         self._note(token)
         return token
 
@@ -88,6 +90,24 @@ class Door:
         self.usable(token)
         if token.elevated and not caller.elevated:
             raise AccessDenied("an elevated helper token may be set by an elevated caller only", identity=token.name)
+
+    def check_widening(self, helper: Token, caller: Token, changer: Token | None) -> None:
+        """Whether a helper that has set its token may be made to act where it did not (T8: an owner who may not write in the helper's
+        directories would have the helper do it).
+
+        Args:
+            caller: who passed the access check.
+            changer: the identity that the call is made under, by an `impersonate()`; None: under none.
+
+        Raises:
+            AccessDenied: it is neither the helper's own doing, nor that of an administrator, nor of the process, which made the token.
+        """
+        itself = self.is_same(caller, helper) or (changer is not None and self.is_same(changer, helper))
+        if itself or self.is_elevated(caller) or self.owner_key(caller).process:
+            return
+        message = f"the helper token was set by {helper.name}, for less than that"
+        advice = "set the flags under the helper's own impersonate(), or before the helper sets its token"
+        raise AccessDenied(message, identity=caller.name, advice=advice)
 
     def check_commander(self, token: Token) -> None:
         """Whether a job's notification command may run as this token.

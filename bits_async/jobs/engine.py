@@ -1201,6 +1201,15 @@ class Engine:
         await self.halt(entry)
         await self.forget_lanes(*tokens)
 
+    async def replace_helper(self, entry: Entry, helper: Token | None) -> None:
+        """Another helper token for the job, or none. The attempt with the old one has ended first; then the job has the new one, and the
+        old one's connections are closed, all of it even if the caller is cancelled."""
+        if entry.helper is helper:
+            return
+        await self.halt(entry)
+        before, entry.helper = entry.helper, helper
+        await finish(self.forget_lanes(before))
+
     async def forget_lanes(self, *tokens: Token | None) -> None:
         """Connections of these tokens are closed at once."""
         for token in tokens:

@@ -6,13 +6,14 @@ The ambient identity is read at the call itself, by the functions that say so an
 
 import asyncio
 import contextvars
+import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, final
 from uuid import UUID, uuid4
 
 from ..auth.policy import AuthCredentials, AuthScheme, AuthTarget
@@ -173,27 +174,64 @@ class Desk:
             raise InvalidArgument(message, code=ErrorCode.BG_E_STRING_TOO_LONG, job_id=job.id, path=path)
 
 
-async def _change_what_the_helper_saw(desk: "Desk", entry: Entry, what: str) -> None:
-    """For a command that changes where a job reads and writes. The helper agreed to what it saw: a change that it does not make itself,
-    under its own identity, takes its token from the job (T8: else the owner drives the helper)."""
+class _Handle(Protocol):
+    """What setters belong to."""
+
+    def _called_by(self, changer: Token | None) -> Self: ...
+
+
+H = TypeVar("H", bound=_Handle)
+P = ParamSpec("P")
+T = TypeVar("T")
+Setter = Callable[Concatenate[H, P], Coroutine[Any, Any, T]]
+
+
+def _seen_by_the_helper(setter: Setter[H, P, T]) -> Setter[H, P, T]:
+    """Marks a setter of something that a helper saw before it set its token (T8), and that reads or writes otherwise as the helper.
+
+    Who calls is found at the call itself (T11): the enclosing `impersonate()`. Without one it is nobody: a service whose code forgot it,
+    or that holds a handle which somebody else opened, does not speak for its own token.
+    """
+
+    @functools.wraps(setter)
+    def call(self: H, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+        return setter(self._called_by(_impersonated()), *args, **kwargs)
+
+    return call
+
+
+def _impersonated() -> Token | None:
+    """The token of the enclosing `impersonate()`; None: there is none, or it does not flow here."""
+    try:
+        return impersonation()
+    except ImpersonationFailed:
+        return None
+
+
+async def _change_what_the_helper_saw(desk: Desk, entry: Entry, changer: Token | None, what: str) -> None:
+    """For a command that changes what a job reads, sends and writes. The helper agreed to what it saw: a change that it does not make
+    itself, under its own identity, takes its token from the job (T8: else the owner drives the helper)."""
     helper = entry.helper
-    if helper is None or desk.door.is_same(current_token(), helper):
+    if helper is None or (changer is not None and desk.door.is_same(changer, helper)):
         return
     log.warning(
-        "job %s: %s changed, and the helper token of %s was dropped: it was set before that", entry.job.id, what, show_text(helper.name)
+        "job %s: %s changed, and the helper token of %s is dropped: it was set before that", entry.job.id, what, show_text(helper.name)
     )
-    entry.helper = None
-    await desk.engine.drop_lanes(entry, helper)
+    await desk.engine.replace_helper(entry, None)
 
 
 @final
 class JobFile:
     """One file of a job; the values are as new as your last await."""
 
-    def __init__(self, desk: Desk, entry: Entry, index: int) -> None:
+    def __init__(self, desk: Desk, entry: Entry, index: int, changer: Token | None = None) -> None:
         self._desk = desk
         self._entry = entry
         self._index = index
+        self._changer = changer
+
+    def _called_by(self, changer: Token | None) -> "JobFile":
+        return JobFile(self._desk, self._entry, self._index, changer)
 
     @property
     def _record(self) -> FileRecord:
@@ -286,6 +324,7 @@ class JobFile:
         """False: there are no peers, every byte comes from the origin."""
         return False
 
+    @_seen_by_the_helper
     async def set_remote_name(self, url: "str | URL") -> None:
         """Fetch the file from another URL, from now on; durable when it returns.
 
@@ -299,7 +338,7 @@ class JobFile:
         engine, name = self._desk.ready(), check_url(str(url))
         async with engine.command(self._entry):
             self._desk.check_lengths(self._entry.job, name)
-            await _change_what_the_helper_saw(self._desk, self._entry, "a remote name")
+            await _change_what_the_helper_saw(self._desk, self._entry, self._changer, "a remote name")
             await engine.rename(self._entry, {self._index: name})
 
     async def set_validation_state(self, valid: bool) -> None:
@@ -334,9 +373,13 @@ class Job:
     the job has left the queue, and RuntimeError from another event loop.
     """
 
-    def __init__(self, desk: Desk, entry: Entry) -> None:
+    def __init__(self, desk: Desk, entry: Entry, changer: Token | None = None) -> None:
         self._desk = desk
         self._entry = entry
+        self._changer = changer
+
+    def _called_by(self, changer: Token | None) -> "Job":
+        return Job(self._desk, self._entry, changer)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Job) and other.id == self.id
@@ -539,6 +582,7 @@ class Job:
 
     # -- files and properties -------------------------------------------------------------------------------------------------------------
 
+    @_seen_by_the_helper
     async def add_file(
         self, url: "str | URL", path: StrPath, *, sha256: str | None = None, sha512: str | None = None, blake3: str | None = None
     ) -> JobFile:
@@ -547,9 +591,11 @@ class Job:
         Raises:
             InvalidArgument: not an http(s) URL, user information in it, a relative path, not a digest.
         """
-        (file,) = await self.add_file_set([FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)])
+        self._desk.ready()
+        (file,) = await self._add([checked_file(FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3))])
         return file
 
+    @_seen_by_the_helper
     async def add_file_set(self, files: Iterable[FileInfo]) -> Sequence[JobFile]:
         """Add files, all or none, in one transaction.
 
@@ -559,6 +605,7 @@ class Job:
         self._desk.ready()
         return await self._add([checked_file(file) for file in files])
 
+    @_seen_by_the_helper
     async def add_file_with_ranges(
         self,
         url: "str | URL",
@@ -593,13 +640,14 @@ class Job:
                 raise self._unfit("dynamic content, and a file that is fetched on demand, is not made of ranges")
             first = len(entry.files)
             records = [file_record(self.id, first + n, file) for n, file in enumerate(files)]
-            await _change_what_the_helper_saw(self._desk, entry, "its files")
+            await _change_what_the_helper_saw(self._desk, entry, self._changer, "its files")
             await engine.add_files(entry, records)
         return tuple(JobFile(self._desk, entry, record.index) for record in records)
 
     def _unfit(self, message: str, code: ErrorCode = ErrorCode.BG_E_UNSUPPORTED_JOB_CONFIGURATION) -> BitsError:
         return make_error(code, ErrorContext.NONE, message, job_id=self.id)
 
+    @_seen_by_the_helper
     async def replace_remote_prefix(self, old_prefix: str, new_prefix: str) -> bool:
         """Put another beginning on the URLs of all files that begin with `old_prefix`, letter by letter; all or none of them.
 
@@ -617,10 +665,11 @@ class Job:
             for url in urls.values():
                 self._desk.check_lengths(entry.job, url)
             if urls:
-                await _change_what_the_helper_saw(self._desk, entry, "remote names")
+                await _change_what_the_helper_saw(self._desk, entry, self._changer, "remote names")
                 await engine.rename(entry, urls)
             return bool(urls)
 
+    @_seen_by_the_helper
     async def set_proxy_settings(self, settings: ProxySettings) -> None:
         """How the job reaches its servers, from the next attempt on.
 
@@ -630,7 +679,7 @@ class Job:
         engine, entry, proxy = self._desk.ready(), self._entry, resolve(settings, os.environ)
         async with engine.command(entry):
             if proxy != entry.job.proxy:
-                await _change_what_the_helper_saw(self._desk, entry, "its proxy")
+                await _change_what_the_helper_saw(self._desk, entry, self._changer, "its proxy")
             exposed = entry.job.resumed and proxy != entry.job.proxy
             grants = [kept_from_proxies(grant) if exposed else grant for grant in entry.grants]
             http = entry.job.http
@@ -690,6 +739,7 @@ class Job:
         overridden = self._desk.engine.overridden(self._entry)
         return ErrorCode.BG_S_OVERRIDDEN_BY_POLICY if overridden else ErrorCode.S_OK
 
+    @_seen_by_the_helper
     async def set_maximum_download_size(self, size: int | None) -> None:
         """Bytes that the files of the job may have together, before the first resume. A job that would get more fails.
 
@@ -700,7 +750,12 @@ class Job:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**64):
             message = f"maximum_download_size takes a whole number of bytes, not {size!r}"
             raise InvalidArgument(message, code=ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_INVALID_VALUE)
-        await self._set_early("maximum_download_size", size)
+        async with self._desk.ready().command(self._entry):
+            before = self._entry.job.maximum_download_size
+            self._check_early("maximum_download_size")
+            if before is not None and (size is None or size > before):
+                await _change_what_the_helper_saw(self._desk, self._entry, self._changer, "how much it may fetch")
+            await self._desk.ready().change(self._entry, maximum_download_size=size)
 
     async def set_dynamic_content(self, dynamic: bool) -> None:
         """The files are made when they are asked for: neither a size nor ranges are needed, and after any interruption a file begins
@@ -767,14 +822,17 @@ class Job:
         """Set what the first resume makes final."""
         engine, entry = self._desk.ready(), self._entry
         async with engine.command(entry):
-            if entry.job.resumed:
-                raise self._unfit(f"{name} is set before the first resume", ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME)
+            self._check_early(name)
             if name == "dynamic_content" and value and not entry.job.http.plain:
                 raise self._unfit("dynamic content is fetched with GET only", ErrorCode.BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD)
             fields: dict[str, Any] = {name: value}
             self._check_fit(replace(entry.job, **fields))
             kept = [file for file in entry.files if name == "on_demand_mode" and file.wanted]
             await engine.change(entry, files=[replace(file, wanted=(), position=0) for file in kept], **fields)
+
+    def _check_early(self, name: str) -> None:
+        if self._entry.job.resumed:
+            raise self._unfit(f"{name} is set before the first resume", ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME)
 
     def _check_fit(self, job: JobRecord) -> None:
         """Whether the ways in which the job is to be fetched go together."""
@@ -819,6 +877,7 @@ class Job:
         async with engine.command(self._entry):
             await engine.change(self._entry, **fields)
 
+    @_seen_by_the_helper
     async def set_custom_headers(self, headers: Sequence[tuple[str, str]] | str | None) -> None:
         """Headers to send with every request of the job, in place of those set before; None: none. Kept encrypted.
 
@@ -835,6 +894,8 @@ class Job:
         checked, entry = checked_headers(headers), self._entry
         async with self._desk.ready().command(entry):
             origins = named_origins(entry, AuthTarget.SERVER) if checked and entry.job.resumed else None
+            if (checked, origins) != (entry.job.http.headers, entry.job.http.header_origins):
+                await _change_what_the_helper_saw(self._desk, entry, self._changer, "its custom headers")
             await self._change_http(stop=entry.job.http.headers != (), headers=checked, header_origins=origins)
 
     async def make_custom_headers_write_only(self) -> None:
@@ -842,6 +903,7 @@ class Job:
         async with self._desk.ready().command(self._entry):
             await self._change_http(headers_write_only=True)
 
+    @_seen_by_the_helper
     async def set_http_method(self, method: str) -> None:
         """The method of every request, sent without a body; before the first resume only. Anything but GET makes the job FOREGROUND.
 
@@ -859,9 +921,8 @@ class Job:
         async with self._desk.ready().command(entry):
             if checked == entry.job.http.method:
                 return
-            if entry.job.resumed:
-                raise self._unfit("http_method is set before the first resume", ErrorCode.BG_E_READ_ONLY_PROPERTY_AFTER_RESUME)
-            await _change_what_the_helper_saw(self._desk, entry, "its HTTP method")
+            self._check_early("http_method")
+            await _change_what_the_helper_saw(self._desk, entry, self._changer, "its HTTP method")
             if checked == "GET":
                 await self._change_http(method=checked)
                 return
@@ -869,6 +930,7 @@ class Job:
             self._check_fit(replace(entry.job, http=http))
             await self._desk.ready().change(entry, http=http, priority=JobPriority.FOREGROUND)
 
+    @_seen_by_the_helper
     async def set_security_flags(self, flags: SecurityFlags) -> None:
         """What the job allows a server, in place of what was allowed before. An attempt that is running begins again under them; with
         SSL_ENABLE_CRL_CHECK newly set, files that are not whole are fetched anew.
@@ -884,13 +946,14 @@ class Job:
             before = entry.job.http.flags
             if checked == before:
                 return
-            await _change_what_the_helper_saw(desk, entry, "its security flags")
+            await _change_what_the_helper_saw(desk, entry, self._changer, "its security flags")
             await engine.halt(entry)
             newly_checked = SecurityFlags.SSL_ENABLE_CRL_CHECK in checked & ~before
             untrusted = [file for file in entry.files if newly_checked and not file.transferred and not file.committed]
             files = [replace(file, validator=None, slices=()) for file in untrusted]
             await engine.change(entry, files=files, http=replace(entry.job.http, flags=checked))
 
+    @_seen_by_the_helper
     async def set_crl_source(self, source: StrPath | None) -> None:
         """Where the certificate revocation lists for SSL_ENABLE_CRL_CHECK are: a file, or a directory of files (PEM or DER).
 
@@ -902,9 +965,10 @@ class Job:
         checked, entry = None if source is None else checked_absolute("a file of revocation lists", source), self._entry
         async with self._desk.ready().command(entry):
             if checked != entry.job.http.crl_source:
-                await _change_what_the_helper_saw(self._desk, entry, "its revocation lists")
+                await _change_what_the_helper_saw(self._desk, entry, self._changer, "its revocation lists")
                 await self._change_http(stop=SecurityFlags.SSL_ENABLE_CRL_CHECK in entry.job.http.flags, crl_source=checked)
 
+    @_seen_by_the_helper
     async def set_client_certificate_by_file(
         self, file: StrPath, *, key: StrPath | None = None, password_file: StrPath | None = None
     ) -> None:
@@ -931,6 +995,7 @@ class Job:
         )
         await self._set_client_certificate(given)
 
+    @_seen_by_the_helper
     async def set_client_certificate_by_id(self, store: StrPath, thumbprint: bytes | str) -> None:
         """As `set_client_certificate_by_file`, with the certificate in a directory that has this thumbprint.
 
@@ -946,6 +1011,7 @@ class Job:
         directory = checked_absolute("a certificate store", store)
         await self._set_client_certificate(ClientCertificate(source=directory, thumbprint=checked_thumbprint(thumbprint)))
 
+    @_seen_by_the_helper
     async def set_client_certificate_by_name(self, store: StrPath, subject_name: str) -> None:
         """As `set_client_certificate_by_id`, with the first certificate for clients whose subject has this in its name.
 
@@ -961,6 +1027,7 @@ class Job:
         directory = checked_absolute("a certificate store", store)
         await self._set_client_certificate(ClientCertificate(source=directory, subject_name=checked_subject_name(subject_name)))
 
+    @_seen_by_the_helper
     async def remove_client_certificate(self) -> bool:
         """Show none any more; connections made with it are closed at once. False: none was set."""
         return await self._set_client_certificate(None)
@@ -975,13 +1042,14 @@ class Job:
             if given is None and before is None:
                 return False
             if given != before:
-                await _change_what_the_helper_saw(desk, entry, "its client certificate")
+                await _change_what_the_helper_saw(desk, entry, self._changer, "its client certificate")
             origins = named_origins(entry, AuthTarget.SERVER) if given is not None and entry.job.resumed else None
             if before is not None:
                 await desk.parties.forget_network(engine, entry)
             await self._change_http(stop=before is not None, client_certificate=given, certificate_origins=origins)
             return True
 
+    @_seen_by_the_helper
     async def set_server_certificate_validation(self, callback: "Callable[[Job, JobFile, bytes], bool | Awaitable[bool]] | None") -> None:
         """Let the application look at each server's certificate, after TLS verified it (under the security flags) and before anything is
         requested; None: no longer.
@@ -1003,7 +1071,8 @@ class Job:
         async with self._desk.ready().command(entry):
             if not (entry.job.state.is_settled or entry.job.state is JobState.SUSPENDED):
                 raise self._unfit(f"the job is {entry.job.state.name}", ErrorCode.BG_E_READ_ONLY_WHEN_JOB_ACTIVE)
-            await _change_what_the_helper_saw(self._desk, entry, "who judges its servers' certificates")
+            if judge is not None or entry.job.http.validates_certificates:
+                await _change_what_the_helper_saw(self._desk, entry, self._changer, "who judges its servers' certificates")
             await self._change_http(validates_certificates=judge is not None)
             entry.judge = judge
 
@@ -1087,6 +1156,7 @@ class Job:
             await engine.halt(entry)
         await engine.change(entry, http=replace(entry.job.http, **fields))
 
+    @_seen_by_the_helper
     async def set_credentials(self, target: AuthTarget, scheme: AuthScheme, user_name: str | None, password: str | None) -> None:
         """What the job may answer a challenge with; None, None: the acting token's own credentials (NTLM and NEGOTIATE only).
 
@@ -1096,10 +1166,15 @@ class Job:
         Raises:
             InvalidArgument: exactly one of user name and password is None; BASIC or DIGEST without them; too long.
         """
-        engine = self._desk.ready()
-        checked = AuthCredentials(target, scheme, user_name, password)
-        async with engine.command(self._entry):
-            await self._desk.parties.save_grants(engine, self._entry, [checked])
+        await self._set_credentials(AuthCredentials(target, scheme, user_name, password))
+
+    async def _set_credentials(self, given: AuthCredentials) -> None:
+        desk, entry = self._desk, self._entry
+        engine = desk.ready()
+        async with engine.command(entry):
+            if desk.parties.grant_of(entry, given) not in entry.grants:
+                await _change_what_the_helper_saw(desk, entry, self._changer, "its credentials")
+            await desk.parties.save_grants(engine, entry, [given])
 
     @property
     def use_stored_credentials(self) -> AuthTarget | None:
@@ -1107,6 +1182,7 @@ class Job:
         own = (grant for grant in self._entry.grants if (grant.target, grant.scheme) == STORED and grant.user_name is None)
         return AuthTarget.PROXY if any(own) else None
 
+    @_seen_by_the_helper
     async def set_use_stored_credentials(self, target: AuthTarget | None) -> None:
         """Answer the proxy with the own credentials of the owner's token, or of the helper's where it acts on the network; None: no longer.
 
@@ -1118,20 +1194,25 @@ class Job:
         """
         if target is None:
             if self.use_stored_credentials:
-                await self.remove_credentials(*STORED)
+                await self._remove_credentials(*STORED)
             return
         if target is not AuthTarget.PROXY:
             code = ErrorCode.BG_E_USE_STORED_CREDENTIALS_NOT_SUPPORTED
             raise InvalidArgument("stored credentials are used for the proxy only", code=code)
-        await self.set_credentials(*STORED, None, None)
+        await self._set_credentials(AuthCredentials(*STORED, None, None))
 
+    @_seen_by_the_helper
     async def remove_credentials(self, target: AuthTarget, scheme: AuthScheme) -> bool:
         """Forget what was set; its connections are closed at once. False: nothing was set."""
+        return await self._remove_credentials(target, scheme)
+
+    async def _remove_credentials(self, target: AuthTarget, scheme: AuthScheme) -> bool:
         engine, entry = self._desk.ready(), self._entry
         async with engine.command(entry):
             rest = [grant for grant in entry.grants if (grant.target, grant.scheme) != (target, scheme)]
             if len(rest) == len(entry.grants):
                 return False
+            await _change_what_the_helper_saw(self._desk, entry, self._changer, "its credentials")
             await self._desk.parties.forget_network(engine, entry)  # first: cancelled in between, at worst a connection is made again
             await engine.save(GrantRemoved(self.id, target, scheme), then=partial(entry.grants.__setitem__, slice(None), rest))
             return True
@@ -1297,15 +1378,19 @@ class TokenOptions:
         return None if self._entry.helper is None else self._entry.helper.sid
 
     def set_helper_token(self) -> Coroutine[Any, Any, None]:
-        """Take the token of the enclosing `impersonate()` as the job's helper, in place of any other, from the next attempt on.
+        """Take the token of the enclosing `impersonate()` as the job's helper, in place of any other.
 
-        It is bound to what the job is now: its files, where they come from and go to, the method, the proxy, the security flags. Who
-        changes one of them later, and is not the helper itself (`impersonate()`), takes the token from the job, which then stops with
-        BG_E_TOKEN_REQUIRED.
+        An attempt that is running ends first, and begins again with the new token; the connections of the old one are closed. What fails or
+        is cancelled before that leaves the old token.
+
+        The token is bound to what the job is now: its files, where they come from and go to, what is sent and shown to servers, the proxy,
+        the security flags. Who changes one of them later, and is not the helper itself (`impersonate()`), takes the token from the job,
+        which then stops with BG_E_TOKEN_REQUIRED. Where the helper acts is part of it: see `set_helper_token_flags`.
 
         Raises:
             ImpersonationFailed: there is no enclosing `impersonate()`, or its token's level is below IMPERSONATE.
             AccessDenied: the token is elevated and the caller of `token_options()` was not.
+            TokenRequired: the token was closed.
         """
         return self._set_helper(impersonation())
 
@@ -1316,27 +1401,33 @@ class TokenOptions:
             raise ImpersonationFailed(message, job_id=self._entry.job.id)
         self._desk.door.check_helper(token, self._caller)
         async with engine.command(self._entry):
-            before, self._entry.helper = self._entry.helper, token
-            if before is not token:
-                await engine.drop_lanes(self._entry, before)
+            await engine.replace_helper(self._entry, token)
 
-    async def set_helper_token_flags(self, flags: HelperTokenFlags) -> None:
+    def set_helper_token_flags(self, flags: HelperTokenFlags) -> Coroutine[Any, Any, None]:
         """Where the helper acts, from the next attempt on. Kept on the job, with or without a token; NONE: the owner does everything.
 
+        While there is a helper token, flags are taken back by everybody who has these options, and added by the helper itself only
+        (`impersonate()`, as BITS's own programs do), or where the caller of `token_options()` was elevated, was the helper, or was the
+        process itself, which made the token. An owner who set them before the helper set its token has shown them to it (T8).
+
         Raises:
-            InvalidArgument: not a HelperTokenFlags. AccessDenied: the helper is elevated and the caller of `token_options()` was not.
+            InvalidArgument: not a HelperTokenFlags.
+            AccessDenied: the helper is elevated and the caller of `token_options()` was not; or the helper did not agree to more.
         """
-        engine = self._desk.ready()
+        return self._set_flags(flags, _impersonated())
+
+    async def _set_flags(self, flags: HelperTokenFlags, changer: Token | None) -> None:
+        engine, entry, door = self._desk.ready(), self._entry, self._desk.door
         checked = checked_helper_flags(flags)
-        if self._entry.helper is not None:
-            self._desk.door.check_helper(self._entry.helper, self._caller)
-        async with engine.command(self._entry):
-            await engine.change(self._entry, helper_flags=checked)
+        async with engine.command(entry):
+            if entry.helper is not None:
+                door.check_helper(entry.helper, self._caller)
+                if checked & ~entry.job.helper_flags:
+                    door.check_widening(entry.helper, self._caller, changer)
+            await engine.change(entry, helper_flags=checked)
 
     async def clear_helper_token(self) -> None:
         """Drop the helper token; the flags stay."""
         engine = self._desk.ready()
         async with engine.command(self._entry):
-            before, self._entry.helper = self._entry.helper, None
-            if before is not None:
-                await engine.drop_lanes(self._entry, before)
+            await engine.replace_helper(self._entry, None)

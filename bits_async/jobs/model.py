@@ -70,7 +70,7 @@ class JobPriority(enum.Enum):
     LOW = 3
 
 
-class CostFlags(enum.Flag):
+class CostFlags(enum.Flag, boundary=enum.STRICT):
     """BITS_COST_STATE: what a connection costs, and, as a set of these, at which costs a job may run (the five TRANSFER_ values)."""
 
     UNRESTRICTED = 0x1
@@ -117,7 +117,7 @@ class Outcome(enum.Enum):
     REOPENED = "journal opened"
 
 
-class NotifyFlags(enum.Flag):
+class NotifyFlags(enum.Flag, boundary=enum.STRICT):
     """BG_NOTIFY: what a job tells its callback of; a command is told of JOB_TRANSFERRED and JOB_ERROR only."""
 
     JOB_TRANSFERRED = 1

@@ -167,19 +167,20 @@ class Parties:
             grant if grant.origins is not None else replace(grant, origins=named_origins(entry, grant.target)) for grant in entry.grants
         ]
 
+    def grant_of(self, entry: Entry, given: AuthCredentials) -> GrantRecord:
+        """What the journal keeps of credentials that are set on the job now."""
+        return GrantRecord(
+            job_id=entry.job.id,
+            target=given.target,
+            scheme=given.scheme,
+            user_name=given.user_name,
+            password=given.password,
+            origins=named_origins(entry, given.target) if entry.job.resumed else None,
+        )
+
     async def save_grants(self, engine: Engine, entry: Entry, credentials: Iterable[AuthCredentials]) -> None:
         """Journal credentials of a job, in place of those for the same target and scheme."""
-        records = [
-            GrantRecord(
-                job_id=entry.job.id,
-                target=given.target,
-                scheme=given.scheme,
-                user_name=given.user_name,
-                password=given.password,
-                origins=named_origins(entry, given.target) if entry.job.resumed else None,
-            )
-            for given in credentials
-        ]
+        records = [self.grant_of(entry, given) for given in credentials]
         fresh = {(record.target, record.scheme) for record in records}
         replaced = fresh & {(grant.target, grant.scheme) for grant in entry.grants}
         if replaced:  # a credential that is only added has no connections yet; other jobs of the token keep theirs

@@ -1680,7 +1680,7 @@ def _job(row: Row) -> JobRecord:
         priority=JobPriority(row["priority"]),
         state=JobState(row["state"]),
         resumed=bool(row["resumed"]),
-        helper_flags=_flags(row["helper_flags"]),
+        helper_flags=HelperTokenFlags(row["helper_flags"]),
         proxy=_proxy(row),
         http=_http(row),
         minimum_retry_delay=row["minimum_retry_delay"],
@@ -1716,13 +1716,6 @@ def _command(row: Row) -> NotifyCmdLine | None:
     if row["notify_program"] is None:
         return None
     return NotifyCmdLine(_text_out(row["notify_program"]), tuple(json.loads(row["notify_parameters"])))
-
-
-def _flags(value: int) -> HelperTokenFlags:
-    flags = HelperTokenFlags(value)
-    if flags.value != value:  # some versions of Python drop unknown bits
-        raise ValueError("unknown helper flags")
-    return flags
 
 
 def _error(row: Row) -> BitsError | None:

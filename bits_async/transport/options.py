@@ -35,7 +35,7 @@ _FORBIDDEN_PREFIXES: Final = ("proxy-", "if-")
 _WITHOUT_A_FILE: Final = frozenset({"CONNECT", "HEAD", "OPTIONS", "TRACE"})  # their answers are never a file
 
 
-class SecurityFlags(enum.Flag):
+class SecurityFlags(enum.Flag, boundary=enum.STRICT):
     """What a job allows a server (BG_SSL_* and BG_HTTP_REDIRECT_POLICY_* of IBackgroundCopyJobHttpOptions::SetSecurityFlags).
 
     The SSL flags are about the servers that a job names, never about a proxy. In terms of Python's `ssl`:

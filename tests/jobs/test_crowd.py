@@ -369,7 +369,7 @@ async def test_tokens_rules_and_answers_outlive_that_nobody_holds_the_job(networ
             options = await job.token_options()
         with bits.impersonate(helper):
             await options.set_helper_token()
-        await options.set_helper_token_flags(bits.HelperTokenFlags.NETWORK)
+            await options.set_helper_token_flags(bits.HelperTokenFlags.NETWORK)
 
     async with bits.BitsManager(store=store) as manager:
         job_id = await forgotten(manager, tmp_path / "f", entrust, owner=alice)

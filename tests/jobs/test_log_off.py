@@ -47,10 +47,10 @@ async def make(
 async def help_with(job: Job, owner: Token, helper: Token | None, flags: HelperTokenFlags) -> None:
     with impersonate(owner):
         options = await job.token_options()
+    await options.set_helper_token_flags(flags)
     if helper is not None:
         with impersonate(helper):
             await options.set_helper_token()
-    await options.set_helper_token_flags(flags)
 
 
 async def state(job: Job, *wanted: JobState) -> None:

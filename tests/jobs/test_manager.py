@@ -541,7 +541,7 @@ async def test_the_helper_acts_on_the_network_and_nothing_of_it_survives_a_resta
             await options.set_helper_token()
         with bits.impersonate(helper):
             await options.set_helper_token()
-        await options.set_helper_token_flags(bits.HelperTokenFlags.NETWORK)
+            await options.set_helper_token_flags(bits.HelperTokenFlags.NETWORK)
         assert options.helper_token_sid == helper.sid
         await job.resume()
         await job.wait()

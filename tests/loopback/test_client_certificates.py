@@ -450,7 +450,7 @@ async def test_a_helper_on_the_network_and_a_certificate_of_an_owner_who_is_not_
                 options = await job.token_options()
             with impersonate(fake_token("bob")):
                 await options.set_helper_token()
-            await options.set_helper_token_flags(HelperTokenFlags.NETWORK)
+                await options.set_helper_token_flags(HelperTokenFlags.NETWORK)
             error = await failed(job, ErrorCode.ERROR_WINHTTP_CLIENT_CERT_NO_ACCESS_PRIVATE_KEY)
             assert error.identity == "alice"
             await options.set_helper_token_flags(HelperTokenFlags.NONE)

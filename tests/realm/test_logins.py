@@ -678,7 +678,7 @@ async def test_the_owner_and_the_helper_of_one_job_never_share(tmp_path, visits)
             options = await job.jobs[0].token_options()
         with bits.impersonate(helper):
             await options.set_helper_token()
-        await options.set_helper_token_flags(HelperTokenFlags.NETWORK)
+            await options.set_helper_token_flags(HelperTokenFlags.NETWORK)
         with bits.impersonate(helper):  # another file is the helper's own to add (T8)
             seen.append(await job.run(0))
         assert seen[0].isdisjoint(seen[1])
