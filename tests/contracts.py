@@ -105,6 +105,16 @@ class StoreContract:
         yield store
         await store.close()
 
+    async def test_an_owner_s_sessions_are_known_after_a_restart_and_are_not_who_he_is(self, store: Store, again: Any) -> None:
+        for session in ("c1", "7", "7", None):
+            await store.save(a_job(owner=replace(ALICE, session=session)))
+        await store.save(a_job(owner=replace(BOB, session="9")))
+        assert await store.sessions_of(owner_sid=ALICE.sid) == {"c1", "7"}
+        assert await store.sessions_of(owner_sid="uid:4711") == frozenset()
+        await store.close()
+        assert [stored.job.owner.session for stored in await again()] == ["c1", "7", "7", None, "9"]
+        assert replace(ALICE, session="c1") == ALICE
+
     async def test_a_new_journal_holds_no_job(self, store: Store) -> None:
         assert await store.load() == []
         assert store.lost_secrets == frozenset()

@@ -692,7 +692,8 @@ class TokenExecutors:
         """Read again what the machine says of the token's user: executors leased from now on have the groups of today (T12).
 
         Raises:
-            TokenRequired: The account is gone, locked or expired, or the token was closed.
+            TokenRequired: The account is gone, locked or expired, or the token was closed. A job that hears it goes to ERROR, whatever
+                its flags: it is no log-off that somebody tells the end of, and to wait for an account is to ask for it for ever.
         """
         _refuse(token)
         known = self._fresh.get(token, token.local)

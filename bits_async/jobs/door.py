@@ -133,6 +133,7 @@ class Door:
             proof=self._proof(token),
             process=token.local.is_process and not token.has_credentials and not token.fake,
             elevated=token.elevated,
+            session=token.session,
         )
 
     def _proof(self, token: Token) -> str | None:

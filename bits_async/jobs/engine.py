@@ -159,7 +159,7 @@ class Engine:
         party: the network side of a job's file, for the token that acts there and its security threads.
         find_owner: asks for the token of a job whose owner has none in this process; None: not to be had now.
         run_command: how notification commands are run.
-        adopt: the token of an owner for whom the process may stand in after a restart.
+        adopt: the token of an owner for whom the process may stand in after a restart; with the logon sessions that he made jobs in.
         hold: jobs that are found wait for a resume.
     """
 
@@ -174,7 +174,7 @@ class Engine:
         party: Callable[[Entry, Token, TokenExecutor, int], Awaitable[Party]],
         find_owner: Callable[[Entry], Awaitable[Token | None]],
         run_command: RunCommand,
-        adopt: Callable[[OwnerKey], Awaitable[Token | None]],
+        adopt: Callable[[OwnerKey, Collection[str]], Awaitable[Token | None]],
         hold: bool = False,
     ) -> None:
         self.roster = Roster(store, adopt=adopt, restored=self._restored, hold=hold)

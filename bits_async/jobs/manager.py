@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,7 +189,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             party=parties.party,
             find_owner=self._find_owner,
             run_command=self._seams.run_command if self._seams else _run_command,
-            adopt=_adopt,
+            adopt=self._adopt,
             hold=self._one_shot is not None,
         )
         self._log_offs = LogOffs(engine, self._seams.sessions if self._seams else watch_sessions)
@@ -425,6 +425,30 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             raise AccessDenied(f"logon() gave a token of {token.name}, not the owner's", identity=token.name, job_id=entry.job.id)
         return token
 
+    async def _adopt(self, key: OwnerKey, sessions: Collection[str]) -> Token | None:
+        """The token of an owner who has none since the restart, if the process may stand in for him. Who made jobs as long as he was
+        logged on has them run as long as he is: where none of the sessions is left, he has logged off."""
+        session = await self._session_left(key.local, sessions) if sessions else None
+        if sessions and session is None:
+            return None
+        token = await _stand_in(key, session)
+        if token is not None and self._log_offs is not None:
+            self._log_offs.note(token)
+        return token
+
+    async def _session_left(self, user: str, sessions: Collection[str]) -> str | None:
+        """One of these that is still this user's (after a reboot the same name may be another's); None: there is none. Where nobody knows,
+        nobody is logged off: it is asked again as long as the token lives."""
+        watch = self._seams.sessions if self._seams else watch_sessions
+        async with watch() as known:
+            for session in sorted(sessions):
+                try:
+                    if await known.user_of(session) == user:
+                        return session
+                except LookupError:
+                    return session
+        return None
+
     # -- one call -----------------------------------------------------------------------------------------------------------------------
 
     def download(
@@ -523,15 +547,20 @@ async def download(
         return await manager._download(order)
 
 
-async def _adopt(key: OwnerKey) -> Token | None:
+async def _stand_in(key: OwnerKey, session: str | None) -> Token | None:
     """The token of an owner for whom the process may stand in after a restart (T13), else None."""
     process = Token.for_process()
     if key.process:
-        return process if key.local == process.local.key else None
+        return _tied(process, session) if key.local == process.local.key else None
     if key.principal is not None or key.proof is not None or process.local.key not in ("uid:0", key.local):
         return None
     try:
         token = await Token.for_user(key.name)
     except BitsError:
         return None  # the user is gone, or may not be taken: the job waits for a token and says so
-    return token if token.local.key == key.local and token.name == key.name else None
+    return _tied(token, session) if token.local.key == key.local and token.name == key.name else None
+
+
+def _tied(token: Token, session: str | None) -> Token:
+    """The same user's, until that session ends."""
+    return token if session is None else Token._make(token.local, session=session)

@@ -339,6 +339,7 @@ class OwnerKey:
         proof: keyed fingerprint of the network credential's secret (threat model T7); None without network credentials.
         process: the owner was the process itself, with its default credentials.
         elevated: the token was elevated when the job was made.
+        session: the logon session that the token was tied to; None: it was to none. Not who the owner is, so it is not compared.
     """
 
     sid: str
@@ -348,6 +349,7 @@ class OwnerKey:
     proof: str | None
     process: bool
     elevated: bool
+    session: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

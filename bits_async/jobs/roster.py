@@ -142,7 +142,8 @@ class Roster:
 
     Args:
         store: the open journal.
-        adopt: the token of an owner for whom the process may stand in; None: he must come himself.
+        adopt: the token of an owner for whom the process may stand in, with the logon sessions that he made jobs in; None: he must come
+            himself.
         restored: called with each job that was read, before anybody else has it.
         hold: nothing is in line: only jobs that were asked for are in memory, and they stay.
     """
@@ -151,7 +152,7 @@ class Roster:
         self,
         store: Store,
         *,
-        adopt: Callable[[OwnerKey], Awaitable[Token | None]],
+        adopt: Callable[[OwnerKey, Collection[str]], Awaitable[Token | None]],
         restored: Callable[[Entry], Awaitable[None]],
         hold: bool,
     ) -> None:
@@ -318,7 +319,8 @@ class Roster:
     async def adopted(self, key: OwnerKey) -> Token | None:
         """The token of somebody for whom the process may stand in; None: he must come himself. Asked once."""
         if key not in self._adopted:
-            self._adopted[key] = await self._adopt(key)
+            sessions = await self._store.sessions_of(owner_sid=key.sid)
+            self._adopted[key] = await self._adopt(key, sessions if key.session is None else sessions | {key.session})
         return self._adopted[key]
 
     async def _owner(self, key: OwnerKey) -> Token | None:

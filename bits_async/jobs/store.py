@@ -266,6 +266,10 @@ SCHEMA: Final = (
     CREATE INDEX jobs_owing ON jobs (number) WHERE owed <> 0 AND notify_program IS NOT NULL;
     CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;  -- of the journal: key_source, key_id
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN owner_session TEXT;                 -- that the owner's token ends with; NULL: none
+    CREATE INDEX jobs_by_session ON jobs (owner_sid, owner_session) WHERE owner_session IS NOT NULL;
+    """,
 )
 """`SCHEMA[n]` takes a journal from version n to n + 1. Entries that were released are never edited."""
 
@@ -379,6 +383,10 @@ class Store(Protocol):
 
     async def with_destination(self, path: Path, *, owner_sid: str) -> list[UUID]:
         """Jobs of that owner with a file for that path, oldest first."""
+
+    async def sessions_of(self, *, owner_sid: str) -> frozenset[str]:
+        """The logon sessions that the tokens were tied to with which this owner made his jobs."""
+        ...
 
     async def with_helper(self, *, owner_sid: str) -> list[UUID]:
         """Unfinished jobs of that owner, not in ERROR, whose helper flags are not 0."""
@@ -806,6 +814,10 @@ class SqliteStore:
         """See `Store.with_destination`."""
         return [UUID(row["id"]) for row in await self._ask(_WITH_DESTINATION, path=path, owner_sid=owner_sid)]
 
+    async def sessions_of(self, *, owner_sid: str) -> frozenset[str]:
+        """See `Store.sessions_of`."""
+        return frozenset(_text_out(row["owner_session"]) for row in await self._ask(_SESSIONS_OF, owner_sid=owner_sid))
+
     async def with_helper(self, *, owner_sid: str) -> list[UUID]:
         """See `Store.with_helper`."""
         return [UUID(row["id"]) for row in await self._ask(_WITH_HELPER, owner_sid=owner_sid)]
@@ -1111,6 +1123,8 @@ _RECOVERY: Final = (
     UPDATE jobs SET gives_up_at = iif(no_progress_timeout > 0, :now + CAST(1000000 * (no_progress_timeout - stalled) AS INTEGER), NULL)
     WHERE state = 5 AND retry_at IS NULL""",
 )
+_SESSIONS_OF: Final = """
+    SELECT DISTINCT owner_session FROM jobs INDEXED BY jobs_by_session WHERE owner_sid = :owner_sid AND owner_session IS NOT NULL"""
 _WITH_HELPER: Final = "SELECT id FROM jobs WHERE helper_flags <> 0 AND state IN (0, 3, 5) AND owner_sid = :owner_sid"
 _LOST_HELPERS: Final = """
     UPDATE jobs SET state = 4, {error}, error_job_id = id, error_count = error_count + 1, retry_at = NULL,
@@ -1460,6 +1474,7 @@ def _job_row(job: JobRecord) -> Values:
         owner_proof=owner.proof,
         owner_process=owner.process,
         owner_elevated=owner.elevated,
+        owner_session=owner.session,
         created=job.created,
         modified=job.modified,
         completed=job.completed,
@@ -1643,6 +1658,7 @@ def _owner(row: Row) -> OwnerKey:
         proof=_maybe_text(row["owner_proof"]),
         process=bool(row["owner_process"]),
         elevated=bool(row["owner_elevated"]),
+        session=_maybe_text(row["owner_session"]),
     )
 
 

@@ -156,7 +156,7 @@ async def test_100_000_jobs_of_an_absent_owner_do_not_keep_others_from_running(
         asked.append(job.owner_name)
         return fake_token("alice") if job.owner_name == "alice" else None
 
-    monkeypatch.setattr("bits_async.jobs.manager._adopt", nobody)
+    monkeypatch.setattr("bits_async.jobs.manager._stand_in", nobody)
     async with bits.BitsManager(store=crowded, logon=logon) as manager:
         await until(lambda: network.requests)
         assert network.requests[0].identity == "alice"
@@ -169,7 +169,7 @@ async def test_100_000_jobs_of_an_absent_owner_do_not_keep_others_from_running(
         assert first.state is S.QUEUED
 
 
-async def nobody(_: object) -> None:
+async def nobody(*_: object) -> None:
     """The token of an owner who must come himself."""
 
 

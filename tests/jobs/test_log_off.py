@@ -1,6 +1,8 @@
 """A log-off takes the tokens that are tied to the session from the jobs, at once and everywhere; what is finished is left alone."""
 
 import asyncio
+import contextlib
+import dataclasses
 import gc
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from bits_async import BitsManager, ErrorCode, HelperTokenFlags, Job, JobState, 
 from bits_async.jobs import logoff
 from bits_async.jobs.callbacks import commander
 from bits_async.testing import FakeNetwork, _FakeSessions, fake_token
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.local_users import LocalUser
@@ -348,3 +351,59 @@ async def test_a_real_log_off_ends_the_token_of_the_session(
             assert helper.closed
             with pytest.raises(bits.ImpersonationFailed, match="no session"):
                 await Token.for_session(session.name)
+
+
+@pytest.mark.privileged
+@pytest.mark.logind
+async def test_t12_after_a_restart_nobody_stands_in_for_an_owner_who_has_logged_off_meanwhile(
+    users: Mapping[str, "LocalUser"], world_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may act for its users, but for who made a job in a logon session only while that lasts, whatever happened while it was away."""
+    from tests.logind import Logind, Session, SystemBus
+    from tests.peers import Origin
+
+    world_dir.chmod(0o777)
+    with SystemBus() as bus, Logind(bus):
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus.address)
+        sessions = {name: await Session.begin(bus.address, users[name].uid) for name in ("bitsalice", "bitsbob")}
+        async with Origin() as origin:
+            url, jobs = origin.serve("/f", BODY), {}
+            async with BitsManager(store=tmp_path / "queue.db", run=False) as manager:
+                for name, session in sessions.items():
+                    job = await manager.create_job(name, owner=await Token.for_session(session.name))
+                    await job.add_file(url, world_dir / name)
+                    await job.resume()
+                    jobs[name] = job.id
+            await sessions["bitsbob"].end()
+            async with BitsManager(store=tmp_path / "queue.db") as manager:
+                here, gone = await manager.get_job(jobs["bitsalice"]), await manager.get_job(jobs["bitsbob"])
+                await here.wait()
+                assert (gone.state, gone.waiting.reason) == (JobState.QUEUED, WaitingReason.NO_OWNER_TOKEN)  # type: ignore[union-attr]
+                later = await manager.create_job("later", owner=here._entry.owner)
+                await later.add_file(url, world_dir / "later")
+                await sessions["bitsalice"].end()
+                await until(lambda: later._entry.owner is None, "for the log-off to be seen")
+                back = await Session.begin(bus.address, users["bitsbob"].uid)
+                with impersonate(await Token.for_session(back.name)):
+                    await (await manager.get_job(jobs["bitsbob"])).wait()
+                await back.end()
+
+
+async def test_a_session_that_another_user_has_now_is_not_the_owner_s_and_where_nobody_knows_he_is_here(tmp_path: Path) -> None:
+    class Known:
+        async def user_of(self, session: str) -> str | None:
+            if session == "unknown":
+                raise LookupError("no logind")
+            return {"3": "uid:1001", "4": "uid:1000"}.get(session)
+
+    @contextlib.asynccontextmanager
+    async def watch() -> AsyncIterator[Any]:
+        yield Known()
+
+    with FakeNetwork():
+        manager = BitsManager(store=tmp_path / "queue.db")
+    manager._seams = dataclasses.replace(manager._seams, sessions=watch)  # type: ignore[type-var,arg-type]
+    assert await manager._session_left("uid:1000", ["3"]) is None
+    assert await manager._session_left("uid:1000", ["2", "3"]) is None
+    assert await manager._session_left("uid:1000", ["3", "4"]) == "4"
+    assert await manager._session_left("uid:1000", ["unknown"]) == "unknown"
