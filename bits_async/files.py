@@ -16,7 +16,7 @@ may be there or not, in part or as zeros: it is never counted, and cut off when 
 **Threads.** Each call is one hop to a thread of the token, and a cancel waits for that thread. A thread that does not come back
 in time is given up on together with the part file: its descriptors stay open until the thread leaves them (`_Handles`), every
 later call fails, and this process does not reopen the file meanwhile. So the calls that own a descriptor or change a file go
-through `TokenExecutor.run`. aiofiles, on the executor's own pool, carries those that only look (`length`, free space): it returns
+through `TokenExecutor.run`. aiofiles, on the executor's own pool, carries the one that only looks (`length`): it returns
 from a cancel at once, and what it leaves behind does no harm. Its file objects are not used: their position is state between two
 hops, and `async with` closes them on another thread.
 """
@@ -69,6 +69,9 @@ if TYPE_CHECKING:
 RESERVE_AHEAD: Final = 64 << 20
 """Bytes that preallocation may run ahead of what was received (T18)."""
 
+RESERVE_STEP: Final = 32 << 20
+"""Bytes preallocated at once; a body whose rest is smaller than a write needs none."""
+
 PUBLIC_MODE: Final = 0o644
 """A finished file's mode before the umask and the mode of the file it replaces."""
 
@@ -93,7 +96,6 @@ if sys.platform == "win32":
     Directory = Path  # Windows has no calls relative to a descriptor
 else:
     Directory = int
-    _statvfs = aiofiles.os.wrap(os.statvfs)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -411,24 +413,38 @@ def _new_blake3() -> _Hash:
 
 
 class _Reservation:
-    """Bytes preallocated and not yet written, as [start, end) pairs: never more than `RESERVE_AHEAD` in all (T18)."""
+    """Bytes preallocated and not yet written, as [start, end) pairs: never more than `RESERVE_AHEAD` in all (T18).
+
+    Several threads (slices) share it, hence the lock.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ahead: list[list[int]] = []
 
-    def claim(self, offset: int, length: int, free: int) -> tuple[int, int]:
-        """What may be preallocated of [offset, offset + length) with `free` bytes to spare: where it starts, how long it is."""
+    def next(self, offset: int, end: int) -> tuple[int, int]:
+        """What to preallocate now for a stretch that is written at `offset` and goes to `end`: where it starts, how long it is.
+
+        Nothing while half a step is still ahead, or where the others have taken all room.
+        """
         with self._lock:
-            mine = next((each for each in self._ahead if each[0] <= offset <= each[1]), None)
+            mine = self._of(offset)
             start = mine[1] if mine else offset
             room = RESERVE_AHEAD - sum(end - begin for begin, end in self._ahead)
-            count = max(0, min(offset + length - start, room, free))
-            if count and mine:
+            count = min(end - start, RESERVE_STEP)
+            return start, 0 if start - offset > RESERVE_STEP // 2 or count > room else count
+
+    def claim(self, offset: int, start: int, count: int) -> None:
+        """So much of what `next` named is preallocated."""
+        with self._lock:
+            mine = self._of(offset)
+            if mine and mine[1] == start:
                 mine[1] += count
-            elif count:
+            else:
                 self._ahead.append([start, start + count])
-            return start, count
+
+    def _of(self, offset: int) -> list[int] | None:
+        return next((each for each in self._ahead if each[0] <= offset <= each[1]), None)
 
     def consume(self, start: int, end: int) -> None:
         """These bytes were written."""
@@ -753,12 +769,20 @@ def _trim_and_sync(handles: _Handles, trim: bool) -> None:
     native.datasync(file)
 
 
-def _preallocate(handles: _Handles, offset: int, length: int) -> None:
+def _preallocate(file: int, offset: int, length: int) -> bool:
+    """Whether the file system can, and had the room."""
     try:
-        native.preallocate(handles.opened()[1], offset, length)
+        return native.preallocate(file, offset, length)
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a help, not a promise: the write will say it
             raise
+        return False
+
+
+def _refuse_too_large(need: int, room: int) -> None:
+    if need > room:
+        message = f"the volume is too small for the file: {need} bytes are still to come, and it has room for {room}"
+        raise make_error(ErrorCode.ERROR_DISK_FULL, ErrorContext.LOCAL_FILE, message)
 
 
 # -- the rename ------------------------------------------------------------------------------------------------------------------
@@ -913,6 +937,7 @@ class _Intake:
 
     def __init__(
         self,
+        reserve: Callable[[int, int], None],
         store: Callable[[int, Sequence[Chunk]], None],
         splice: Callable[[native.Splicer, int, int, int], int] | None,
         piece: "Slice",
@@ -921,6 +946,7 @@ class _Intake:
         pace: Pace | None,
     ) -> None:
         self._pace = pace
+        self._reserve = reserve
         self._store = store
         self._splice = splice
         self._piece = piece
@@ -939,6 +965,7 @@ class _Intake:
     def run(self, detached: "Detached", idle: float) -> int:
         """Move until all is there or somebody says stop."""
         total = detached.length if self._piece.remaining is None else min(detached.length, self._piece.remaining)
+        self._make_room(total)
         self._keep(memoryview(detached.already)[:total])
         if self.moved >= total or self._stopped:
             return self.moved
@@ -960,6 +987,7 @@ class _Intake:
             selector.register(connection, selectors.EVENT_READ)
 
             def take() -> int:
+                self._make_room(total)
                 return splice(splicer, source, self._piece.written, self._bite(total))
 
             while self.moved < total and (count := self._when_there(selector, take, idle)):
@@ -976,6 +1004,7 @@ class _Intake:
                 return connection.recv_into(buffer[: self._bite(total)], 0, _DONTWAIT)
 
             while self.moved < total and (count := self._when_there(selector, take, idle)):
+                self._make_room(total)
                 self._keep(buffer[:count])
 
     def _keep(self, view: memoryview) -> None:
@@ -983,6 +1012,11 @@ class _Intake:
             return
         self._store(self._piece.written, [view])
         self._count(len(view))
+
+    def _make_room(self, total: int) -> None:
+        """In the file, for what comes next of the piece; of a piece without an end, for this body."""
+        end = self._piece.written + total - self.moved if self._piece.end is None else self._piece.end
+        self._reserve(self._piece.written, end)
 
     def _bite(self, total: int) -> int:
         """Bytes to take at once; a limiter keeps its rate with small bites only."""
@@ -1061,7 +1095,7 @@ class PartFile:
         destination: the name it will get.
         record: what the journal keeps of it.
         path: where it is now.
-        written_to: one past the last byte of the write that ended last; a failed write does not move it.
+        keep_free: bytes of the volume that preallocation leaves to others.
     """
 
     record: PartRecord
@@ -1074,7 +1108,8 @@ class PartFile:
         self._reservation = _Reservation()
         self._discarded = False
         self.destination = destination
-        self.written_to = 0
+        self.keep_free = 0
+        self._preallocates = True
         self._uncached = bool(native.DONTCACHE)
         self._dirty: dict[int, int] = {}  # stretches not yet written back, end to start; a thread touches only the one it writes
 
@@ -1160,29 +1195,26 @@ class PartFile:
         with _local_errors(self._files, self.destination, "look at"), self._handles as handles:
             return (await aiofiles.os.stat(handles.opened()[1], executor=self._files.pool)).st_size
 
-    async def _free(self) -> int:
-        """Bytes that the volume has left for this identity."""
-        if sys.platform == "win32":
-            return RESERVE_AHEAD  # its twin preallocates nothing
-        with _local_errors(self._files, self.destination, "look at"), self._handles as handles:
-            volume = await _statvfs(handles.opened()[1], executor=self._files.pool)
-        return volume.f_bavail * volume.f_frsize
-
     # -- writing --
 
-    async def write(self, offset: int, chunks: Sequence[Chunk]) -> None:
-        """Put these bytes at `offset`: all of them when it returns, perhaps some when it raises. One hop for the whole batch."""
-        if any(chunks):
-            await self._run("write", self._store, offset, chunks)
-
     async def append(self, piece: "Slice", chunks: Sequence[Chunk]) -> None:
-        """Put these bytes at `piece.written`, which moves on in the thread as in `receive`: also when the wait for it is cancelled."""
+        """Put these bytes at `piece.written`: all of them when it returns, perhaps some when it raises. One hop for the whole batch.
+
+        `piece` moves on in the thread as in `receive`, also when the wait for it is cancelled; not when the write failed. Where the
+        piece has an end, the file is preallocated before the bytes arrive, at most `RESERVE_AHEAD` ahead of them (T18).
+
+        Raises:
+            LocalFileError: a write failed; ERROR_DISK_FULL before anything is written: the volume has no room for the whole piece.
+        """
         if any(chunks):
             await self._run("write", self._append, piece, chunks)
 
     def _append(self, handles: _Handles, piece: "Slice", chunks: Sequence[Chunk]) -> None:
+        count = sum(map(len, chunks))
+        if piece.end is not None and piece.end - piece.written > count:
+            self._reserve(handles, piece.written, piece.end)
         self._store(handles, piece.written, chunks)
-        piece.advance(sum(map(len, chunks)))
+        piece.advance(count)
 
     async def receive(
         self,
@@ -1212,12 +1244,13 @@ class PartFile:
 
         Raises:
             NetworkError: the connection ended early, fell silent or was too slow; `piece` counts what came before.
-            LocalFileError: a write failed.
+            LocalFileError: as `append`, and it is preallocated as there.
         """
         handles = self._handles
         unseen = self._digests.position is None and isinstance(detached.socket, socket.socket)
         splice = partial(self._splice, handles) if unseen else None  # else somebody has to see the bytes
-        intake = _Intake(lambda offset, chunks: self._store(handles, offset, chunks), splice, piece, limiter, stop, pace)
+        reserve, store = partial(self._reserve, handles), partial(self._store, handles)
+        intake = _Intake(reserve, store, splice, piece, limiter, stop, pace)
         call = _Call(handles, lambda: intake.run(detached, idle))
         with _local_errors(self._files, self.destination, "write"):
             future = self._files.spawn(call)
@@ -1232,8 +1265,6 @@ class PartFile:
 
     def _store(self, handles: _Handles, offset: int, chunks: Sequence[Chunk]) -> None:
         """In a thread: the bytes, then all that is known of them."""
-        if offset < 0:
-            raise OverflowError  # pwritev would take -1 for "where the descriptor stands"
         _, file = handles.opened()
         end = offset + sum(map(len, chunks))
         self._digests.rewrite(offset)
@@ -1264,7 +1295,6 @@ class PartFile:
 
     def _account(self, file: int, offset: int, end: int, *, written_back: bool = False) -> None:
         self._reservation.consume(offset, end)
-        self.written_to = end
         if written_back:
             return
         start = self._dirty.pop(offset, offset)
@@ -1273,20 +1303,24 @@ class PartFile:
         else:
             native.write_back(file, start, end - start)
 
-    async def reserve(self, offset: int, length: int, *, keep_free: int = 0) -> None:
-        """Preallocate what will be written from `offset` on, at most `RESERVE_AHEAD` ahead of what was written (T18).
+    def _reserve(self, handles: _Handles, offset: int, end: int) -> None:
+        """In a thread, before bytes are written at `offset` of a stretch that goes to `end`: preallocate the next step of it.
 
-        The length of the file stays as it is. Does less, or nothing, where the volume is short of space: a write says when it is
-        full.
-
-        Args:
-            offset: where the next byte will go.
-            length: bytes expected there.
-            keep_free: bytes of the volume that preallocation must leave to others.
+        The length of the file stays as it is. Does less, or nothing, where the volume is short of space: but for a stretch that it
+        cannot hold at all, a write says when it is full.
         """
-        start, count = self._reservation.claim(offset, length, await self._free() - keep_free)
-        if count:
-            await self._run("write", _preallocate, start, count)
+        start, count = self._reservation.next(offset, end) if self._preallocates else (end, 0)
+        if not count:
+            return
+        _, file = handles.opened()
+        room = native.room(file)
+        if room is not None:
+            _refuse_too_large(end - start, room)
+            count = min(count, room - self.keep_free)
+        if count > 0:
+            self._preallocates = _preallocate(file, start, count)
+            if self._preallocates:
+                self._reservation.claim(offset, start, count)
 
     async def sync(self) -> int:
         """What was written survives a loss of power when it returns. Returns the length of the file, as `length`."""
@@ -1298,7 +1332,6 @@ class PartFile:
         await self._run("write", _cut, length)
         self._reservation.clear()
         self._dirty.clear()
-        self.written_to = min(self.written_to, length)
 
     # -- digests --
 

@@ -20,6 +20,7 @@ _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_u
 _libc.unshare.argtypes = [ctypes.c_int]
 _fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate  # glibc's fallocate has 32-bit offsets on 32-bit machines
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 
 
 class _Machine(NamedTuple):
@@ -218,6 +219,15 @@ def allocate(fd: int, offset: int, length: int) -> None:
     while _fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length):
         if ctypes.get_errno() != errno.EINTR:
             raise _failed("fallocate")
+
+
+def is_memory(fd: int) -> bool:
+    """Whether the file system is tmpfs or ramfs (statfs(2): `f_type`, which comes first)."""
+    found = ctypes.create_string_buffer(256)  # larger than any struct statfs
+    if _libc.fstatfs(fd, found):
+        raise _failed("fstatfs")
+    word = ctypes.c_uint if os.uname().machine == "s390x" else ctypes.c_long
+    return word.from_buffer(found).value in (0x01021994, 0x858458F6)
 
 
 def status(path: str = "/proc/thread-self/status") -> dict[bytes, bytes]:

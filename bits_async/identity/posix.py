@@ -475,15 +475,27 @@ def datasync(fd: int) -> None:
         os.fdatasync(fd)
 
 
-def preallocate(fd: int, offset: int, length: int) -> None:
-    """Reserves room without changing the file's size; does nothing where the file system cannot. Raises OSError ENOSPC."""
-    if sys.platform != "linux" or length <= 0:
-        return
+def preallocate(fd: int, offset: int, length: int) -> bool:
+    """Reserves room without changing the file's size. False: the file system cannot, or has nothing of it; nothing is written in its
+    place. Raises OSError ENOSPC."""
+    if sys.platform != "linux" or kernel.is_memory(fd):
+        return False  # memory does not come in better pieces for it, and finding it twice takes longer
     try:
         kernel.allocate(fd, offset, length)
     except OSError as exc:
         if exc.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM):
             raise
+        return False
+    return True
+
+
+def room(fd: int) -> int | None:
+    """Bytes that the file's volume has left for the identity of this thread; None: it does not say."""
+    volume = os.fstatvfs(fd)
+    if not volume.f_blocks:
+        return None
+    uid = kernel.fsuid() if sys.platform == "linux" else os.geteuid()
+    return volume.f_frsize * (volume.f_bavail if uid else volume.f_bfree)  # some of it may be kept for root
 
 
 def set_mode(fd: int, mode: int) -> None:

@@ -291,8 +291,14 @@ def datasync(fd: int) -> None:
     os.fsync(fd)
 
 
-def preallocate(fd: int, offset: int, length: int) -> None:
+def preallocate(fd: int, offset: int, length: int) -> bool:
     """Not done: Windows reserves room only by changing the file's size."""
+    return False
+
+
+def room(fd: int) -> int | None:
+    """Not known of a descriptor."""
+    return None
 
 
 def set_mode(fd: int, mode: int) -> None:

@@ -53,7 +53,6 @@ SEAM: Final = 64 << 10  # bytes fetched once more, where nothing but the answer 
 GONE: Final = (401, 403, 404, 410)  # what a URL that was good for a while answers afterwards
 RECONNECTS: Final = 5
 RECONNECT_DELAYS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
-RESERVE_AHEAD: Final = 64 << 20
 NO_VALIDATOR: Final = "the server gives no validator to go on by"
 DYNAMIC: Final = "dynamic content cannot be continued"
 
@@ -290,6 +289,7 @@ class Attempt:
         fresh = part is None
         if part is None:
             record, part = await self._create(replace(record, part=None, slices=(), validator=None), files)
+        part.keep_free = self._shop.disk_reserve
         abreast = self._recorder.job.segments
         return _Download(record, part, Slice(0, None, 0, 0), None, self._shop.clock.monotonic(), fresh, abreast=abreast)
 
@@ -575,9 +575,6 @@ class Attempt:
         if download.hashed != _held_to(download) and not download.record.wanted:
             await self._start_digest(download)
         self._refuse_too_large(download, download.count + (download.piece.remaining or 0))
-        if body.length is not None and not at_once:
-            ahead = min(body.length, RESERVE_AHEAD)
-            await download.part.reserve(download.piece.written, ahead, keep_free=self._shop.disk_reserve)
 
     def _refuse_elsewhere(self, asked: Asked, body: Body) -> None:
         if body.start != asked.start:

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 from uuid import UUID
@@ -23,10 +23,17 @@ class Put(Protocol):
     async def __call__(self, part: PartFile, offset: int, data: bytes) -> None: ...
 
 
+async def write(part: PartFile, offset: int, chunks: Sequence[bytes | memoryview]) -> None:
+    """As a piece of their own."""
+    piece = Slice.fresh(offset, None)
+    await part.append(piece, chunks)
+    assert piece.written == offset + sum(map(len, chunks))
+
+
 async def put_by_write(part: PartFile, offset: int, data: bytes) -> None:
     """In uneven chunks, as a connection delivers them."""
     third = len(data) // 3
-    await part.write(offset, [data[:third], b"", memoryview(data)[third:]])
+    await write(part, offset, [data[:third], b"", memoryview(data)[third:]])
 
 
 async def put_by_receive(part: PartFile, offset: int, data: bytes, limiter: Limiter | None = None, stop: Stop | None = None) -> None:

@@ -13,17 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from bits_async import files as files_module
 from bits_async.errors import ErrorCode, ErrorContext, InvalidArgument, InvalidState, LocalFileError, NetworkError
 from bits_async.files import RESERVE_AHEAD, PartFile
-from bits_async.identity import native
+from bits_async.identity import kernel, native
 from bits_async.identity.threads import TokenExecutor
 from bits_async.transport.ranges import Detached, Slice
-from tests.files.putting import JOB, Put, open_below, plugged, put_by_receive, until
+from tests.files.putting import JOB, Put, open_below, plugged, put_by_receive, until, write
 
 DATA = os.urandom(3 << 20)
 
@@ -59,7 +58,6 @@ class TestPut:
         expected[10:20] = b"in between"
         assert await part.length() == len(expected)
         assert part.path.read_bytes() == expected
-        assert part.written_to == 20
 
     async def test_nothing_may_be_put(self, part: PartFile, put: Put) -> None:
         await put(part, 1000, b"")
@@ -112,7 +110,6 @@ class TestPut:
         assert caught.value.path == tmp_path / "file.iso"
         assert await part.length() == largest_file
         assert part.path.read_bytes()[-1000:] == DATA[:1000]
-        assert part.written_to <= largest_file
 
     @pytest.mark.privileged
     async def test_a_full_disk_is_transient_and_the_file_goes_on_when_there_is_room(
@@ -126,7 +123,7 @@ class TestPut:
         assert (error.code, error.context, error.transient) == (ErrorCode.ERROR_DISK_FULL, ErrorContext.LOCAL_FILE, True)
         assert (error.path, error.identity) == (small_volume / "file", "root")
         length = await part.length()
-        assert 0 < length < 600 << 10
+        assert length < 600 << 10
         assert part.path.read_bytes() == DATA[:length]
         (small_volume / "others").unlink()
         await put(part, length, DATA[length : 900 << 10])
@@ -142,11 +139,11 @@ class TestPut:
     async def test_bytes_are_moved_by_the_tokens_threads_alone(self, part: PartFile, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = watch_threads(monkeypatch)
         await put(part, 0, DATA)
-        await part.reserve(0, 10)
+        await part.append(Slice.fresh(len(DATA), 1 << 30), [DATA])
         await part.sync()
         await part.commit(mtime=None)
         await part.close()
-        assert {"pwrite_all", "datasync", "preallocate", "rename_at", "stat_at", "statvfs", "close"} <= seen.keys()
+        assert {"pwrite_all", "datasync", "preallocate", "rename_at", "stat_at", "room", "close"} <= seen.keys()
         threads = {name for names in seen.values() for name in names}
         assert all(name.startswith("bits-files-") for name in threads), seen
 
@@ -162,10 +159,9 @@ def watch_threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 
         return call
 
-    for name in ("pwrite_all", "datasync", "preallocate", "rename_at", "stat_at", "set_mode", "sync_directory"):
+    for name in ("pwrite_all", "datasync", "preallocate", "rename_at", "stat_at", "set_mode", "sync_directory", "room"):
         monkeypatch.setattr(native, name, watched(name, getattr(native, name)))
     monkeypatch.setattr(os, "close", watched("close", os.close))
-    monkeypatch.setattr(files_module, "_statvfs", files_module.aiofiles.os.wrap(watched("statvfs", os.statvfs)))
     return seen
 
 
@@ -182,24 +178,22 @@ async def test_a_batch_of_thousands_of_chunks_is_one_hop(part: PartFile, monkeyp
 
     monkeypatch.setattr(TokenExecutor, "run", counted)
     chunks = [DATA[i : i + 100] for i in range(0, 300_000, 100)]
-    await part.write(0, chunks)
+    await write(part, 0, chunks)
     assert len(hops) == 1
     assert part.path.read_bytes() == DATA[:300_000]
 
 
 async def test_a_position_out_of_range_is_a_local_file_error(part: PartFile) -> None:
-    for offset in (-1, 1 << 63, 1 << 70):
+    for offset in (1 << 63, 1 << 70):
         with pytest.raises(LocalFileError):
-            await part.write(offset, [b"x"])
-    assert part.written_to == 0
+            await write(part, offset, [b"x"])
 
 
 async def test_truncate_cuts_the_file_and_what_is_known_of_it(part: PartFile) -> None:
     await part.start_digest(["sha256"], 0)
-    await part.write(0, [DATA])
+    await write(part, 0, [DATA])
     await part.truncate(1000)
     assert await part.length() == 1000
-    assert part.written_to == 1000
     assert part.digest_position is None
     await part.start_digest(["sha256"], 1000)
     assert await part.digest("sha256") == hashlib.sha256(DATA[:1000]).hexdigest()
@@ -211,12 +205,12 @@ async def test_truncate_cuts_the_file_and_what_is_known_of_it(part: PartFile) ->
 async def test_after_a_resume_the_head_is_read_again_for_the_digest(files: TokenExecutor, tmp_path: Path) -> None:
     head = DATA * 7  # several hops
     part = await PartFile.create(files, tmp_path / "file", JOB)
-    await part.write(0, [head])
+    await write(part, 0, [head])
     await part.close()
     again = await PartFile.reopen(files, tmp_path / "file", part.record)
     assert again is not None
     await again.start_digest(["sha256", "sha512"], len(head))
-    await again.write(len(head), [b"tail"])
+    await write(again, len(head), [b"tail"])
     assert await again.digest("sha256") == hashlib.sha256(head + b"tail").hexdigest()
     assert await again.digest("sha512") == hashlib.sha512(head + b"tail").hexdigest()
     with pytest.raises(InvalidState):
@@ -225,7 +219,7 @@ async def test_after_a_resume_the_head_is_read_again_for_the_digest(files: Token
 
 
 async def test_a_head_that_is_shorter_than_believed_is_an_error(part: PartFile, tmp_path: Path) -> None:
-    await part.write(0, [b"short"])
+    await write(part, 0, [b"short"])
     with pytest.raises(LocalFileError) as caught:
         await part.start_digest(["sha256"], 6)
     assert caught.value.code == ErrorCode.BG_E_LOCAL_FILE_CHANGED
@@ -380,51 +374,108 @@ def allocated(part: PartFile) -> int:
 SLACK = 1 << 20  # what a file system adds of its own
 
 
+@pytest.fixture(autouse=True)
+def disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever holds the files of the tests is treated as a disk."""
+    monkeypatch.setattr(kernel, "is_memory", lambda fd: False)
+
+
+@pytest.fixture
+def allocations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What was preallocated, as [start, end)."""
+    made = list[tuple[int, int]]()
+    preallocate = native.preallocate
+
+    def noted(fd: int, offset: int, length: int) -> bool:
+        made.append((offset, offset + length))
+        return preallocate(fd, offset, length)
+
+    monkeypatch.setattr(native, "preallocate", noted)
+    return made
+
+
 async def test_t18_preallocation_never_runs_64_mib_ahead_of_what_was_received(part: PartFile) -> None:
-    await part.reserve(0, 1 << 50)
-    await part.reserve(0, 1 << 50)
-    assert 0 < allocated(part) <= RESERVE_AHEAD + SLACK
-    assert await part.length() == 0
-    await part.write(0, [DATA])
-    await part.reserve(len(DATA), 1 << 50)
-    assert allocated(part) <= len(DATA) + RESERVE_AHEAD + SLACK
+    piece = Slice.fresh(0, 8 << 30)
+    await part.append(piece, [DATA])
+    assert 0 < allocated(part) <= len(DATA) + RESERVE_AHEAD + SLACK
     assert await part.length() == len(DATA)
+    await part.append(piece, [DATA])
+    assert allocated(part) <= 2 * len(DATA) + RESERVE_AHEAD + SLACK
+
+
+async def test_the_file_is_preallocated_step_by_step_to_its_end_and_not_beyond(
+    part: PartFile, allocations: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "RESERVE_STEP", 1 << 20)
+    monkeypatch.setattr(files_module, "RESERVE_AHEAD", 2 << 20)
+    size, piece = len(DATA) + 100_000, Slice.fresh(0, len(DATA) + 100_000)
+    with plugged(DATA + b"e" * 100_000) as ours:
+        assert await part.receive(Detached(ours, b"", size), piece, None, None) == size
+    assert len(allocations) > 2
+    assert [start for start, _ in allocations] == [0, *[end for _, end in allocations[:-1]]]
+    assert allocations[-1][1] == size
+    assert allocated(part) <= size + SLACK
 
 
 async def test_t18_many_slices_share_what_may_be_preallocated(part: PartFile) -> None:
     for number in range(20):
-        await part.reserve(number << 36, 1 << 30)
-    assert allocated(part) <= RESERVE_AHEAD + SLACK
+        await part.append(Slice.fresh(number << 36, (number << 36) + (1 << 30)), [b"x"])
+    assert RESERVE_AHEAD // 2 < allocated(part) <= RESERVE_AHEAD + SLACK
 
 
 async def test_t18_preallocation_leaves_the_reserve_free(part: PartFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def statvfs(_: int, executor: object) -> object:
-        return SimpleNamespace(f_bavail=30 << 10, f_frsize=1 << 10)
-
-    monkeypatch.setattr(files_module, "_statvfs", statvfs)
-    await part.reserve(0, 1 << 40, keep_free=31 << 20)
-    assert allocated(part) == 0
-    await part.reserve(0, 1 << 40, keep_free=26 << 20)
+    monkeypatch.setattr(native, "room", lambda fd: 30 << 20)
+    part.keep_free = 31 << 20
+    await part.append(Slice.fresh(0, 30 << 20), [b"x"])
+    assert allocated(part) <= SLACK
+    part.keep_free = 26 << 20
+    await part.append(Slice.fresh(0, 30 << 20), [b"x"])
     assert 0 < allocated(part) <= (4 << 20) + SLACK
 
 
-async def test_t18_no_more_is_preallocated_than_is_asked_for(part: PartFile) -> None:
-    await part.reserve(0, 100 << 10)
+async def test_t18_no_more_is_preallocated_than_is_to_come(part: PartFile) -> None:
+    await part.append(Slice.fresh(0, 100 << 10), [b"x"])
     assert allocated(part) <= SLACK
 
 
+@pytest.mark.parametrize("by", ["append", "receive"])
 @pytest.mark.privileged
-async def test_t18_a_volume_that_is_too_small_is_no_error_before_the_write(files: TokenExecutor, small_volume: Path) -> None:
-    part = await PartFile.create(files, small_volume / "file", JOB)
-    await part.reserve(0, 1 << 40, keep_free=256 << 10)
-    assert os.statvfs(small_volume).f_bavail * os.statvfs(small_volume).f_frsize >= 256 << 10
-    await part.write(0, [DATA[: 128 << 10]])
+async def test_a_file_that_the_volume_cannot_hold_is_refused_before_a_byte_is_written(
+    files: TokenExecutor, small_volume: Path, by: str
+) -> None:
+    part, piece = await PartFile.create(files, small_volume / "file", JOB), Slice.fresh(0, 2 << 20)
+    with plugged(DATA) as ours, pytest.raises(LocalFileError, match="2097152 bytes are still to come, and it has room for") as caught:
+        if by == "append":
+            await part.append(piece, [b"x"])
+        else:
+            await part.receive(Detached(ours, b"x", 2 << 20), piece, None, None)
+    assert (caught.value.code, caught.value.transient) == (ErrorCode.ERROR_DISK_FULL, True)
+    assert (await part.length(), piece.written) == (0, 0)
+    await part.append(Slice.fresh(0, 100_000), [b"x" * 100_000])
     await part.close()
 
 
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSPC])
+async def test_where_nothing_can_be_preallocated_nothing_is_written_in_its_place(
+    part: PartFile, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    asked = list[int]()
+
+    def refuse(fd: int, offset: int, length: int) -> None:
+        asked.append(offset)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(kernel, "allocate", refuse)
+    piece = Slice.fresh(0, 1 << 30)
+    for _ in range(3):
+        await part.append(piece, [DATA])
+    assert asked == [0]  # and it is not asked again and again
+    assert await part.length() == piece.written == 3 * len(DATA)
+    assert allocated(part) <= 3 * len(DATA) + SLACK
+
+
 async def test_what_was_preallocated_and_not_used_is_given_back_at_commit(part: PartFile) -> None:
-    await part.reserve(0, 1 << 30)
-    await part.write(0, [b"small after all"])
+    await part.append(Slice.fresh(0, 1 << 30), [b"small after all"])
     await part.commit(mtime=None)
     assert part.path.stat().st_blocks * 512 <= SLACK
     assert part.path.read_bytes() == b"small after all"

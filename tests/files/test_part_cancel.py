@@ -18,7 +18,7 @@ from bits_async.identity import native, threads
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
 from bits_async.transport.ranges import Detached, Slice
-from tests.files.putting import JOB, open_below, plugged, until
+from tests.files.putting import JOB, open_below, plugged, until, write
 
 DATA = os.urandom(1 << 20)
 Method = Callable[[PartFile], Awaitable[object]]
@@ -68,9 +68,9 @@ async def cancelled(task: "asyncio.Future[object]") -> None:
 
 
 METHODS: dict[str, tuple[str, Method]] = {
-    "write": ("pwrite_all", lambda part: part.write(0, [DATA])),
+    "write": ("pwrite_all", lambda part: write(part, 0, [DATA])),
     "sync": ("datasync", lambda part: part.sync()),
-    "reserve": ("preallocate", lambda part: part.reserve(0, 1 << 20)),
+    "write, ahead": ("preallocate", lambda part: part.append(Slice.fresh(0, 1 << 30), [DATA])),
     "commit, bytes": ("datasync", lambda part: part.commit(mtime=None)),
     "commit, mode": ("set_mode", lambda part: part.commit(mtime=None)),
     "commit, rename": ("rename_at", lambda part: part.commit(mtime=None)),
@@ -96,18 +96,19 @@ async def test_a_cancelled_call_ends_before_the_cancel_goes_on(
         await task
     assert door.passed >= 1
     if not call.startswith(("unlink", "rename", "sync_dir", "set_mode")):
-        await part.write(0, [b"still usable"])
+        await write(part, 0, [b"still usable"])
     await part.close()
     assert open_below(tmp_path) == []
 
 
 async def test_a_cancelled_write_has_moved_the_position(part: PartFile, gate: Callable[[str], Gate]) -> None:
     door = gate("pwrite_all")
-    task = asyncio.ensure_future(part.write(0, [DATA]))
+    piece = Slice.fresh(0, None)
+    task = asyncio.ensure_future(part.append(piece, [DATA]))
     await until(door.reached.is_set)
     asyncio.get_running_loop().call_later(0.05, door.open.set)
     await cancelled(task)
-    assert part.written_to == len(DATA)
+    assert piece.written == len(DATA)
     assert part.path.read_bytes() == DATA
 
 
@@ -145,7 +146,7 @@ async def test_a_cancelled_receive_stops_and_its_slice_says_how_far_it_came(part
         await until(lambda: piece.written == 5000)
         await cancelled(task)
     assert part.path.read_bytes() == DATA[:5000]
-    await part.write(5000, [DATA[5000:]])
+    await write(part, 5000, [DATA[5000:]])
     assert part.path.read_bytes() == DATA
     await part.close()
     assert open_below(tmp_path) == []
@@ -159,9 +160,8 @@ async def test_a_cancel_at_any_moment_leaves_nothing_open(token: Token, tmp_path
         destination = tmp_path / "file"
         part = await PartFile.create(files, destination, JOB)
         try:
-            await part.reserve(0, 100)
             await part.start_digest(["sha256"], 0)
-            await part.write(0, [b"x" * 100])
+            await write(part, 0, [b"x" * 100])
             with plugged(b"y" * 100) as ours:
                 await part.receive(Detached(ours, b"", 100), Slice.fresh(100, 200), None, None)
             await part.length()
@@ -203,7 +203,7 @@ async def test_a_call_that_was_still_waiting_for_a_thread_is_never_made(token: T
     part = await PartFile.create(files, tmp_path / "file", JOB)
     busy = threading.Event()
     blocker = asyncio.ensure_future(files.run(busy.wait))
-    waiting = asyncio.ensure_future(part.write(0, [b"too late"]))
+    waiting = asyncio.ensure_future(write(part, 0, [b"too late"]))
     await asyncio.sleep(0.01)
     waiting.cancel()
     asyncio.get_running_loop().call_later(0.1, busy.set)
@@ -211,7 +211,7 @@ async def test_a_call_that_was_still_waiting_for_a_thread_is_never_made(token: T
         await waiting
     await blocker
     content = part.path.read_bytes()
-    await part.write(0, [b"the part file lives on"])
+    await write(part, 0, [b"the part file lives on"])
     assert content in (b"", b"too late")  # never begun, or wholly done
     await part.discard()
     await files.aclose()
@@ -233,7 +233,7 @@ async def test_a_call_whose_thread_begins_after_the_cancel_does_nothing(
     late = Late(token)
     with monkeypatch.context() as patch:
         patch.setattr(part, "_files", late)
-        task = asyncio.ensure_future(part.write(0, [b"a byte too late"]))
+        task = asyncio.ensure_future(write(part, 0, [b"a byte too late"]))
         await asyncio.sleep(0)
         await cancelled(task)
     with pytest.raises(files_module._Closed):
@@ -260,12 +260,12 @@ async def test_a_part_file_with_a_lost_thread_is_unusable_and_its_descriptors_ou
     files = TokenExecutor(token)
     part = await PartFile.create(files, tmp_path / "file", JOB)
     door = gate("pwrite_all")
-    task = asyncio.ensure_future(part.write(0, [b"by the lost thread"]))
+    task = asyncio.ensure_future(write(part, 0, [b"by the lost thread"]))
     await until(door.reached.is_set)
     begin = time.monotonic()
     await cancelled(task)
     assert time.monotonic() - begin < 5
-    for use in (part.write(0, [b"x"]), part.length(), part.sync(), part.commit(mtime=None), part.discard()):
+    for use in (write(part, 0, [b"x"]), part.length(), part.sync(), part.commit(mtime=None), part.discard()):
         with pytest.raises((LocalFileError, ImpersonationFailed)):
             await use
     await part.close()
@@ -307,7 +307,7 @@ async def test_a_receive_that_does_not_come_back_makes_the_part_file_unusable(
         await until(door.reached.is_set)
         await cancelled(task)
     with pytest.raises(LocalFileError):
-        await part.write(0, [b"x"])
+        await write(part, 0, [b"x"])
     await part.close()
     door.open.set()
     await until(lambda: open_below(tmp_path) == [])
@@ -318,7 +318,7 @@ async def test_when_the_token_is_gone_the_descriptors_are_closed_all_the_same(to
     part = await PartFile.create(files, tmp_path / "file", JOB)
     files.discard()
     with pytest.raises(Exception, match="token"):
-        await part.write(0, [b"x"])
+        await write(part, 0, [b"x"])
     with pytest.raises(Exception, match="token"):
         await part.discard()
     assert open_below(tmp_path) == []

@@ -14,7 +14,7 @@ from bits_async.errors import ErrorCode, ErrorContext, LocalFileError
 from bits_async.files import FinishedPart, PartFile, commit_parts
 from bits_async.identity import native
 from bits_async.identity.threads import TokenExecutor
-from tests.files.putting import JOB, open_below
+from tests.files.putting import JOB, open_below, write
 
 ACL = "system.posix_acl_access"
 DEFAULT_ACL = "system.posix_acl_default"
@@ -51,7 +51,7 @@ def mode_of(path: Path) -> int:
 
 async def committed(files: TokenExecutor, destination: Path, *, mtime: float | None = None) -> Path:
     part = await PartFile.create(files, destination, JOB)
-    await part.write(0, [b"the new file"])
+    await write(part, 0, [b"the new file"])
     path = await part.commit(mtime=mtime)
     assert part.committed
     assert part.path == path == destination
@@ -92,14 +92,14 @@ async def test_commit_replaces_a_link_and_not_what_it_leads_to(files: TokenExecu
 
 
 async def test_after_commit_discard_keeps_the_file(part: PartFile) -> None:
-    await part.write(0, [b"whole"])
+    await write(part, 0, [b"whole"])
     path = await part.commit(mtime=None)
     await part.discard()
     assert path.read_bytes() == b"whole"
 
 
 async def test_commit_may_be_called_again(part: PartFile) -> None:
-    await part.write(0, [b"whole"])
+    await write(part, 0, [b"whole"])
     assert await part.commit(mtime=None) == await part.commit(mtime=None)
 
 
@@ -120,7 +120,7 @@ async def test_bytes_are_durable_before_the_file_has_its_name_and_the_name_befor
 
 
 async def test_a_destination_that_became_a_directory_is_an_error_and_the_part_file_stays(part: PartFile, tmp_path: Path) -> None:
-    await part.write(0, [b"whole"])
+    await write(part, 0, [b"whole"])
     (tmp_path / "file.iso").mkdir()
     with pytest.raises(LocalFileError) as caught:
         await part.commit(mtime=None)
@@ -219,11 +219,11 @@ async def test_t15_a_directory_swapped_for_a_link_in_mid_transfer_changes_nothin
     elsewhere.mkdir()
     (elsewhere / "file").write_bytes(b"precious")
     part = await PartFile.create(files, home / "file", JOB)
-    await part.write(0, [b"first"])
+    await write(part, 0, [b"first"])
     home.rename(tmp_path / "moved")
     home.symlink_to(elsewhere)
     (elsewhere / part.record.name).write_bytes(b"a trap")
-    await part.write(5, [b"second"])
+    await write(part, 5, [b"second"])
     await part.sync()
     with pytest.raises(LocalFileError) as caught:
         await part.commit(mtime=None)
@@ -274,7 +274,7 @@ async def test_t15_after_the_rename_the_destination_must_be_our_file(
 
 async def test_t15_a_link_to_the_part_file_at_the_destination_is_replaced_like_any_file(part: PartFile, tmp_path: Path) -> None:
     (tmp_path / "file.iso").hardlink_to(part.path)
-    await part.write(0, [b"whole"])
+    await write(part, 0, [b"whole"])
     await part.commit(mtime=None)
     assert os.listdir(tmp_path) == ["file.iso"]
 
@@ -289,11 +289,12 @@ from bits_async.files import FinishedPart, PartFile, commit_parts
 from bits_async.identity import native
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
+from bits_async.transport.ranges import Slice
 setattr(native, sys.argv[2], lambda *args: os._exit(7))
 async def main():
     files = TokenExecutor(Token.for_process())
     part = await PartFile.create(files, pathlib.Path(sys.argv[1]), uuid.uuid4())
-    await part.write(0, [b"new"])
+    await part.append(Slice.fresh(0, None), [b"new"])
     await part.commit(mtime=0.0)
 asyncio.run(main())
 """
@@ -311,7 +312,7 @@ async def finished(files: TokenExecutor, *destinations: Path, mtime: float | Non
     found = []
     for destination in destinations:
         part = await PartFile.create(files, destination, JOB)
-        await part.write(0, [b"the new file"])
+        await write(part, 0, [b"the new file"])
         await part.close()
         found.append(FinishedPart(destination, part.record, mtime))
     return found

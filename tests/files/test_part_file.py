@@ -14,7 +14,7 @@ from bits_async.errors import ErrorCode, ErrorContext, InvalidState, LocalFileEr
 from bits_async.files import PartFile, PartRecord, committed_length, discard_part
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
-from tests.files.putting import JOB, open_below
+from tests.files.putting import JOB, open_below, write
 
 
 async def refused(files: TokenExecutor, destination: Path) -> LocalFileError:
@@ -73,7 +73,7 @@ async def test_two_part_files_of_one_job_and_destination_have_different_names(fi
 )
 async def test_part_names_fit_the_directory_and_are_text(files: TokenExecutor, tmp_path: Path, name: str) -> None:
     part = await PartFile.create(files, tmp_path / name, JOB)
-    await part.write(0, [b"x"])
+    await write(part, 0, [b"x"])
     assert part.record.name in os.listdir(tmp_path)
     assert len(os.fsencode(part.record.name)) <= 255
     part.record.name.encode("utf-8")  # the journal keeps it as text
@@ -149,7 +149,7 @@ async def test_t15_a_directory_is_not_opened_through_a_magic_link(files: TokenEx
 
 async def left_behind(files: TokenExecutor, destination: Path, data: bytes = b"0123456789") -> PartRecord:
     part = await PartFile.create(files, destination, JOB)
-    await part.write(0, [data])
+    await write(part, 0, [data])
     await part.close()
     return part.record
 
@@ -160,9 +160,7 @@ async def test_a_part_file_goes_on_where_it_was_left(files: TokenExecutor, tmp_p
     assert part is not None
     assert part.record == record
     assert await part.length() == 10
-    assert part.written_to == 0
-    await part.write(10, [b"abc"])
-    assert part.written_to == 13
+    await write(part, 10, [b"abc"])
     await part.close()
     assert record.path.read_bytes() == b"0123456789abc"
 
@@ -269,7 +267,7 @@ async def test_a_directory_that_cannot_be_opened_is_an_error_and_not_a_reason_to
 
 
 async def test_discard_deletes_the_part_file_and_closes_it(part: PartFile, tmp_path: Path) -> None:
-    await part.write(0, [b"x"])
+    await write(part, 0, [b"x"])
     await part.discard()
     await part.discard()
     await part.close()
@@ -281,11 +279,10 @@ async def test_after_discard_every_use_is_a_local_file_error(part: PartFile, tmp
     await part.start_digest(["sha256"], 0)
     await part.discard()
     uses = [
-        part.write(0, [b"x"]),
+        write(part, 0, [b"x"]),
         part.length(),
         part.sync(),
         part.truncate(0),
-        part.reserve(0, 10),
         part.start_digest(["sha256"], 5),
         part.digest("sha256"),
         part.commit(mtime=None),
@@ -329,16 +326,15 @@ import asyncio, gc, pathlib, sys, uuid
 from bits_async.files import PartFile
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
-from tests.files.putting import JOB, open_below
-from bits_async.identity.tokens import Token
+from bits_async.transport.ranges import Slice
 async def main():
     files = TokenExecutor(Token.for_process())
     part = await PartFile.create(files, pathlib.Path(sys.argv[1]), uuid.uuid4())
-    await part.write(0, [b"kept"])
+    await part.append(Slice.fresh(0, None), [b"kept"])
     del part
     gc.collect()
     part = await PartFile.create(files, pathlib.Path(sys.argv[1]), uuid.uuid4())
-    await part.write(0, [b"kept"])
+    await part.append(Slice.fresh(0, None), [b"kept"])
 asyncio.run(main())
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "file")], check=True, timeout=30)
@@ -348,7 +344,7 @@ asyncio.run(main())
 async def test_a_part_file_that_was_renamed_before_the_journal_knew_is_found(files: TokenExecutor, tmp_path: Path) -> None:
     destination = tmp_path / "file"
     part = await PartFile.create(files, destination, JOB)
-    await part.write(0, [b"whole"])
+    await write(part, 0, [b"whole"])
     assert await committed_length(files, destination, part.record) is None
     await part.commit(mtime=None)
     await part.close()
@@ -365,7 +361,7 @@ async def test_a_closed_executor_is_a_local_file_error_and_its_descriptors_can_b
     part = await PartFile.create(files, tmp_path / "file", JOB)
     await files.aclose()
     with pytest.raises(LocalFileError):
-        await part.write(0, [b"x"])
+        await write(part, 0, [b"x"])
     with pytest.raises(LocalFileError):
         await part.length()
     await part.close()

@@ -14,7 +14,7 @@ from bits_async.files import PartFile, discard_part
 from bits_async.identity import native
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
-from tests.files.putting import JOB, Put, open_below
+from tests.files.putting import JOB, Put, open_below, write
 from tests.files.test_part_commit import ACL, shared_with_alice
 from tests.local_users import LocalUser
 
@@ -92,7 +92,7 @@ async def test_a_directory_that_becomes_unwritable_leaves_the_part_file_for_late
     user = users["bitsalice"]
     home = make_directory(world_dir / "home", 0o700, user.uid, user.gid)
     part = await PartFile.create(alice, home / "file", JOB)
-    await part.write(0, [b"whole"])
+    await write(part, 0, [b"whole"])
     home.chmod(0o500)
     for refused in (part.commit(mtime=None), part.discard()):
         with pytest.raises(LocalFileError) as caught:
@@ -110,7 +110,7 @@ async def test_a_directory_that_becomes_unwritable_leaves_the_part_file_for_late
 async def test_a_drop_box_that_cannot_be_listed_can_be_filled(alice: TokenExecutor, world_dir: Path) -> None:
     box = make_directory(world_dir / "box", 0o1733)
     part = await PartFile.create(alice, box / "file", JOB)
-    await part.write(0, [b"x"])
+    await write(part, 0, [b"x"])
     await part.close()
     again = await PartFile.reopen(alice, box / "file", part.record)
     assert again is not None
@@ -245,7 +245,7 @@ async def test_t15_a_user_who_swaps_the_directory_gets_nothing_of_root_written_e
     precious = make_directory(world_dir / "precious", 0o700)
     (precious / "file").write_bytes(b"root's")
     part = await PartFile.create(files, home / "file", JOB, allow_shared_directory=True)
-    await part.write(0, [b"from the network"])
+    await write(part, 0, [b"from the network"])
     home.rename(world_dir / "moved")
     home.symlink_to(precious)
     with pytest.raises(LocalFileError):

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -209,12 +210,19 @@ def test_a_file_system_that_takes_nothing_is_an_error(file: int, monkeypatch: py
     assert caught.value.errno == errno.EIO
 
 
-def test_room_is_reserved_without_changing_the_size(file: int) -> None:
+def test_room_is_reserved_without_changing_the_size(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "is_memory", lambda fd: False)
     posix.pwrite_all(file, [b"abc"], 0)
-    posix.preallocate(file, 0, 1 << 20)
+    assert posix.preallocate(file, 0, 1 << 20)
     found = os.fstat(file)
     assert found.st_size == 3
     assert found.st_blocks * 512 >= 1 << 20
+
+
+def test_in_memory_nothing_is_reserved() -> None:
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        assert not posix.preallocate(file.fileno(), 0, 1 << 20)
+        assert os.fstat(file.fileno()).st_blocks == 0
 
 
 @pytest.mark.parametrize(("number", "raised"), [(errno.EOPNOTSUPP, False), (errno.ENOSYS, False), (errno.ENOSPC, True)])
@@ -222,12 +230,13 @@ def test_only_a_full_disk_fails_the_reservation(file: int, monkeypatch: pytest.M
     def refuse(fd: int, offset: int, length: int) -> None:
         raise OSError(number, "no")
 
+    monkeypatch.setattr(kernel, "is_memory", lambda fd: False)
     monkeypatch.setattr(kernel, "allocate", refuse)
     if raised:
         with pytest.raises(OSError):
             posix.preallocate(file, 0, 10)
     else:
-        posix.preallocate(file, 0, 10)
+        assert not posix.preallocate(file, 0, 10)
 
 
 def test_a_time_is_set_to_the_nanosecond(file: int) -> None:

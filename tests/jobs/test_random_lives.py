@@ -653,7 +653,7 @@ def no_power(manager: bits.BitsManager) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manager._store, "save", dead_journal)
-        for name in ("create", "write", "reserve", "sync", "truncate", "commit", "discard"):
+        for name in ("create", "append", "sync", "truncate", "commit", "discard"):
             patch.setattr(files.PartFile, name, dead_file)
         patch.setattr(engine, "discard_part", dead_file)
         yield

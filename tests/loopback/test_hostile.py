@@ -23,9 +23,11 @@ import spnego
 
 import bits_async as bits
 from bits_async import AuthCredentials, AuthScheme, AuthTarget, ErrorCode, ErrorContext, JobPriority, JobState, Timeouts, Token
+from bits_async.identity import kernel
 from tests.peers import USERS, Door, Fault, Misbehaviour, Origin, Proxy, Server, ServerTls, answer, header_bomb, redirect
 from tests.realms import write_krb5_conf
 from tests.rules import NTLM_OVER_HTTP
+from tests.waiting import until
 
 ALICE, HELPER = USERS
 BODY = os.urandom(100_000)
@@ -685,27 +687,42 @@ async def test_t26_bytes_beyond_the_framed_body_are_not_of_the_file_nor_of_the_n
         assert {path.read_bytes() for path in await job.complete()} == {b"right"}
 
 
-@pytest.mark.parametrize(("limits", "most"), [(bits.Limits(disk_reserve=0), 64 << 20), (bits.Limits(disk_reserve=1 << 60), 0)])
-async def test_t18_a_file_that_is_said_to_be_larger_than_any_disk_takes_64_mib_or_what_the_reserve_leaves(tmp_path, limits, most):
-    said, slack = b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: 999999999999999999\r\n\r\n', 1 << 20
+def claims(size: int) -> Talk:
+    """The first bytes of a file that is said to be so large."""
 
     async def claim(connection: Connection) -> None:
         await connection.request()
-        await connection.send(said + b"s" * 1000)
+        await connection.send(head("200 OK", 'ETag: "x"', f"Content-Length: {size}") + b"s" * 1000)
         await asyncio.Event().wait()
 
-    async with Raw(claim) as peer, bits.BitsManager(store=tmp_path / "queue.db", limits=limits) as manager:
+    return claim
+
+
+@pytest.mark.parametrize(("limits", "most"), [(bits.Limits(disk_reserve=0), 32 << 20), (bits.Limits(disk_reserve=1 << 60), 0)])
+async def test_t18_a_file_that_is_said_to_be_large_takes_a_step_of_it_or_what_the_reserve_leaves(tmp_path, limits, most, monkeypatch):
+    monkeypatch.setattr(kernel, "is_memory", lambda fd: False)
+    volume, slack = os.statvfs(tmp_path), 1 << 20
+    async with (
+        Raw(claims(volume.f_bavail * volume.f_frsize // 2)) as peer,
+        bits.BitsManager(store=tmp_path / "queue.db", limits=limits) as manager,
+    ):
         job = await manager.create_job("huge", priority=JobPriority.FOREGROUND)
         await job.add_file(peer.url, tmp_path / "f")
         await job.resume()
-        async with asyncio.timeout(10):
-            while job.progress.bytes_transferred < 1000:  # noqa: ASYNC110 - it has no event
-                await asyncio.sleep(0.005)
+        await until(lambda: job.progress.bytes_transferred >= 1000)
         (part,) = tmp_path.glob(".f.*.bits-part")
         taken = part.stat().st_blocks * 512
         assert taken <= most + slack
         assert most == 0 or taken >= most, "the disk of the tests has that much"
         await job.cancel()
+    assert not list(tmp_path.glob("*f*"))
+
+
+async def test_t18_a_file_that_is_said_to_be_larger_than_the_disk_is_refused_at_once(tmp_path):
+    async with Raw(claims(999_999_999_999_999_999)) as peer:
+        error = await failure(tmp_path, peer.url)
+    assert (error.code, error.context, error.transient) == (ErrorCode.ERROR_DISK_FULL, bits.ErrorContext.LOCAL_FILE, True)
+    assert "999999999999999999 bytes are still to come, and it has room for" in str(error)
     assert not list(tmp_path.glob("*f*"))
 
 
