@@ -166,6 +166,40 @@ async def test_the_mirror_image_the_helper_writes_and_the_owner_is_seen(kdc, apa
 
 
 @pytest.mark.privileged
+@pytest.mark.parametrize("flags", [HelperTokenFlags(value) for value in range(4)])
+async def test_files_and_logs_are_those_of_the_token_that_the_flags_name(kdc, apache, squid_negotiate, users, world_dir, tmp_path, flags):
+    """The table of docs/who-acts.md, with real users, tickets, servers and logs."""
+
+    async def token(user, principal):
+        cache = kdc.ccache(principal, directory=world_dir, owner=users[user].uid)
+        return await Token.for_user(user, network=spnego.KerberosCCache(cache))
+
+    owner, helper = await token("bitsalice", "alice"), await token("bitsbob", "helper")
+    writes = users["bitsbob" if HelperTokenFlags.LOCAL_FILE in flags else "bitsalice"]
+    seen = HELPER if HelperTokenFlags.NETWORK in flags else ALICE
+    home = world_dir / "home"
+    home.mkdir(mode=0o700)
+    os.chown(home, writes.uid, writes.gid)
+    async with bits.BitsManager(store=tmp_path / "queue.db") as manager:
+        job = await manager.create_job("both", owner=owner)
+        await job.add_file(apache.url("/neg/big"), home / "big")
+        await job.set_proxy_settings(bits.ProxySettings.override(squid_negotiate.url))
+        for target in AuthTarget:
+            await job.set_credentials(target, AuthScheme.NEGOTIATE, None, None)
+        with bits.impersonate(owner):
+            options = await job.token_options()
+        with bits.impersonate(helper):
+            await options.set_helper_token()
+            await options.set_helper_token_flags(flags)
+        await job.resume()
+        await job.wait()
+        await job.complete()
+    assert writes.owns(home / "big")
+    assert {h.user for h in apache.hits(expect=1, target="/neg/big") if h.status == 200} == {seen}
+    assert {p.user for p in squid_negotiate.hits(expect=1, status=200)} == {seen}
+
+
+@pytest.mark.privileged
 async def test_a_directory_of_somebody_else_is_a_local_error_and_nothing_is_made_there(apache, users, private):
     with pytest.raises(bits.LocalFileError) as caught:
         await bits.download(apache.url("/pub/big"), private / "big", owner=await Token.for_user("bitsbob"))
