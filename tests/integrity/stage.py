@@ -3,16 +3,21 @@
 async with Stage(schedule) as stage:
     ...                                  # somebody fetches stage.url, and is killed when `stage.killing` says so
     stage.judge(path, claims_success=True)
+
+Several files (`files`) are of the same versions, each with its own bytes; the rows go to whoever asks next, for whichever file.
 """
 
 import asyncio
+import base64
+import hashlib
 from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
+from tests.certificates import ServerTls
 from tests.integrity.schedules import FAULTS, PAGE, Row, Schedule
-from tests.peers import Connection, Fault, Hold, Origin, Seen
+from tests.peers import HONEST, Connection, Fault, Hold, Origin, Seen, Version, redirect
 
 
 class Outcome(Enum):
@@ -27,17 +32,31 @@ class Outcome(Enum):
 
 
 class Stage(Origin):
-    """The origin of one schedule, and of one client."""
+    """The origin of one schedule, and of one client.
 
-    def __init__(self, schedule: Schedule, scale: int = 1) -> None:
-        super().__init__()
+    Args:
+        schedule: the story.
+        scale: times the sizes in it.
+        files: how many there are: `/file`, `/file1`, and so on.
+        told: a field of RFC 9530 that each answer with bytes of a file has, and tells the truth in.
+        tls: the server's certificate.
+    """
+
+    def __init__(
+        self, schedule: Schedule, scale: int = 1, *, files: int = 1, told: str | None = None, tls: ServerTls | None = None
+    ) -> None:
+        super().__init__(tls=tls)
         self.schedule = schedule
-        self.bodies = [schedule.version(index, scale) for index in range(len(schedule.versions))]
+        self.paths = ["/file", *(f"/file{number}" for number in range(1, files))]
+        self.bodies = {
+            path: [schedule.version(index, scale, file) for index in range(len(schedule.versions))] for file, path in enumerate(self.paths)
+        }
         self.answered = 0
-        self.served = set[bytes]()
+        self.served: dict[str, set[bytes]] = {path: set() for path in self.paths}
         self.killing = asyncio.Event()  # the client is to be killed now; `killed` goes on
-        self.row = Row()
-        self._hold: Hold | None = None
+        self.row = Row()  # the one that kills it
+        self._told = told
+        self._holds = set[Hold]()
 
     @property
     def file_url(self) -> str:
@@ -50,46 +69,62 @@ class Stage(Origin):
     def killed(self) -> None:
         """The client is dead, the server goes on."""
         self.killing.clear()
-        if self._hold is not None:
-            self._hold.release()
+        while self._holds:
+            self._holds.pop().release()
 
     async def _send(self, connection: Connection, seen: Seen, extra: list[tuple[str, str]], path: str, fault: Fault) -> bool:
-        self.row = row = self.schedule.row(self.answered)
+        if path.startswith("/elsewhere"):  # on the way to a file; no answer of the schedule
+            return await super()._send(connection, seen, extra, path, redirect(path.removeprefix("/elsewhere")))
+        row = self.schedule.row(self.answered)
+        version = self.bodies[path][row.version]
+        self._files[path] = version
+        if seen.method == "HEAD":  # who asks first gets no more answers than others
+            return await super()._send(connection, seen, extra, path, HONEST)
         self.answered += 1
-        version = self.bodies[row.version]
-        self._files["/file"] = version
         fault = FAULTS[row.fault]
         if fault.status is None:
-            self.served.add(version.body)
+            self.served[path].add(version.body)
         elif fault.body == PAGE:
-            self.served.add(PAGE)
+            self.served[path].add(PAGE)
+        elif fault.status == 302:
+            fault = redirect(f"{path}?moved")
         size = len(version.body)
         cut = None if row.cut is None or fault.status else size * row.cut // 1000
-        self._hold = None if row.kill is None or fault.status else Hold(size * row.kill // 1000)
-        told = replace(fault, cut_after=cut, reset=row.reset, hold=self._hold)
-        if self._hold is None:
-            return await super()._send(connection, seen, extra, path, told)
-        watch = asyncio.ensure_future(self._announce(self._hold))
+        if row.kill is None or fault.status:
+            return await super()._send(connection, seen, extra, path, replace(fault, cut_after=cut, reset=row.reset))
+        hold = Hold(size * row.kill // 1000)
+        self._holds.add(hold)
+        watch = asyncio.ensure_future(self._announce(hold, row))
         try:
-            return await super()._send(connection, seen, extra, path, told)
+            return await super()._send(connection, seen, extra, path, replace(fault, cut_after=cut, reset=row.reset, hold=hold))
         finally:
+            self._holds.discard(hold)
             watch.cancel()
             with suppress(asyncio.CancelledError):
                 await watch
 
-    async def _announce(self, hold: Hold) -> None:
+    async def _announce(self, hold: Hold, row: Row) -> None:
         await hold.reached.wait()
-        self.killing.set()
+        if hold in self._holds:  # else it was another answer that killed the client
+            self.row = row
+            self.killing.set()
 
-    def judge(self, path: Path, *, claims_success: bool) -> Outcome:
-        """What became of the file."""
+    def _judge(self, seen: Seen, version: Version, fault: Fault) -> tuple[list[tuple[str, str]], memoryview]:
+        headers, body = super()._judge(seen, version, fault)
+        if self._told is None or seen.status not in (200, 206):
+            return headers, body
+        hashed = hashlib.sha256(body if self._told == "Content-Digest" else version.body).digest()
+        return [*headers, (self._told, f"sha-256=:{base64.b64encode(hashed).decode()}:")], body
+
+    def judge(self, path: Path, *, claims_success: bool, name: str = "/file") -> Outcome:
+        """What became of the file with that name on the server."""
         if not claims_success:
             return Outcome.FAILED
         if not path.exists():
             return Outcome.MISSING
-        found = path.read_bytes()
-        if found == PAGE and PAGE in self.served:
+        found, served = path.read_bytes(), self.served[name]
+        if found == PAGE and PAGE in served:
             return Outcome.PAGE
-        if found in self.served:
+        if found in served:
             return Outcome.RIGHT
-        return Outcome.SHORT if any(body.startswith(found) for body in self.served) else Outcome.MIXED
+        return Outcome.SHORT if any(body.startswith(found) for body in served) else Outcome.MIXED

@@ -33,15 +33,19 @@ def small_scale(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Crash:
-    """What `kill -9` would leave at this moment, put back when the client has closed: part files under the same inode, and the journal."""
+    """What `kill -9` would leave at this moment, put back when the client has closed: part files under the same inode, and the journal.
+
+    The client's loop stands still meanwhile, its threads do not: what one of them removes just now is gone.
+    """
 
     def __init__(self, place: Path, aside: Path) -> None:
-        self._place, self._aside = place, aside
-        self._files = [path for path in place.rglob("*") if path.is_file() and not path.name.endswith("-shm")]
-        self._bytes = {path: path.read_bytes() for path in self._files}
-        self._links = {path: aside / str(number) for number, path in enumerate(self._files)}
-        for path, link in self._links.items():
-            os.link(path, link)
+        self._place = place
+        self._links: dict[Path, Path] = {}
+        for number, path in enumerate([path for path in place.rglob("*") if path.is_file() and not path.name.endswith("-shm")]):
+            with suppress(FileNotFoundError):
+                os.link(path, aside / str(number))
+                self._links[path] = aside / str(number)
+        self._bytes = {path: link.read_bytes() for path, link in self._links.items()}
 
     def put_back(self) -> None:
         for path in [path for path in self._place.rglob("*") if path.is_file()]:
@@ -92,7 +96,7 @@ def check(stage: Stage, destination: Path, raised: BaseException | None) -> None
         assert os.listdir(destination.parent) == ["file"], "nothing else is left"
     elif destination.exists():  # killed between the rename and the end of the call
         assert isinstance(raised, asyncio.CancelledError)
-        assert destination.read_bytes() in stage.served
+        assert destination.read_bytes() in stage.served["/file"]
 
 
 def run(schedule: Schedule) -> None:
@@ -104,7 +108,7 @@ def _settings(count: int) -> settings:
 
 
 @pytest.mark.timeout(600)  # a few seconds on an idle machine
-@_settings(240)
+@_settings(150)
 @given(schedules)
 def test_random_schedules_end_with_one_version_or_none(schedule: Schedule) -> None:
     run(schedule)
@@ -127,9 +131,9 @@ def test_the_same_where_threads_move_the_bytes(schedule: Schedule) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@_settings(5000)
+@_settings(2500)
 @given(schedules)
-def test_five_thousand_random_schedules_end_with_one_version_or_none(schedule: Schedule) -> None:
+def test_thousands_of_random_schedules_end_with_one_version_or_none(schedule: Schedule) -> None:
     run(schedule)
 
 
