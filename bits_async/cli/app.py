@@ -55,8 +55,9 @@ Where credentials come from:
 No option takes a password. Servers and proxies are shown Kerberos credentials
 from --keytab or --ccache, in answer to a Negotiate challenge of the URL's host
 or the proxy, never of a redirect. Without these options nothing is sent; your
-own tickets are sent if you name them: --ccache "$KRB5CCNAME". Programs can
-set other credentials through the Python API.
+own tickets are sent if you name them: --ccache "$KRB5CCNAME". A server that
+asks for a client certificate is shown that of --cert. Programs can set other
+credentials through the Python API.
 
 \b
 Exit codes:
@@ -89,6 +90,10 @@ def download(
     ] = None,
     segments: Annotated[int, typer.Option(metavar="N", min=1, max=64, help="Fetch a large file in N ranges side by side.")] = 1,
     cacert: Annotated[Path | None, typer.Option(metavar="FILE", help="Trust these certificate authorities only (PEM).")] = None,
+    cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Show this client certificate (PEM, PKCS#12).")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key, if it is in another file.")] = None,
+    cert_password_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Its first line opens the key.")] = None,
+    ask_cert_password: Annotated[bool, typer.Option("--ask-cert-password", help="Ask on the terminal what opens the key.")] = False,
     store: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the journal here, not in a private place.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Write events to standard output, one JSON object a line.")] = False,
 ) -> None:
@@ -99,7 +104,7 @@ def download(
     round.
     """
     try:
-        from .download import Identity, Order, run
+        from .download import Certificate, Identity, Order, run
 
         order = Order(
             url=url,
@@ -116,6 +121,7 @@ def download(
             maximum_bandwidth=maximum_bandwidth,
             segments=segments,
             cacert=cacert,
+            cert=Certificate(cert, key, cert_password_file, ask_cert_password),
             store=store,
             json=json,
         )

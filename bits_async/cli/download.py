@@ -6,6 +6,7 @@ point; a second Ctrl-C ends the process at once, which is as safe as any kill.
 
 import asyncio
 import contextlib
+import getpass
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ import typer
 from ..errors import BitsError, ErrorCode, ErrorContext, InvalidArgument, error_from_os, make_error, show_text
 from ..identity.tokens import HelperTokenFlags, Token
 from ..jobs.manager import download
+from ..transport.options import ClientCertificate
 from ..transport.proxies import ProxySettings
 from .progress import Reporter, reporter
 
@@ -93,6 +95,53 @@ def _absolute(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Certificate:
+    """The options that name a client certificate."""
+
+    file: Path | None = None
+    key: Path | None = None
+    password_file: Path | None = None
+    ask: bool = False
+
+    def contradiction(self) -> str | None:
+        """Why the options cannot be meant."""
+        if self.file is None and (self.key is not None or self.password_file is not None or self.ask):
+            return "--key, --cert-password-file and --ask-cert-password go with --cert"
+        if self.password_file is not None and self.ask:
+            return "--cert-password-file and --ask-cert-password exclude each other"
+        return None
+
+    def given(self) -> ClientCertificate | None:
+        """As `download()` takes it; asks for the password, if that is wanted.
+
+        What is typed is kept in memory that has no name on any disk, and that the owner's threads open as they would a file (T27).
+        """
+        if self.file is None:
+            return None
+        password = self.password_file
+        if self.ask:
+            password = Path(f"/proc/self/fd/{_typed(f'What opens {show_text(str(self.file), 200)}: ')}")
+        return ClientCertificate(source=self.file, key=self.key, password_file=password)
+
+
+def _typed(prompt: str) -> int:
+    """A descriptor with a line that was typed on the terminal, unseen.
+
+    Raises:
+        InvalidArgument: nothing was, or there is no such memory here.
+    """
+    try:
+        line = getpass.getpass(prompt)
+    except EOFError:
+        raise InvalidArgument("no password was typed") from None
+    if sys.platform != "linux":
+        raise InvalidArgument("a password can be typed on Linux only; name a file with --cert-password-file")
+    descriptor = os.memfd_create("bits-password")
+    os.write(descriptor, line.encode() + b"\n")
+    return descriptor
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """The command line, typed but not yet believed."""
 
@@ -110,6 +159,7 @@ class Order:
     maximum_bandwidth: float | None = None
     segments: int = 1
     cacert: Path | None = None
+    cert: Certificate = Certificate()
     store: Path | None = None
     json: bool = False
 
@@ -121,7 +171,7 @@ class Order:
             return "a helper needs --helper-for: local-file, network or both"
         if self.helper_for is not None and not self.helper.given:
             return "--helper-for needs a helper: --helper-user, --helper-keytab or --helper-ccache"
-        return self.owner.contradiction() or self.helper.contradiction()
+        return self.cert.contradiction() or self.owner.contradiction() or self.helper.contradiction()
 
     @property
     def proxies(self) -> ProxySettings | None:
@@ -150,12 +200,17 @@ class Order:
         if self.cacert is None:
             return None
         try:
-            return ssl.create_default_context(cafile=self.cacert)
+            context = ssl.create_default_context(cafile=self.cacert)
         except ssl.SSLError:
             raise InvalidArgument("--cacert takes a file of certificates in PEM format", path=self.cacert) from None
         except OSError as exc:
             error = error_from_os(exc, path=self.cacert, identity=None, doing="read")
             raise make_error(error.code, error.context, error.message, path=self.cacert, advice="name a file that you may read") from exc
+        if self.cert.file is None:
+            return context
+        # A client certificate needs contexts of the library's own (T24): they trust what OpenSSL is told to in this process.
+        os.environ |= {"SSL_CERT_FILE": os.path.abspath(self.cacert), "SSL_CERT_DIR": os.devnull}
+        return None
 
 
 def run(order: Order) -> int:
@@ -182,8 +237,9 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 def _outcome(order: Order, report: Reporter, stop: "Stop") -> int:
     try:
+        certificate = order.cert.given()
         with asyncio.Runner(loop_factory=_new_loop) as runner:
-            path = runner.run(_fetch(order, report, stop))
+            path = runner.run(_fetch(order, certificate, report, stop))
     except BitsError as error:
         report.failed(error)
         _say(str(error).replace(", then resume the job", ", then run the same command again"))
@@ -197,7 +253,7 @@ def _outcome(order: Order, report: Reporter, stop: "Stop") -> int:
     return DONE
 
 
-async def _fetch(order: Order, report: Reporter, stop: "Stop") -> Path:
+async def _fetch(order: Order, certificate: ClientCertificate | None, report: Reporter, stop: "Stop") -> Path:
     stop.listen(report)
     path, context = order.destination(), order.tls()
     owner, helper = await order.owner.token(), await order.helper.token()
@@ -215,6 +271,7 @@ async def _fetch(order: Order, report: Reporter, stop: "Stop") -> Path:
         retry_for=order.retry_for,
         maximum_bandwidth=order.maximum_bandwidth,
         segments=order.segments,
+        client_certificate=certificate,
         store=order.store,
         ssl=context,
     )

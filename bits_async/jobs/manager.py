@@ -26,6 +26,7 @@ from ..identity.tokens import HelperTokenFlags, Token
 from ..limits import Bucket
 from ..transport.lane import Lanes, Network
 from ..transport.network import Connectivity, watch_network
+from ..transport.options import ClientCertificate
 from ..transport.proxies import ProxySettings
 from ..transport.timeouts import Timeouts
 from ..transport.tls import TlsSettings
@@ -469,12 +470,24 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         retry_for: float = 300.0,
         maximum_bandwidth: float | None = None,
         segments: int = 1,
+        client_certificate: ClientCertificate | None = None,
     ) -> Coroutine[Any, Any, Path]:
         """Fetch one file, from create to complete. See `bits_async.download`, which is this on a manager of its own."""
         self._caller()
         file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
         order = Order.checked(
-            file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for, maximum_bandwidth, segments
+            file,
+            proxy,
+            credentials,
+            owner,
+            helper,
+            helper_flags,
+            progress,
+            priority,
+            retry_for,
+            maximum_bandwidth,
+            segments,
+            client_certificate,
         )
         return self._download(order)
 
@@ -506,6 +519,7 @@ async def download(
     retry_for: float = 300.0,
     maximum_bandwidth: float | None = None,
     segments: int = 1,
+    client_certificate: ClientCertificate | None = None,
     store: StrPath | None = None,
     ssl: SSLContext | None = None,
     auth_rules: AuthRules = AuthRules(),  # noqa: B008 - a frozen value
@@ -530,6 +544,8 @@ async def download(
         retry_for: seconds without a byte until a transient error is final; 0: the first error is.
         maximum_bandwidth: bytes per second at most; None: no limit.
         segments: ranges of a large file that are fetched side by side, 1 to 64, each on a connection of its own; see `Job.set_segments`.
+        client_certificate: what the URL's host is shown if it asks who we are, opened as the owner; not together with `ssl`. See
+            `Job.set_client_certificate_by_file`.
         store: the journal's file instead of a private one; the lock on the destination is in the user's state directory,
             or beside this journal if that cannot be used.
         ssl: None: `ssl.create_default_context()`.
@@ -540,7 +556,20 @@ async def download(
             is running.
     """
     file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
-    order = Order.checked(file, proxy, credentials, owner, helper, helper_flags, progress, priority, retry_for, maximum_bandwidth, segments)
+    order = Order.checked(
+        file,
+        proxy,
+        credentials,
+        owner,
+        helper,
+        helper_flags,
+        progress,
+        priority,
+        retry_for,
+        maximum_bandwidth,
+        segments,
+        client_certificate,
+    )
     manager = BitsManager(store=private_store(order.owner, order.file.path) if store is None else store, ssl=ssl, auth_rules=auth_rules)
     manager._one_shot = OneShot(order.file.path, None if store is None else manager._path)
     async with manager:

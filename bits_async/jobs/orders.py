@@ -15,6 +15,7 @@ from ..clock import Clock
 from ..errors import BitsError, InvalidArgument, InvalidState, ManagerClosed, ValidationFailed
 from ..identity.ambient import current_token
 from ..identity.tokens import HelperTokenFlags, Token
+from ..transport.options import ClientCertificate, checked_subject_name, checked_thumbprint
 from ..transport.proxies import ProxySettings, resolve
 from .arguments import (
     CheckedFile,
@@ -52,6 +53,7 @@ class Order:
     retry_for: float
     maximum_bandwidth: float | None
     segments: int
+    client_certificate: ClientCertificate | None
 
     @classmethod
     def checked(
@@ -67,6 +69,7 @@ class Order:
         retry_for: float,
         maximum_bandwidth: float | None,
         segments: int,
+        client_certificate: ClientCertificate | None,
     ) -> "Order":
         """Read the ambient identity and the environment, and refuse what cannot be meant."""
         flags = checked_helper_flags(helper_flags)
@@ -96,6 +99,7 @@ class Order:
             retry_for=checked_seconds("retry_for", retry_for),
             maximum_bandwidth=checked_bandwidth(maximum_bandwidth),
             segments=checked_connections("segments", segments),
+            client_certificate=None if client_certificate is None else _absolute(client_certificate),
         )
 
     @property
@@ -123,6 +127,8 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
     """The job of an earlier call for the same owner, path and URL, or a new one; with owner, helper and settings of this call."""
     engine = desk.ready()
     desk.door.usable(order.owner)
+    if order.client_certificate is not None:
+        desk.parties.check_presentable()
     entry = await _found(desk, order)
     if entry is None:
         record = await desk.new_record(order.display_name, order.priority, order.owner)
@@ -131,6 +137,7 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
         await engine.suspend(entry)
     if order.helper is not None:
         desk.door.check_helper(order.helper, order.caller)
+    await Job(desk, entry)._set_client_certificate(order.client_certificate)
     async with engine.command(entry):
         stale = [token for token in (entry.owner, entry.helper) if token not in (order.owner, order.helper)]
         if entry.owner is None:
@@ -157,6 +164,22 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
         await engine.drop_lanes(entry, *stale)
         await desk.parties.save_grants(engine, entry, order.granted())
     return entry
+
+
+def _absolute(given: ClientCertificate) -> ClientCertificate:
+    """Its relative paths are those of the working directory at the call."""
+    if not isinstance(given, ClientCertificate):
+        raise InvalidArgument(f"client_certificate= takes a ClientCertificate, not {type(given).__name__}")
+    if given.thumbprint is not None:
+        checked_thumbprint(given.thumbprint)
+    if given.subject_name is not None:
+        checked_subject_name(given.subject_name)
+    return replace(
+        given,
+        source=Path(os.path.abspath(given.source)),
+        key=None if given.key is None else Path(os.path.abspath(given.key)),
+        password_file=None if given.password_file is None else Path(os.path.abspath(given.password_file)),
+    )
 
 
 async def _found(desk: Desk, order: Order) -> Entry | None:

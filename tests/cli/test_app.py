@@ -52,6 +52,7 @@ def test_help_says_where_credentials_come_from_and_no_option_takes_a_secret(
     assert "--password" not in shown
     options = "--proxy --no-proxy --user --keytab --principal --ccache --helper-user --helper-keytab --helper-principal --helper-ccache"
     options += " --helper-for --sha256 --sha512 --blake3 --retry-for --maximum-bandwidth --cacert --store --json"
+    options += " --cert --key --cert-password-file --ask-cert-password"
     for option in options.split():
         assert option in shown
 
@@ -61,6 +62,9 @@ def test_help_says_where_credentials_come_from_and_no_option_takes_a_secret(
     [
         (["--proxy", "http://p:3128", "--no-proxy"], "--proxy and --no-proxy"),
         (["--keytab", "k"], "--keytab and --principal"),
+        (["--key", "k"], "go with --cert"),
+        (["--ask-cert-password"], "go with --cert"),
+        (["--cert", "c", "--cert-password-file", "p", "--ask-cert-password"], "--cert-password-file and --ask-cert-password"),
         (["--principal", "p@R"], "--keytab and --principal"),
         (["--keytab", "k", "--principal", "p@R", "--ccache", "c"], "--keytab and --ccache"),
         (["--helper-user", "bob"], "--helper-for"),

@@ -75,6 +75,35 @@ async def test_cacert_decides_whom_to_trust(command: Command, authority: Authori
         assert (await command("download", url, "file", "--cacert", authority.ca_file)).code == 0
 
 
+@pytest.mark.parametrize("how", ["one file", "key in another file", "password in a file", "typed password"])
+async def test_a_client_certificate_is_shown_to_the_server(command: Command, authority: Authority, tmp_path: Path, how: str) -> None:
+    me, options = authority.issue_client(), ["--cert", "me"]
+    if how == "one file":
+        (tmp_path / "me").write_bytes(me.pem + me.key())
+    elif how == "key in another file":
+        (tmp_path / "me").write_bytes(me.pem)
+        (tmp_path / "its.key").write_bytes(me.key())
+        options += ["--key", "its.key"]
+    else:
+        (tmp_path / "me").write_bytes(me.pkcs12(b"opens it"))
+        (tmp_path / "word").write_bytes(b"opens it\n")
+        options += ["--cert-password-file", "word"] if how == "password in a file" else ["--ask-cert-password"]
+    async with Origin(tls=authority.asking()) as origin:
+        arguments = ("download", origin.serve("/file", b"bytes"), "file", "--cacert", authority.ca_file, "--retry-for", "0")
+        if how == "one file":
+            refused = await command(*arguments)
+            assert refused.code == 1
+        running = await command.start(*arguments, *options, stdin=asyncio.subprocess.PIPE, start_new_session=True)  # no terminal
+        assert running.process.stdin is not None
+        if how == "typed password":
+            running.process.stdin.write(b"opens it\n")
+        running.process.stdin.close()
+        done = await running.end()
+    assert done.code == 0, done.err
+    assert (tmp_path / "file").read_bytes() == b"bytes"
+    assert "opens it" not in done.out + done.err
+
+
 async def test_a_digest_is_checked(command: Command, origin: Origin, tmp_path: Path) -> None:
     url = origin.serve("/file", BODY)
     wrong = await command("download", url, "file", "--sha256", "0" * 64)

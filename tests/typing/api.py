@@ -36,6 +36,7 @@ async def one_call(token: bits.Token) -> None:
         retry_for=0,
         maximum_bandwidth=1e6,
         segments=4,
+        client_certificate=bits.ClientCertificate(source=Path("/srv/me.pem")),
         store=Path("queue.db"),
         ssl=ssl.create_default_context(),
     )
