@@ -1,7 +1,10 @@
-# Two commands, each doing all of its own set-up:
+# Three commands, each doing all of its own set-up:
 #
 #   make demo    a download through an authenticating proxy, as two identities, on loopback; no compiler, no root
 #   make test    everything that is checked; as root it installs the Debian packages of tests/packages.txt first
+#
+#   make test-windows   the tests that are not about POSIX, and Windows's own, in the Windows CPython under Wine; a minute or two more
+#                       the first time, when as root it installs Wine (tests/windows/packages.txt)
 #
 # And what takes longer:
 #
@@ -23,7 +26,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak bench bench-readme bench-integrity diagram packages elogind install-test install-bench lint types pytest clean
+.PHONY: help demo test test-windows soak bench bench-readme bench-integrity diagram packages elogind install-test install-bench lint types pytest clean
 
 # Debian's interpreter can be read by the other users that the tests become; one below a home directory often cannot.
 PYTHON ?= $(shell for candidate in /usr/bin/python3 python3; do \
@@ -69,6 +72,10 @@ types: install-test
 # Last, so that the run ends with pytest's list of what was left out.
 pytest: lint types
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+test-windows: PACKAGES += $(shell sed 's/\#.*//' tests/windows/packages.txt)
+test-windows: install-test
+	$(BIN)/python -m tests.windows $(PYTEST_ARGS)
 
 soak: install-test
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)

@@ -16,7 +16,8 @@ The map of the package; imports point from a lower line to a higher one only:
       kerberos.py       what a realm's KDC is asked, and what its answers mean
       pam.py            the program that asks PAM; handed over as text
       logon.py          how tokens are made: logon_user(), s4u_logon(), Token.for_*
-      sessions.py       who is logged on: the end of logon sessions (logind)
+      wts.py            one look at who is logged on to Windows
+      sessions.py       who is logged on: the end of logon sessions (logind, Windows)
       trusted.py        files that count only if nobody else may write them
       vault.py          where secrets are kept encrypted: systemd, the keyring
       configured.py     a fixed identity from a configuration file
@@ -25,12 +26,15 @@ The map of the package; imports point from a lower line to a higher one only:
       launcher.py       the program that becomes that child; handed over as text
       kernel.py         Linux system calls on the identity of one thread
       posix.py          per-thread identities, and file calls relative to directory descriptors
-      windows.py        the same names on Windows
+      win32.py          Windows calls on access tokens; how calls of Windows are declared
+      windows.py        the names of posix.py on Windows
+      access_tokens.py  how access tokens are got: a handle, a session, a logon
     auth/               PROVE IT
       challenge.py      WWW-/Proxy-Authenticate text <-> values
       policy.py         which credentials may go where
       tickets.py        ticket-granting tickets, one private cache per credential
       renewal.py        tickets renewed before they end
+      sspi.py           security contexts of Windows
       schemes.py        Basic, Digest, NTLM, Negotiate: challenge in, header out; channel binding
     transport/          FETCH
       digests.py        what servers and callers say the bytes hash to

@@ -7,7 +7,6 @@ copy. Starting the copy takes less than a second.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -168,6 +167,8 @@ def _fingerprint() -> str:
 @contextmanager
 def _alone(place: Path) -> Iterator[None]:
     """Runs of the tests may begin at the same time."""
+    import fcntl  # not on Windows, where this module is imported all the same
+
     lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

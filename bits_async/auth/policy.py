@@ -541,16 +541,19 @@ def _implicit(origin: Origin, grant: Grant, token: "Token", rules: AuthRules) ->
     credential: object | None = None
     if token.has_credentials:
         credential = token.network
-        if why := _unfit(grant.scheme, credential, process):
+        if why := _unfit(grant.scheme, credential, process or token.logged_on):
             return why
     elif not process:
         return f"the token {token.name} has no network credentials"
-    elif origin.needs_listing and not rules.listed(origin):
-        return f"the process's own credentials are not sent to loopback and IP addresses unless the rule allow lists them ({origin.host})"
+    # Not built by the caller from a credential for somebody: whoever listens near by would get what the user is logged on with (T22).
+    lent = token.logged_on or (process and not token.has_credentials)
+    if lent and origin.needs_listing and not rules.listed(origin):
+        whose = "the token's" if token.logged_on else "the process's own"
+        return f"{whose} credentials are not sent to loopback and IP addresses unless the rule allow lists them ({origin.host})"
     return Offer(
         grant.scheme,
         credential,
-        guarded=process and not token.has_credentials and not rules.listed(origin),
+        guarded=lent and not rules.listed(origin),
         implicit=True,
         fingerprint=_fingerprint_of(credential),
         principal=token.principal,
@@ -560,7 +563,7 @@ def _implicit(origin: Origin, grant: Grant, token: "Token", rules: AuthRules) ->
 
 
 def _unfit(scheme: AuthScheme, credential: object, process: bool) -> str:
-    """Why this credential of the token's cannot be used in the scheme; "": it can."""
+    """Why this credential of the token's cannot be used in the scheme; "": it can. `process`: threads of the token are logged on."""
     kind = kind_of(credential)
     if kind is CredentialKind.AMBIENT and not process:
         return "only the process's own token may use the credentials it is logged on with"

@@ -26,9 +26,11 @@ from typing import Any, Final, Protocol
 from urllib.parse import quote as percent
 
 from ..errors import HTTP_ERROR, AuthFailed, BitsError, ErrorCode, ErrorContext, NetworkError, TokenRequired, show_text
-from ..identity.kerberos import explain, is_expired, kerberos, silent_kdc, translated, unable
+from ..identity.kerberos import explain, is_expired, silent_kdc, translated, unable
+from ..identity.win32 import code_of
+from . import sspi
 from .challenge import Challenge, parse_challenges, parse_params, quote
-from .policy import AuthRules, AuthScheme, Delegation, Offer, Origin, Refusals, Seat, mechanisms
+from .policy import AuthRules, AuthScheme, CredentialKind, Delegation, Offer, Origin, Refusals, Seat, kind_of, mechanisms
 from .tickets import Tickets, asks, credential_of, descend, expired, target_of
 
 MAX_LEGS: Final = 6  # answers per request or CONNECT
@@ -314,14 +316,19 @@ class _Ntlm:
 
 
 def _begin_ntlm(offer: Offer, host: str, binding: bytes | None) -> tuple[Any, bytes]:
-    """In a thread of the token. Never by way of GSSAPI, whose NTLM module is the machine's and knows no identity of ours."""
+    """In a thread of the token. Never by way of GSSAPI, whose NTLM module is the machine's and knows no identity of ours.
+
+    A user name and a password need nothing of the system's, on Windows neither; there the thread itself may be logged on.
+    """
 
     def begin() -> tuple[Any, bytes]:
         import spnego
 
-        posix = sys.platform != "win32"
-        options = spnego.NegotiateOptions.use_ntlm if posix else spnego.NegotiateOptions.none
         credential = credential_of(offer)
+        if sys.platform == "win32" and kind_of(credential) is CredentialKind.AMBIENT:
+            context: Any = sspi.context_for("NTLM", f"HTTP/{host}", credential, binding=binding)
+            return context, context.step()
+        options = spnego.NegotiateOptions.use_ntlm
         with _quietly():
             context = spnego.client(
                 credential, hostname=host, service="HTTP", protocol="ntlm", channel_bindings=_bindings(binding), options=options
@@ -352,6 +359,8 @@ def _never_ntlm_v1(token: bytes) -> bytes:
 
 
 def _explain_ntlm(exc: Exception) -> BitsError:
+    if isinstance(exc, OSError) and code_of(exc):
+        return sspi.explain(exc)
     name = type(exc).__name__
     if name == "OperationNotAvailableError":
         return unable("NTLM is not possible: this identity has no user name and password to show")
@@ -428,6 +437,10 @@ def _first_kerberos_token(tickets: Tickets, offer: Offer, host: str, binding: by
     credential = tickets.ready(offer)
 
     def begin() -> tuple[Any, bytes]:
+        if sys.platform == "win32":
+            delegate = offer.delegation is not Delegation.NEVER
+            theirs = sspi.context_for("Kerberos", f"HTTP/{host}", credential, binding=binding, delegate=delegate)
+            return theirs, theirs.step()
         import spnego
 
         wanted = spnego.ContextReq.default
@@ -449,10 +462,14 @@ def _first_kerberos_token(tickets: Tickets, offer: Offer, host: str, binding: by
 def _explain_kerberos(host: str, principal: str | None, exc: Exception) -> BitsError:
     if is_expired(exc):
         return expired(principal)
-    failure = explain(exc)
+    failure = _explain_step(exc)
     if failure.code == ErrorCode.SEC_E_DELEGATION_POLICY:
         return AuthFailed(f"the realm does not let this account act for others with HTTP/{host}", code=failure.code)
     return failure
+
+
+def _explain_step(exc: Exception) -> BitsError:
+    return sspi.explain(exc) if isinstance(exc, OSError) and code_of(exc) else explain(exc)
 
 
 def _check_target(token: bytes, host: str) -> None:
@@ -478,7 +495,7 @@ def _step_kerberos(context: Any, token: bytes) -> bytes:
                 raise unable("a token after the end of the login")
             return context.step(inner) or b""
 
-    return kerberos(step)
+    return translated(_explain_step, step)
 
 
 def _unwrapped(token: bytes) -> bytes:

@@ -29,7 +29,7 @@ from ..errors import (
     scrub,
     show_text,
 )
-from . import kerberos, native
+from . import access_tokens, kerberos, native
 from .ambient import current_token
 from .sessions import watch_sessions
 from .threads import TokenExecutor, in_own_thread, prepare, wear, wearing
@@ -37,6 +37,8 @@ from .tokens import DelegationTarget, ImpersonationLevel, LocalIdentity, LocalUs
 
 if TYPE_CHECKING:
     import spnego
+
+    from .windows import TokenIdentity
 
 T = TypeVar("T")
 
@@ -87,6 +89,8 @@ async def for_session(session: str, network: "spnego.Credential | None") -> Toke
     """See `Token.for_session`."""
     if not isinstance(session, str):
         raise TypeError(f"a session is named by text, not {type(session).__name__}")
+    if sys.platform == "win32":
+        return await _session_token(session, network)
     async with watch_sessions() as sessions:
         try:
             user = await sessions.user_of(session)
@@ -124,9 +128,10 @@ def for_network(network: "spnego.Credential") -> Token:
 class LogonType(enum.Enum):
     """LOGON32_LOGON: what a logon is for.
 
-    On Linux they differ in two things only. NETWORK has no credentials for other machines, all others have. NEW_CREDENTIALS keeps
-    the caller's local identity, and asks nobody: a wrong password shows when it is first used. All others leave who acts on this
-    machine to the account: a local one is itself, a principal of a realm is nobody until `local_user` says who.
+    On Windows they are LogonUser's, each with the right that it needs. On Linux they differ in two things only. NETWORK has no
+    credentials for other machines, all others have. NEW_CREDENTIALS keeps the caller's local identity, and asks nobody, on Windows too:
+    a wrong password shows when it is first used. All others leave who acts on this machine to the account: a local one is itself, a
+    principal of a realm is nobody until `local_user` says who.
     """
 
     INTERACTIVE = 2
@@ -179,6 +184,9 @@ async def logon_user(
     an account of this machine and goes to PAM (the rules of /etc/pam.d/bits-async, else those of "login"), in a process of its own; it
     has no credentials on the network. The process needs root's privileges to ask for others than itself.
 
+    On Windows both go to LogonUser, DOMAIN\\alice too, and the token is the user's access token: it acts on local files as the user, and
+    on the network with the logon's own credentials. `keytab` and `local_user` are refused there.
+
     Args:
         password: Kept in the token, where it has network credentials, to get tickets with. It is in no log, repr or error.
         keytab: With a password: keys of this machine, to verify the KDC's answer with, so that nobody who stands in for the KDC logs
@@ -203,6 +211,10 @@ async def logon_user(
     targets = _targets(delegate_to)
     if logon_type is LogonType.NEW_CREDENTIALS:
         return _with_new_credentials(request, targets)
+    if sys.platform == "win32":
+        if local_user is not None:
+            raise InvalidArgument("on Windows a logon says itself who the user is on this machine (local_user)")
+        return await _windows_logon(request, logon_type, targets)
     if not request.realm:
         return await _local_logon(request)
     return await _domain_logon(request, logon_type, local_user, targets)
@@ -303,8 +315,10 @@ def _request_of(
         raise InvalidArgument("logon_type is no LogonType")
     if password is None and keytab is None:
         raise InvalidArgument("a logon needs a password or a keytab")
-    _require_posix()
-    name, realm = _account(user, domain, anywhere=logon_type is LogonType.NEW_CREDENTIALS)
+    if sys.platform == "win32" and (keytab is not None or password is None):
+        raise InvalidArgument("Windows logs on with passwords, not with keytabs")
+    anywhere = logon_type is LogonType.NEW_CREDENTIALS or sys.platform == "win32"
+    name, realm = _account(user, domain, anywhere=anywhere)
     if not realm and keytab is not None:
         raise InvalidArgument("an account of this machine has no keytab", advice="name the realm: alice@REALM")
     place = None if keytab is None else os.fspath(keytab)
@@ -346,7 +360,91 @@ def _targets(delegate_to: Iterable[DelegationTarget | str]) -> tuple[DelegationT
 
 def _require_posix() -> None:
     if sys.platform == "win32":
-        raise make_error(ErrorCode.E_NOTIMPL, ErrorContext.NONE, "users are logged on by this version on POSIX systems only")
+        raise make_error(ErrorCode.E_NOTIMPL, ErrorContext.NONE, "this needs MIT Kerberos, on POSIX systems")
+
+
+# -- access tokens of Windows -----------------------------------------------------------------------------------------
+
+
+async def for_handle(handle: int, level: ImpersonationLevel) -> Token:
+    """See `Token.for_handle`."""
+    access_tokens.require_windows()
+    if isinstance(handle, bool) or not isinstance(handle, int):
+        raise TypeError(f"a handle is a number, not {type(handle).__name__}")
+    if not isinstance(level, ImpersonationLevel) or level is ImpersonationLevel.ANONYMOUS:
+        raise InvalidArgument("an access token is held at the levels IDENTIFY, IMPERSONATE or DELEGATE")
+    local = await in_own_thread(access_tokens.by_handle, handle, level)
+    return await _access_token(local, level)
+
+
+def for_thread() -> Token | None:
+    """See `Token.for_thread`."""
+    access_tokens.require_windows()
+    local = access_tokens.of_thread(ImpersonationLevel.IMPERSONATE)
+    return None if local is None else _made_of(local, ImpersonationLevel.IMPERSONATE)
+
+
+async def _session_token(session: str, network: "spnego.Credential | None") -> Token:
+    if not session.isdecimal():
+        raise ImpersonationFailed(f"there is no session {show_text(session, 80)}", advice="sessions of Windows have numbers")
+    level = ImpersonationLevel.IMPERSONATE
+    local = await in_own_thread(access_tokens.of_session, int(session), level)
+    return await _access_token(local, level, network=_own_copy(network), session=session)
+
+
+async def _access_token(
+    local: "TokenIdentity",
+    level: ImpersonationLevel,
+    *,
+    network: "spnego.Credential | None" = None,
+    on_network: bool = True,
+    session: str | None = None,
+    delegates: tuple[DelegationTarget, ...] = (),
+) -> Token:
+    if level.value >= ImpersonationLevel.IMPERSONATE.value:
+        await wear(await in_own_thread(_prepared, local), _nothing)  # what would fail at the first file fails here
+    return _made_of(local, level, network=network, on_network=on_network, session=session, delegates=delegates)
+
+
+def _made_of(
+    local: "TokenIdentity",
+    level: ImpersonationLevel,
+    *,
+    network: "spnego.Credential | None" = None,
+    on_network: bool = True,
+    session: str | None = None,
+    delegates: tuple[DelegationTarget, ...] = (),
+) -> Token:
+    """`on_network`: the token's own logon session has credentials for the network. Windows vouches for who it is."""
+    import spnego
+
+    logged_on = network is None and on_network
+    if logged_on:
+        network = spnego.CredentialCache(local.name)  # the name is for people and fingerprints: SSPI goes by who the thread is
+    return Token._make(local, network=network, proved=True, level=level, session=session, delegates=delegates, logged_on=logged_on)
+
+
+async def _windows_logon(request: _Request, logon_type: LogonType, targets: tuple[DelegationTarget, ...]) -> Token:
+    """LogonUser, as whoever asks: the machine's authority writes down who tried."""
+    caller = current_token()
+    level = ImpersonationLevel.DELEGATE if targets else ImpersonationLevel.IMPERSONATE
+    executor = TokenExecutor(caller, threads=1, name="logon", local=caller.security)
+    try:
+        local = await executor.run_security(_ask_windows, request, logon_type, level, deadline=LOGON_DEADLINE)
+    except TimeoutError:
+        failure = LogonFailed("the domain did not answer in time", code=ErrorCode.ERROR_NO_LOGON_SERVERS, identity=show_text(request.name))
+    else:
+        return await _access_token(local, level, on_network=logon_type is not LogonType.NETWORK, delegates=targets)
+    finally:
+        await executor.aclose()
+    raise failure
+
+
+def _ask_windows(request: _Request, logon_type: LogonType, level: ImpersonationLevel) -> "TokenIdentity":
+    """ "alice@REALM" is a name that LogonUser takes whole, DOM\\alice one that it takes in two; without either: this machine's."""
+    domain, slash, user = request.name.rpartition("\\")
+    place = domain if slash else None if request.realm else "."
+    return access_tokens.by_logon(user, place, _password_of(request) or "", logon_type.value, level)
 
 
 # -- by Kerberos

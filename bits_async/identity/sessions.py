@@ -5,6 +5,8 @@ Where there is none (a container, cron, no bus, no dbus-fast) nobody is ever log
 while logind is restarted, or while the bus is away, is told when it is back: the sessions that were known are compared with those
 that are left.
 
+On Windows it is Remote Desktop Services (`wts`), asked every two seconds: a service has no window that could be told.
+
 Nothing here knows what a token or a job is.
 """
 
@@ -14,10 +16,13 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
+
+from . import wts
+from .threads import in_own_thread
 
 if TYPE_CHECKING:
     from dbus_fast import Message
@@ -29,6 +34,7 @@ MANAGER: Final = "org.freedesktop.login1.Manager"
 BUS: Final = "org.freedesktop.DBus"
 SYSTEM_BUS: Final = "unix:path=/run/dbus/system_bus_socket"
 CALL_DEADLINE: Final = 5.0  # seconds for one answer of logind
+LOOK_EVERY: Final = 2.0  # seconds between two looks at the sessions of Windows
 BACK_AFTER: Final = (1.0, 5.0, 30.0)  # seconds between two looks for a bus that went away
 
 log = logging.getLogger("bits_async.sessions")
@@ -66,12 +72,12 @@ async def watch_sessions(address: str | None = None) -> AsyncIterator[Sessions]:
     """Watch while the block is open.
 
     Args:
-        address: of the system bus; None: DBUS_SYSTEM_BUS_ADDRESS, else the usual one.
+        address: of the system bus; None: DBUS_SYSTEM_BUS_ADDRESS, else the usual one. Windows has none.
     """
-    if sys.platform == "win32" or not _has_dbus():
+    if sys.platform != "win32" and not _has_dbus():
         yield NoSessions()
         return
-    watcher = _Logind(address or os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS)
+    watcher = Wts() if sys.platform == "win32" else _Logind(address or os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS)
     await watcher.start()
     try:
         yield watcher
@@ -100,6 +106,57 @@ class NoSessions:
 
     async def user_of(self, session: str) -> str | None:
         raise LookupError("nobody manages sessions here")
+
+
+class Wts:
+    """The sessions of Windows: looked at again and again, and compared.
+
+    Args:
+        look: who is logged on, by session; raises OSError when nobody can say, and then nobody is logged off.
+        every: seconds between two looks.
+    """
+
+    def __init__(self, look: Callable[[], Mapping[str, wts.LoggedOn]] = wts.sessions, *, every: float = LOOK_EVERY) -> None:
+        self._look = look
+        self._every = every
+        self._known: dict[str, wts.LoggedOn] = {}
+        self._ended: deque[SessionEnded] = deque()
+
+    async def start(self) -> None:
+        """Watches from here on: what ends after this returned is told."""
+        await self._compare()
+
+    async def stop(self) -> None:
+        """Nothing goes on between two looks."""
+
+    async def ended(self) -> SessionEnded:
+        while not self._ended:
+            await asyncio.sleep(self._every)
+            await self._compare()
+        return self._ended.popleft()
+
+    async def user_of(self, session: str) -> str | None:
+        try:
+            found = (await in_own_thread(self._look)).get(session)
+        except OSError:
+            raise LookupError("Remote Desktop Services do not answer") from None
+        if found is not None and found.sid is None:
+            raise LookupError(f"nobody knows the SID of {found.name}")
+        return None if found is None else found.sid
+
+    async def _compare(self) -> None:
+        try:
+            found = dict(await in_own_thread(self._look))
+        except OSError as exc:
+            log.info("the sessions of Windows are not told (%s): log-offs are not seen", type(exc).__name__)
+            return
+        before, self._known = self._known, found
+        left = {who.name for who in found.values()}
+        for session, who in before.items():
+            if session not in found or found[session].name != who.name:
+                self._ended.append(SessionEnded(who.sid, session))
+        for sid in {who.sid for who in before.values() if who.name not in left and who.sid is not None}:
+            self._ended.append(SessionEnded(sid, None))
 
 
 class _Logind:

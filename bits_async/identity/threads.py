@@ -146,7 +146,7 @@ def _load_mechanisms() -> None:
     """NTLM loads its ciphers in its last step, GSSAPI and libkrb5 their plug-ins at the first call."""
     import spnego
 
-    rehearsal = spnego.client(spnego.Password("nobody", "nothing"), protocol="ntlm")
+    rehearsal = spnego.client(spnego.Password("nobody", "nothing"), protocol="ntlm", options=spnego.NegotiateOptions.use_ntlm)
     rehearsal.step()
     rehearsal.step(_NTLM_CHALLENGE)
     try:

@@ -94,6 +94,7 @@ class Token:
         proved: A KDC or an acceptor vouched for the principal, and a key of ours for them; otherwise it is a mere claim.
         delegates: Whom it may hand its ticket-granting ticket.
         has_credentials: Its maker gave it network credentials of its own.
+        logged_on: Its threads are logged on for the network by themselves: an access token of Windows.
         session: The logon session it ends with; None: it is not tied to one.
         fake: Made for tests; a real manager refuses it.
     """
@@ -110,6 +111,7 @@ class Token:
         "has_credentials",
         "level",
         "local",
+        "logged_on",
         "name",
         "principal",
         "proved",
@@ -128,6 +130,7 @@ class Token:
     proved: bool
     delegates: "tuple[DelegationTarget, ...]"
     has_credentials: bool
+    logged_on: bool
     session: str | None
     fake: bool
     _network: "Callable[[], spnego.Credential] | None"
@@ -156,6 +159,7 @@ class Token:
         fake: bool = False,
         security: LocalIdentity | None = None,
         delegates: "tuple[DelegationTarget, ...]" = (),
+        logged_on: bool = False,
         release: Callable[[], None] | None = None,
     ) -> "Token":
         """For the makers in `logon` and `testing`.
@@ -175,6 +179,7 @@ class Token:
             "proved": proved,
             "delegates": delegates,
             "has_credentials": network is not None,
+            "logged_on": logged_on,
             "session": session,
             "fake": fake,
             "_network": default_network if network is None else lambda: network,
@@ -223,8 +228,10 @@ class Token:
 
     @classmethod
     async def for_session(cls, session: str, *, network: "spnego.Credential | None" = None) -> "Token":
-        """The user of a logon session of this machine (logind's name of it: `loginctl list-sessions`), tied to it: when the session ends,
-        the token does, and jobs that need it hear of it (BITS: log-off).
+        """The user of a logon session of this machine (logind's name of it: `loginctl list-sessions`; on Windows its number:
+        `query session`), tied to it: when the session ends, the token does, and jobs that need it hear of it (BITS: log-off).
+
+        On Windows the token is the session's own, with its own network credentials; only LocalSystem may have it.
 
         Raises:
             ImpersonationFailed: There is no such session, nobody who knows (no logind, or dbus-fast is not installed), or as `for_user`.
@@ -232,6 +239,34 @@ class Token:
         from .logon import for_session
 
         return await for_session(session, network)
+
+    @classmethod
+    async def for_handle(cls, handle: int, *, level: ImpersonationLevel = ImpersonationLevel.IMPERSONATE) -> "Token":
+        """Whoever an access token of Windows is about, with the network credentials of its logon session.
+
+        It is duplicated (DuplicateTokenEx): the handle stays the caller's, and may be closed at once.
+
+        Args:
+            handle: An open access token, primary or impersonation, with TOKEN_QUERY and TOKEN_DUPLICATE.
+            level: How far the holder may go; no further than an impersonation token itself does.
+
+        Raises:
+            ImpersonationFailed: It is no token, is of a lower level, or this process may not impersonate it.
+            BitsError: E_NOTIMPL: this is not Windows.
+        """
+        from .logon import for_handle
+
+        return await for_handle(handle, level)
+
+    @classmethod
+    def for_thread(cls) -> "Token | None":
+        """Whom the calling thread impersonates for Windows (a pipe's client, an RPC caller); None: nobody. As `for_handle`.
+
+        What `impersonate()` surrounds a call with is not looked at: that is `current_token()`.
+        """
+        from .logon import for_thread
+
+        return for_thread()
 
     @classmethod
     async def from_configuration(cls, path: "str | os.PathLike[str]") -> "Token":

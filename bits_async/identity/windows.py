@@ -1,39 +1,72 @@
 """Windows: who a thread is, and the file calls that its identity is checked on. The twin of `posix`, with the same names.
 
-The process's own identity works. Another user's access token is not worn yet: it is refused when the token is made, never
-replaced by the process's own. A directory "descriptor" is the directory's path here, because Windows has no calls relative
-to a directory.
+Identities: an access token, held by a handle of our own (an impersonation token, duplicated from whatever it was got from) and worn by
+    a thread from birth to death (ImpersonateLoggedOnUser). What a thread really wears is read back at its birth and compared at every use:
+    Windows makes a token that a process may not impersonate into one of level IDENTIFY, and says nothing. The process's own identity
+    is worn by doing nothing. A token's groups and powers are those of its logon; they stay until it is closed.
+
+File calls: names of one component in a directory. A directory "descriptor" is the directory's path here, because Windows has no calls
+    relative to a directory.
+
+Seen under Wine 8 with the Windows CPython (`make test-windows`): the calls, a token per thread and its check, the file calls. Never
+seen anywhere, because Wine cannot show it, and this was never run on a real Windows:
+
+    * that a thread which wears a token may open what its user may open, and no more: to Wine every file is the one Unix user's;
+    * a second user: LogonUser of Wine answers every password with one handle that is no token, WTSQueryUserToken every session with the
+      process's own; that they are called as documented is all that is shown;
+    * IDENTIFY in place of IMPERSONATE for a process without SeImpersonatePrivilege, tokens limited by UAC, sessions and their ends.
 """
 
 import contextlib
-import ctypes
 import os
 import sys
 import threading
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from ..errors import ImpersonationFailed, show_text
+from ..errors import ImpersonationFailed, scrub, show_text
+from . import win32
+from .tokens import ImpersonationLevel
 
-# -- identities -------------------------------------------------------------------------------------------------------
+# -- accounts ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What Windows says of the process's own access token."""
+    """What Windows says of an access token."""
 
     name: str
     sid: str
-    elevated: bool
+    elevated: bool  # TokenElevation
+    integrity: int = win32.HIGH_INTEGRITY  # the RID of the mandatory label
+    elevation_type: str = "default"  # "full" and "limited": the two tokens of an administrator under UAC
+    session: int = 0
 
 
 def is_elevated(account: Account) -> bool:
-    """The one place that decides it: a fact of the access token (T10)."""
-    return account.elevated
+    """The one place that decides it: a fact of the access token (T10).
+
+    A process that lowered its integrity, so as to be harmless, has no administrator's powers whatever its groups are.
+    """
+    return account.elevated and account.integrity >= win32.HIGH_INTEGRITY
+
+
+def _account(facts: win32.Facts) -> Account:
+    kind = win32.ELEVATION_TYPES.get(facts.elevation_type, "default")
+    return Account(facts.name, facts.sid, facts.elevated, facts.integrity, kind, facts.session)
+
+
+def _refused(what: str, exc: OSError, identity: str | None = None) -> ImpersonationFailed:
+    why = show_text(exc.strerror or type(exc).__name__)
+    number = win32.code_of(exc)
+    return ImpersonationFailed(f"{what}: {why}{f' ({number})' if number else ''}", identity=identity)
+
+
+# -- identities -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +104,80 @@ class ProcessIdentity:
         pass
 
 
+class _Wearing(threading.local):
+    """What the calling thread put on."""
+
+    worn: win32.Worn | None = None
+
+
+_wearing: Final = _Wearing()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenIdentity:
+    """Whoever an access token is about, worn by a thread from birth to death.
+
+    The handle is closed with the last reference to this object: several tokens may share it.
+    """
+
+    account: Account
+    elevated: bool
+    logon: int  # the logon session: a handle that was closed and given out anew names another
+    handle: win32.TokenHandle = field(repr=False)
+    is_process: bool = False
+
+    @classmethod
+    def of(cls, handle: win32.TokenHandle) -> "TokenIdentity":
+        """Of an impersonation token, whose handle it keeps. Blocks: a domain controller may be asked for the name. Raises OSError."""
+        found = win32.facts(handle)
+        account = _account(found)
+        return cls(account, is_elevated(account), found.logon, handle)
+
+    @property
+    def name(self) -> str:
+        return self.account.name
+
+    @property
+    def key(self) -> str:
+        return self.account.sid
+
+    def assume(self) -> None:
+        try:
+            win32.impersonate(self.handle)
+            worn = _worn_by_thread()
+            if worn is None or worn.logon != self.logon or _sid_of_thread() != self.account.sid:
+                raise ImpersonationFailed(f"a thread that should be {self.name} is not", identity=self.name)
+        except OSError as exc:
+            raise _refused(f"cannot become {self.name}", exc, self.name) from scrub(exc)
+        if worn.level < ImpersonationLevel.IMPERSONATE.value:
+            raise ImpersonationFailed(
+                f"cannot become {self.name}: Windows lets this process identify, but not impersonate",
+                identity=self.name,
+                advice='give its account the right "Impersonate a client after authentication" (SeImpersonatePrivilege)',
+            )
+        _wearing.worn = worn
+
+    def check(self) -> None:
+        """Three calls, microseconds: every use of an identity pays this twice (T1)."""
+        try:
+            worn = _worn_by_thread()
+        except OSError as exc:
+            raise _refused(f"nobody can say who a thread of {self.name} is", exc, self.name) from scrub(exc)
+        if worn is None or worn != _wearing.worn or worn.logon != self.logon:
+            who = "the process" if worn is None else "somebody else"
+            raise ImpersonationFailed(
+                f"a thread of {self.name} was found as {who}",
+                identity=self.name,
+                advice="something in this process called RevertToSelf or impersonated in threads that are not its own",
+            )
+
+    def fresh(self) -> "TokenIdentity":
+        return self  # an access token is what it was at the logon, until it is closed
+
+    def close(self) -> None:
+        pass  # several tokens may share this identity: the handle goes with the last of them
+
+
 def process_identity() -> ProcessIdentity:
     """The identity of the running process."""
     account = _account_of_process()
@@ -83,18 +190,18 @@ def process_key() -> object:
 
 
 def user_identity(user: str | int) -> ProcessIdentity:
-    """The identity of a user by name: the process's own, or a refusal."""
+    """The identity of a user by name or SID: the process's own, or a refusal. Windows makes nobody of a name alone."""
     own = process_identity()
     if isinstance(user, str) and user.casefold() in _names_of(own.account):
         return own
     raise ImpersonationFailed(
-        f"cannot become {show_text(str(user))}: tokens of other Windows users come with a later version",
+        f"cannot become {show_text(str(user))}: on Windows another user's token comes from a logon, not from a name",
         identity=str(user),
-        advice="use Token.for_process() or Token.for_network()",
+        advice="use logon_user(), Token.for_session() or Token.for_handle()",
     )
 
 
-def is_system_account(local: ProcessIdentity) -> bool:
+def is_system_account(local: ProcessIdentity | TokenIdentity) -> bool:
     """LocalSystem, LocalService, NetworkService, and a machine's or domain's own Administrator ([MS-DTYP] 2.4.2.4)."""
     return local.account.sid in ("S-1-5-18", "S-1-5-19", "S-1-5-20") or local.account.sid.endswith("-500")
 
@@ -103,87 +210,33 @@ def _names_of(account: Account) -> frozenset[str]:
     return frozenset({account.sid.casefold(), account.name.casefold(), account.name.rpartition("\\")[2].casefold()})
 
 
-if sys.platform == "win32":
-    from ctypes import wintypes
+def _account_of_process() -> Account:
+    try:
+        return _account(win32.facts(win32.process_token()))
+    except OSError as exc:
+        raise _refused("cannot read the process's own token", exc) from scrub(exc)
 
-    _TOKEN_QUERY: Final = 0x0008
-    _TOKEN_USER: Final = 1
-    _TOKEN_ELEVATION: Final = 20
-    _SAM_COMPATIBLE: Final = 2
 
-    _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
-    _advapi32 = ctypes.WinDLL("advapi32", use_last_error=True)
-    _secur32 = ctypes.WinDLL("secur32", use_last_error=True)
-    _kernel32.GetCurrentProcess.restype = wintypes.HANDLE
-    _kernel32.GetCurrentThread.restype = wintypes.HANDLE
-    _kernel32.CloseHandle.argtypes = [wintypes.HANDLE]
-    _kernel32.LocalFree.argtypes = [wintypes.HLOCAL]
-    _kernel32.GetTickCount64.restype = ctypes.c_uint64
-    _advapi32.OpenProcessToken.argtypes = [wintypes.HANDLE, wintypes.DWORD, ctypes.POINTER(wintypes.HANDLE)]
-    _advapi32.OpenThreadToken.argtypes = [wintypes.HANDLE, wintypes.DWORD, wintypes.BOOL, ctypes.POINTER(wintypes.HANDLE)]
-    _advapi32.GetTokenInformation.argtypes = [
-        wintypes.HANDLE,
-        ctypes.c_int,
-        ctypes.c_void_p,
-        wintypes.DWORD,
-        ctypes.POINTER(wintypes.DWORD),
-    ]
-    _advapi32.ConvertSidToStringSidW.argtypes = [ctypes.c_void_p, ctypes.POINTER(wintypes.LPWSTR)]
-    _secur32.GetUserNameExW.argtypes = [ctypes.c_int, wintypes.LPWSTR, ctypes.POINTER(wintypes.ULONG)]
+def _worn_by_thread() -> win32.Worn | None:
+    token = win32.thread_token()
+    if token is None:
+        return None
+    try:
+        return win32.worn(token)
+    finally:
+        token.close()
 
-    def _account_of_process() -> Account:
-        handle = wintypes.HANDLE()
-        if not _advapi32.OpenProcessToken(_kernel32.GetCurrentProcess(), _TOKEN_QUERY, ctypes.byref(handle)):
-            raise ImpersonationFailed(f"cannot read the process's own token: {ctypes.FormatError(ctypes.get_last_error())}")
-        try:
-            sid = _sid_text(_information(handle, _TOKEN_USER))
-            elevated = int.from_bytes(_information(handle, _TOKEN_ELEVATION).raw[:4], "little") != 0
-        finally:
-            _kernel32.CloseHandle(handle)
-        return Account(_user_name() or sid, sid, elevated)
 
-    def _information(handle: wintypes.HANDLE, kind: int) -> Any:
-        size = wintypes.DWORD(512)
-        buffer = ctypes.create_string_buffer(size.value)
-        if not _advapi32.GetTokenInformation(handle, kind, buffer, size.value, ctypes.byref(size)):
-            raise ImpersonationFailed(f"cannot read the process's own token: {ctypes.FormatError(ctypes.get_last_error())}")
-        return buffer
+def _sid_of_thread() -> str:
+    token = win32.thread_token()
+    return "" if token is None else win32.sid_of(token)
 
-    def _sid_text(token_user: Any) -> str:
-        sid = ctypes.cast(token_user, ctypes.POINTER(ctypes.c_void_p))[0]  # TOKEN_USER begins with a pointer to the SID
-        text = wintypes.LPWSTR()
-        if not _advapi32.ConvertSidToStringSidW(sid, ctypes.byref(text)):
-            raise ImpersonationFailed(f"cannot read the process's own SID: {ctypes.FormatError(ctypes.get_last_error())}")
-        try:
-            return text.value or ""
-        finally:
-            _kernel32.LocalFree(ctypes.cast(text, wintypes.HLOCAL))
 
-    def _user_name() -> str:
-        size = wintypes.ULONG(512)
-        buffer = ctypes.create_unicode_buffer(size.value)
-        return buffer.value if _secur32.GetUserNameExW(_SAM_COMPATIBLE, buffer, ctypes.byref(size)) else ""
-
-    def _thread_impersonates() -> bool:
-        handle = wintypes.HANDLE()
-        if not _advapi32.OpenThreadToken(_kernel32.GetCurrentThread(), _TOKEN_QUERY, True, ctypes.byref(handle)):
-            return ctypes.get_last_error() != 1008  # ERROR_NO_TOKEN: the thread is the process
-        _kernel32.CloseHandle(handle)
-        return True
-
-    def _milliseconds_up() -> int:
-        return int(_kernel32.GetTickCount64())
-
-else:
-
-    def _account_of_process() -> Account:
-        raise ImpersonationFailed("Windows identities exist on Windows only")
-
-    def _thread_impersonates() -> bool:
-        return False
-
-    def _milliseconds_up() -> int:
-        raise OSError("only Windows counts these")
+def _thread_impersonates() -> bool:
+    try:
+        return _worn_by_thread() is not None
+    except OSError:
+        return sys.platform == "win32"  # there it wears something that cannot even be looked at
 
 
 # -- directories ------------------------------------------------------------------------------------------------------
@@ -230,20 +283,15 @@ def stat_at(directory: Path, name: str) -> os.stat_result:
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
-_BINARY: Final = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOINHERIT", 0)
-
 
 def create_exclusive(directory: Path, name: str) -> int:
     """A new file; raises FileExistsError when anything has the name."""
-    return os.open(_in(directory, name), os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o600)
+    return win32.open_file(str(_in(directory, name)), new=True)
 
 
 def open_existing(directory: Path, name: str) -> int:
     """Opens a file to go on with it; a link in its place is refused."""
-    path = _in(directory, name)
-    if path.is_symlink():
-        raise OSError(40, "a link stands in the file's place", str(path))
-    return os.open(path, os.O_RDWR | _BINARY)
+    return win32.open_file(str(_in(directory, name)), new=False)
 
 
 DONTCACHE: Final = 0
@@ -310,11 +358,7 @@ def set_times(fd: int, mtime_ns: int) -> None:
     if os.utime in os.supports_fd:
         os.utime(fd, ns=(os.fstat(fd).st_atime_ns, mtime_ns))
     elif sys.platform == "win32":
-        import msvcrt
-
-        time = ctypes.c_uint64(mtime_ns // 100 + 116444736000000000)  # FILETIME counts 100 ns since 1601
-        if not _kernel32.SetFileTime(wintypes.HANDLE(msvcrt.get_osfhandle(fd)), None, None, ctypes.byref(time)):
-            raise ctypes.WinError(ctypes.get_last_error())
+        win32.set_modification_time(fd, mtime_ns)
 
 
 def copy_acl(from_fd: int, to_fd: int) -> bool:
@@ -336,5 +380,5 @@ def boot_id() -> str:
     with contextlib.suppress(OSError):
         import time
 
-        return f"boot-{round((time.time() * 1000 - _milliseconds_up()) / 60000)}"
+        return f"boot-{round((time.time() * 1000 - win32.milliseconds_up()) / 60000)}"
     return str(uuid.uuid4())

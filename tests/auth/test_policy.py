@@ -196,6 +196,18 @@ def test_t22_a_token_built_from_a_credential_is_the_permission_for_loopback() ->
     assert offer.principal == offer.who == "alice@REALM"
 
 
+def test_t22_what_an_access_token_is_logged_on_with_goes_where_the_processs_own_would() -> None:
+    lent = spnego.CredentialCache("LAB\\alice")
+    token = Token._make(a_token(is_process=False).local, network=lent, logged_on=True)
+    [offer] = choose_offers(Seat.ORIGIN, FILES, [implicit()], token)
+    assert (offer.credential, offer.guarded, offer.process) == (lent, True, False)
+    there = Origin.of("http://localhost:8080")
+    refused = choose_offers(Seat.ORIGIN, there, [implicit(origins=frozenset({there}))], token)
+    assert refused == ()
+    assert "the token's credentials are not sent to loopback" in refused.withheld[0]
+    assert choose_offers(Seat.ORIGIN, FILES, [implicit()], a_token(lent, is_process=False)) == ()  # no thread of it is logged on
+
+
 def test_implicit_credentials_are_those_of_the_token_or_nobodys() -> None:
     refused = choose_offers(Seat.ORIGIN, FILES, [implicit()], a_token(is_process=False))
     assert refused == ()

@@ -1,0 +1,76 @@
+"""Runs the tests on Windows: `python -m tests.windows [ARGUMENTS OF PYTEST]`, after `make install-test` (make test-windows).
+
+The servers of the realm run on this machine, as in the other tests; pytest runs in the Windows CPython under Wine, which reaches them
+on loopback. Wine's Kerberos is this machine's: its one ticket cache stands for the logon session's tickets, and is alice's. What the
+tests need to know is in the file that BITS_STAGE names. The exit code is pytest's.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tests.peers import Authority
+from tests.realms import Apache, MitKdc, free_port, make_world_directory
+from tests.windows.machine import NoWindows, Windows, windows
+from tests.windows.suite import WHERE
+
+ALICE = "alice"
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        machine = windows()
+    except NoWindows as why:
+        print(f"make test-windows: {why}", file=sys.stderr)
+        return 1
+    try:
+        return _on_the_stage(machine, arguments)
+    finally:
+        machine.shut_down()
+
+
+def _on_the_stage(machine: Windows, arguments: list[str]) -> int:
+    directory = make_world_directory("windows")
+    try:
+        with MitKdc(free_port()) as kdc:
+            # In the middle: MitKdc.ccache() is GSSAPI in this process.
+            os.environ["KRB5_CONFIG"] = str(kdc.krb5_conf)
+            with Apache(kdc, Authority(directory), size=2 * 1024 * 1024) as apache:
+                stage = _write_stage(machine, directory, kdc, apache)
+                tickets = {"KRB5_CONFIG": str(kdc.krb5_conf), "KRB5CCNAME": kdc.ccache(ALICE, directory=directory)}
+                return _pytest(machine, arguments, directory, BITS_STAGE=machine.path(stage), **tickets)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write_stage(machine: Windows, directory: Path, kdc: MitKdc, apache: Apache) -> Path:
+    stage = directory / "stage.json"
+    stage.write_text(
+        json.dumps(
+            {
+                "url": apache.url(""),
+                "tls_url": apache.url("", tls=True),
+                "ca_file": machine.path(apache.ca_file),
+                "log": machine.path(apache.log.path),
+                "sha256": apache.sha256,
+                "principal": kdc.principal(ALICE),
+                "password": kdc.password(ALICE),
+            }
+        ),
+        encoding="utf-8",
+    )
+    return stage
+
+
+def _pytest(machine: Windows, arguments: list[str], directory: Path, **environment: str) -> int:
+    temporary = directory / "tmp"
+    temporary.mkdir()
+    where = [] if any(not argument.startswith("-") for argument in arguments) else WHERE
+    options = ["-p", "no:cacheprovider", "--timeout=180", f"--basetemp={machine.path(temporary)}"]
+    return machine.run(machine.python, "-m", "pytest", *options, *where, *arguments, **environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
