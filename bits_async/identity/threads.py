@@ -34,6 +34,7 @@ T = TypeVar("T")
 CANCEL_PATIENCE: Final = 10.0  # seconds that a cancelled file call is waited for before its thread is given up
 CLOSE_PATIENCE: Final = 10.0  # the same for all threads of an executor that is closed
 IDLE_SECONDS: Final = 60.0  # an executor that nobody uses for so long is closed
+IDLE_EXECUTORS: Final = 16  # so many are kept that nobody uses, of all tokens together
 
 # -- in a token thread (T2) -------------------------------------------------------------------------------------------
 
@@ -652,7 +653,9 @@ class _Entry:
 
 
 class TokenExecutors:
-    """Two executors for each token in use, for files and for security contexts; closed after a minute without a user."""
+    """Two executors for each token in use, for files and for security contexts; closed after a minute without a user, and at once where
+    many tokens take turns.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Token, Kind], _Entry] = {}
@@ -749,6 +752,10 @@ class TokenExecutors:
         if entry.users or self._entries.get(key) is not entry:
             return
         entry.timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._idle, key, entry)
+        self._entries[key] = self._entries.pop(key)  # the longest unused first
+        idle = [each for each, other in self._entries.items() if not other.users]
+        for each in idle[:-IDLE_EXECUTORS]:
+            self._close(self._entries.pop(each))
 
     def _idle(self, key: tuple[Token, Kind], entry: _Entry) -> None:
         if not entry.users and self._entries.get(key) is entry:

@@ -600,6 +600,20 @@ async def test_an_executor_that_nobody_uses_is_closed(
         await later.run(os.getpid)
 
 
+async def test_of_many_tokens_that_take_turns_a_few_keep_their_threads(no_leaks: None, executors: TokenExecutors) -> None:
+    tokens = [Token._make(Chameleon()) for _ in range(200)]
+    before = threading.active_count()
+    for token in tokens:
+        with executors.lease(token, "files") as files, executors.lease(token, "security") as security:
+            await files.run(os.getpid)
+            await security.run(os.getpid)
+    await until(lambda: threading.active_count() - before <= threads.IDLE_EXECUTORS)
+    with executors.lease(tokens[-1], "files") as files:
+        assert files.token is tokens[-1]
+        assert threading.active_count() - before == threads.IDLE_EXECUTORS, "those that were used last"
+    await executors.aclose()
+
+
 async def test_a_broken_executor_is_replaced_for_those_who_come_later(executors: TokenExecutors, token: Token, identity: Chameleon) -> None:
     with executors.lease(token, "files") as files:
         with pytest.raises(ImpersonationFailed):

@@ -3,14 +3,25 @@
 Each count runs in a process of its own, so that nobody else's garbage is in the figures.
 """
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
+import spnego
 
+import bits_async as bits
+from bits_async import AuthScheme, Token
+from bits_async.identity import threads
+from bits_async.transport import lane
 from tests.active_directory import ActiveDirectory
+from tests.peers import SilentKdc
+from tests.realms import Apache, MitKdc, write_krb5_conf
+from tests.waiting import until
 
 pytestmark = pytest.mark.realm
 
@@ -92,3 +103,82 @@ def test_many_logins_leave_neither_memory_nor_descriptors_nor_threads(active_dir
     memory, descriptors, threads = growth(active_directory, what, many)
     assert memory < ALLOWED, f"{memory / many:.0f} bytes each"
     assert (descriptors, threads) == (0, 0)
+
+
+@pytest.mark.parametrize("jobs_each", [1, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
+async def test_fifty_tokens_at_work_have_bounded_threads_and_descriptors_and_give_them_back(
+    kdc: MitKdc, apache: Apache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs_each: int
+) -> None:
+    """While the manager stays open: whoever does nothing any more has neither threads nor connections, and closed tokens no tickets."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(threads, "IDLE_SECONDS", 0.2)
+    keytab = spnego.KerberosKeytab(str(kdc.keytab("alice")), kdc.principal("alice"))
+    file = apache.root / "neg" / "small"
+    file.write_bytes(b"small")
+    file.chmod(0o644)
+    async with bits.BitsManager(store=tmp_path / "queue.db", limits=bits.Limits(connections_per_host=8)) as manager:
+        manager._network._idle_seconds = 0.2  # type: ignore[union-attr]
+        await fetch(manager, Token.for_network(keytab), apache, tmp_path / "first")  # what is loaded and opened once
+        await until(lambda: quiet(manager), "for the first token to be given up")
+        before, most = figures(), [0, 0]
+        tokens = [Token.for_network(keytab) for _ in range(50)]
+        work = [fetch(manager, token, apache, tmp_path / f"{n}-{m}") for n, token in enumerate(tokens) for m in range(jobs_each)]
+        done = asyncio.gather(*work)
+        while not done.done():
+            most = [max(each) for each in zip(most, figures(), strict=True)]
+            await asyncio.sleep(0.01)
+        await done
+        assert most[0] - before[0] <= 2 * 50 * 4, "four of each kind for each token at the very most"
+        assert most[1] - before[1] <= 2 * 8 + 3 * 50 * jobs_each, "sockets for the connections, a directory and two files for each job"
+        await until(lambda: quiet(manager) and figures() == before, f"for threads and descriptors to be {before} again")
+        for token in tokens:
+            await manager._network.forget(token)  # type: ignore[union-attr]
+            token.close()
+        assert repr(manager._tickets) in ("<Tickets: 0>", "<Tickets: 1>")
+    assert len(apache.hits(user=kdc.principal("alice"), target="/neg/small", status=200)) == 50 * jobs_each + 1
+
+
+async def fetch(manager: bits.BitsManager, token: Token, apache: Apache, path: Path) -> None:
+    job = await manager.create_job(path.name, owner=token, priority=bits.JobPriority.FOREGROUND)
+    await job.add_file(apache.url("/neg/small"), path)
+    await job.set_proxy_settings(bits.ProxySettings.no_proxy())
+    await job.set_credentials(bits.AuthTarget.SERVER, AuthScheme.NEGOTIATE, None, None)
+    await job.resume()
+    await job.wait(transient=True)
+    await job.complete()
+
+
+def figures() -> tuple[int, int]:
+    """Threads and descriptors; those that resolve names for the loop are the loop's."""
+    names = [thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_")]
+    return len(names), len(os.listdir("/proc/self/fd"))
+
+
+def quiet(manager: bits.BitsManager) -> bool:
+    """Nobody has threads, nor a connection."""
+    assert manager._executors is not None
+    return not (manager._executors._entries or manager._executors._closing) and not manager._network._hosts  # type: ignore[union-attr]
+
+
+async def test_a_silent_kdc_costs_a_job_the_deadline_and_one_thread_and_the_loop_nothing(
+    kdc: MitKdc, apache: Apache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(lane, "SECURITY_DEADLINE", 0.3)
+    token = Token.for_network(spnego.Password("alice@SILENT.TEST", "password"))
+    (apache.root / "neg" / "small").write_bytes(b"small")
+    before = figures()[0]
+    with SilentKdc() as silent:
+        realms = {kdc.realm: kdc.port, "SILENT.TEST": silent.port}
+        monkeypatch.setenv("KRB5_CONFIG", str(write_krb5_conf(tmp_path / "krb5.conf", realms)))
+        async with bits.BitsManager(store=tmp_path / "queue.db") as manager:
+            with pytest.raises(bits.NetworkError, match="KDC did not answer") as caught:
+                await fetch(manager, token, apache, tmp_path / "silent")
+            assert caught.value.transient
+            assert manager._executors is not None
+            assert manager._executors.retired == 1
+            monkeypatch.setattr(lane, "SECURITY_DEADLINE", 10)
+            other = Token.for_network(spnego.Password(kdc.principal("alice"), kdc.password("alice")))
+            await fetch(manager, other, apache, tmp_path / "other")
+            assert manager._executors.retired == 1
+    await until(lambda: figures()[0] == before, "for the thread that waited for the KDC to hear that it is gone")
