@@ -544,7 +544,7 @@ _LINKS: Final = 40  # as many as the kernel follows in one path
 
 
 def _refuse_detour(directory: Directory, path: Path, uid: int | None) -> None:
-    """A link that somebody else made on the way to the directory: he chose where a privileged token writes, and may choose anew.
+    """A link that somebody else made on the way to the directory: he chose where that user's token writes, and may choose anew.
 
     The way is walked again with a descriptor per step, so that no name changes its meaning between the look and the next step.
     """
@@ -580,7 +580,7 @@ def _refuse_detour(directory: Directory, path: Path, uid: int | None) -> None:
 
 
 def _unfit_directory(why: str) -> BitsError:
-    message = f"a privileged identity does not write there: {why}"
+    message = f"an identity with rights of its own does not write there: {why}"
     return make_error(ErrorCode.ERROR_DIRECTORY, ErrorContext.LOCAL_FILE, message)
 
 
@@ -613,12 +613,14 @@ def _has_acl(directory: Directory) -> bool:
         return False
 
 
-def _make(handles: _Handles, destination: Path, job_id: UUID, draft: str, guard: int | None, token: "Token") -> PartRecord:
+def _make(
+    handles: _Handles, destination: Path, job_id: UUID, draft: str, guard: int | None, walker: int | None, token: "Token"
+) -> PartRecord:
     """Open the directory, look at the destination, make the part file."""
     try:
         handles.directory = directory = _open(destination.parent)
         _refuse_shared(directory, guard)
-        _refuse_detour(directory, destination.parent, guard)
+        _refuse_detour(directory, destination.parent, walker)
         _replaceable(directory, destination)
         name = _part_name(destination.name, job_id, draft, native.max_name(directory))
         _remove_stray(directory, name, _uid(token))
@@ -1135,7 +1137,14 @@ class PartFile:
 
     @classmethod
     async def create(
-        cls, files: "TokenExecutor", destination: Path, job_id: UUID, *, draft: str | None = None, allow_shared_directory: bool = False
+        cls,
+        files: "TokenExecutor",
+        destination: Path,
+        job_id: UUID,
+        *,
+        draft: str | None = None,
+        allow_shared_directory: bool = False,
+        chosen_by_another: bool = False,
     ) -> "PartFile":
         """Make a new, empty part file of mode 0600 beside the destination.
 
@@ -1146,16 +1155,19 @@ class PartFile:
             draft: part of the name, from `new_draft` and already journalled for this file; what a dead process left of that name is
                 removed first. None: a new one.
             allow_shared_directory: let a privileged token write where other users could swap the file (T15).
+            chosen_by_another: somebody else said where the file goes: on the way there the token follows links of its own user and of
+                root, and of nobody else (T8).
 
         Raises:
-            LocalFileError: the directory is missing, not writable, or not fit for a privileged token; or the destination is a
+            LocalFileError: the directory is missing, not writable, or not fit for such a token; or the destination is a
                 directory, a device, a pipe or a socket; or somebody's file has the part file's name (ERROR_FILE_EXISTS). Nothing was
                 made.
         """
         part = cls(files, destination, _Handles())
         guard = _guarded(files.token, allow_shared_directory)
+        walker = _uid(files.token) if chosen_by_another else guard
         try:
-            part.record = await part._run("create", _make, destination, job_id, draft or new_draft(), guard, files.token)
+            part.record = await part._run("create", _make, destination, job_id, draft or new_draft(), guard, walker, files.token)
         except BaseException:
             await part._unmake()
             raise

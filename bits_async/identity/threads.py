@@ -691,8 +691,8 @@ class TokenExecutors:
         """Somebody has leased one of its executors."""
         return any(entry.users for kind in KINDS if (entry := self._entries.get((token, kind))) is not None)
 
-    async def refresh(self, token: Token) -> None:
-        """Read again what the machine says of the token's user: executors leased from now on have the groups of today (T12).
+    async def refresh(self, token: Token) -> LocalIdentity:
+        """Read again what the machine says of the token's user (T12): executors leased from now on have the groups of today.
 
         Raises:
             TokenRequired: The account is gone, locked or expired, or the token was closed. A job that hears it goes to ERROR, whatever
@@ -701,10 +701,10 @@ class TokenExecutors:
         _refuse(token)
         known = self._fresh.get(token, token.local)
         if known.is_process:
-            return
+            return known
         fresh = await in_own_thread(known.fresh)
         if fresh == known:
-            return
+            return known
         self._fresh[token] = fresh
         for kind in KINDS:
             entry = self._entries.pop((token, kind), None)  # whoever uses it ends with it
@@ -712,6 +712,7 @@ class TokenExecutors:
                 entry.replaced = True
                 if not entry.users:
                     self._close(entry)
+        return fresh
 
     def discard(self, token: Token) -> None:
         """The token is gone: whoever still uses it gets TokenRequired."""

@@ -411,3 +411,15 @@ class TokenPair:
         if token.closed:
             raise TokenRequired(f"the {who}'s token, which acts for {use.name}, was closed", identity=token.name)
         return token
+
+    def check_today(self, token: Token, today: LocalIdentity) -> None:
+        """Whether a token may still act, by what the machine says of its user today (T12).
+
+        Raises TokenRequired when an owner who is no administrator would act by a helper that has become one since it set its token: he
+        would not have been given that token (T10). An owner who became one acts by himself.
+        """
+        owner = self.owner
+        if owner is None or token is owner or owner.elevated or token.elevated or not today.elevated:
+            return
+        message = "the helper has become an administrator since its token was made, and the owner is none"
+        raise TokenRequired(message, identity=token.name, advice="let an elevated identity set the helper token anew, then resume the job")

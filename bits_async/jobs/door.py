@@ -23,7 +23,7 @@ def identity_of(key: OwnerKey) -> Identity:
 
 
 def _may_act(token: Token) -> bool:
-    return token.level.value >= ImpersonationLevel.IMPERSONATE.value
+    return token.level.value >= ImpersonationLevel.IMPERSONATE.value and not token.closed
 
 
 def calling(*, impersonated: bool) -> Token:
@@ -145,7 +145,7 @@ class Door:
         return credential_fingerprint(token.network, self._fingerprint_key)
 
     def identity(self, token: Token) -> Identity | None:
-        """What must be the same in an owner key; None: nobody's (a token below IMPERSONATE opens nothing)."""
+        """What must be the same in an owner key; None: nobody's (a token below IMPERSONATE, or a closed one, opens nothing)."""
         return (token.local.key, token.principal, self._proof(token)) if _may_act(token) else None
 
     def is_owner(self, token: Token, key: OwnerKey) -> bool:
@@ -170,9 +170,11 @@ class Door:
 
         Raises:
             AccessDenied: the caller is neither the owner nor elevated, or is the owner, who was elevated when he made the job and is no
-                longer.
+                longer. TokenRequired: his token was closed, because he has logged off, say.
         """
         self.refuse_fake(caller)
+        if caller.closed:
+            raise TokenRequired("the token was closed", identity=caller.name)
         if not (self.is_owner(caller, job.owner) or self.is_elevated(caller)):
             raise AccessDenied(f"the job belongs to {job.owner.name}", job_id=job.id, identity=caller.name)
         if not self.high_enough(caller, job):

@@ -666,7 +666,8 @@ class Engine:
             await self.halt(entry)
             state = advance(entry.job.state, Command.COMPLETE)
             if any(file.transferred and not file.committed for file in entry.files):  # the attempt may be long ago (T12)
-                await self.executors.refresh(entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE))
+                acting = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
+                entry.pair.check_today(acting, await self.executors.refresh(acting))
             while waiting := [file for file in entry.files if file.transferred and not file.committed]:
                 if not await self._commit_some(entry, waiting[:COMMIT_AT_ONCE]):
                     await self._commit(entry, waiting[0])

@@ -257,7 +257,8 @@ class JobFile:
     def http_response_headers(self) -> Sequence[tuple[str, str]]:
         """Of the last response for this file, an error or a redirect too, as they came; empty before the first. Not kept by the journal.
 
-        Servers write them: cookies may be among them, and nothing in them is to be believed.
+        Servers write them: cookies may be among them, and nothing in them is to be believed. Where the helper acts on the network there
+        are no cookies: they are its own login, which the owner has no part in.
         """
         return self._entry.answers.get(self._index, ())
 

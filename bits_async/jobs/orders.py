@@ -129,20 +129,21 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
     desk.door.usable(order.owner)
     if order.client_certificate is not None:
         desk.parties.check_presentable()
+    if order.helper is not None:
+        desk.door.check_helper(order.helper, order.caller)
     entry = await _found(desk, order)
     if entry is None:
         record = await desk.new_record(order.display_name, order.priority, order.owner)
         entry = await engine.add(record, order.owner, [file_record(record.id, 0, order.file)])
     elif not entry.job.state.is_settled and entry.job.state is not JobState.SUSPENDED:
         await engine.suspend(entry)
-    if order.helper is not None:
-        desk.door.check_helper(order.helper, order.caller)
     await Job(desk, entry)._set_client_certificate(order.client_certificate)
     async with engine.command(entry):
         stale = [token for token in (entry.owner, entry.helper) if token not in (order.owner, order.helper)]
         if entry.owner is None:
             engine.owner_found(entry, order.owner)
-        entry.owner, entry.helper = order.owner, order.helper
+        # cancelled on the way, the job has no helper, rather than one with flags or credentials of an earlier call
+        entry.owner, entry.helper = order.owner, None
         file = entry.files[0]
         if order.file.digests and order.file.digests != file.digests:
             file = replace(file, digests=order.file.digests, transferred=False)  # its digest has not been looked at
@@ -162,6 +163,7 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
             await engine.save(*removed, then=entry.grants.clear)
             stale += [order.owner, order.helper]
         await engine.drop_lanes(entry, *stale)
+        entry.helper = order.helper
         await desk.parties.save_grants(engine, entry, order.granted())
     return entry
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, final
+from typing import Any, Final, final
 
 from ..auth.policy import (
     AuthCredentials,
@@ -54,6 +54,14 @@ def kept_from_proxies(grant: GrantRecord) -> GrantRecord:
     return replace(grant, origins=not_plain(grant.origins))
 
 
+_SESSIONS: Final = ("set-cookie", "set-cookie2")  # whoever has one is the user who logged on, until the server forgets him
+
+
+def _helps(entry: Entry, token: Token) -> bool:
+    """Whether it acts for the owner, and is not the owner's own."""
+    return token is entry.helper and token is not entry.owner
+
+
 @final
 class Parties:
     """The network sides of all jobs of one manager.
@@ -93,11 +101,11 @@ class Parties:
         return Party(
             options=http,
             judge=Judge(entry.judge or entry, partial(self._judge, entry, file)) if http.validates_certificates else None,
-            heard=partial(self._heard, entry, file),
+            heard=partial(self._heard, entry, file, _helps(entry, token)),
             token=token,
             grants=self._grants(entry),
             proxy=entry.job.proxy,
-            tls=await self._tls_of(entry),
+            tls=await self._tls_of(entry, token),
             rules=self._rules,
             timeouts=self._timeouts,
             security=security,
@@ -109,13 +117,13 @@ class Parties:
             return given  # asked for each file: nothing here may look at all files of the job
         return (*given, *implied(self._rules, given, {target: named_origins(entry, target) for target in AuthTarget}))
 
-    async def _tls_of(self, entry: Entry) -> TlsSettings:
+    async def _tls_of(self, entry: Entry, acting: Token) -> TlsSettings:
         """The manager's TLS as the job's security flags want it; read and made off the loop."""
         http, revoked, pair = entry.job.http, None, None
         if not http.flags & TLS_FLAGS and http.client_certificate is None:
             return self._tls
         if http.client_certificate is not None:
-            pair = await self._key_pair(entry, http.client_certificate)
+            pair = await self._key_pair(entry, http.client_certificate, acting)
         if SecurityFlags.SSL_ENABLE_CRL_CHECK in http.flags:
             if http.crl_source is None:
                 code = ErrorCode.ERROR_WINHTTP_SECURE_CERT_REV_FAILED
@@ -129,12 +137,13 @@ class Parties:
                 return await files.run(self._tls.presenting, pair, http.certificate_origins or frozenset(), http.flags, revoked)
             return await files.run(self._tls.under, http.flags, revoked)
 
-    async def _key_pair(self, entry: Entry, wanted: ClientCertificate) -> KeyPair:
+    async def _key_pair(self, entry: Entry, wanted: ClientCertificate, acting: Token) -> KeyPair:
         """The job's client certificate, read by its owner's threads, whoever acts on the network. Nobody else shows it: a connection would
         be one identity's by its certificate and another's by its logins. BITS lets jobs of LocalSystem do so, and no others."""
         if entry.owner is None:
             raise TokenRequired("the client certificate is read as the job's owner", job_id=entry.job.id)
-        if HelperTokenFlags.NETWORK in entry.job.helper_flags and not entry.owner.elevated:
+        helped = HelperTokenFlags.NETWORK in entry.job.helper_flags or _helps(entry, acting)  # the flags of today, and of the attempt
+        if helped and not entry.owner.elevated:
             code = ErrorCode.ERROR_WINHTTP_CLIENT_CERT_NO_ACCESS_PRIVATE_KEY
             message = "the helper acts on the network, and the client certificate's key is the owner's"
             advice = "remove the client certificate, or let the owner act on the network, then resume the job"
@@ -158,8 +167,8 @@ class Parties:
             raise callback_required()
         await entry.judge.ask(*self._handles(entry, file), host, port, certificate)
 
-    def _heard(self, entry: Entry, file: int, headers: Iterable[tuple[str, str]]) -> None:
-        entry.answers[file] = tuple(headers)
+    def _heard(self, entry: Entry, file: int, helped: bool, headers: Iterable[tuple[str, str]]) -> None:
+        entry.answers[file] = tuple(header for header in headers if not (helped and header[0].lower() in _SESSIONS))
 
     def bind(self, entry: Entry) -> Sequence[GrantRecord]:
         """Grants without origins get those that the job names now (T19)."""

@@ -245,7 +245,7 @@ class Attempt:
         pair, executors = self._pair, self._shop.executors
         local, remote = pair.acting_for(HelperTokenFlags.LOCAL_FILE), pair.acting_for(HelperTokenFlags.NETWORK)
         for token in {local, remote}:
-            await executors.refresh(token)
+            pair.check_today(token, await executors.refresh(token))
         with executors.lease(local, "files") as files, executors.lease(remote, "security") as security:
             hands = min(self._recorder.job.files_at_once, sum(map(self._to_do, self._recorder.files)))
             await _side_by_side([self._work(remote, files, security) for _ in range(max(1, hands))])
@@ -298,12 +298,18 @@ class Attempt:
         if not record.draft:
             record = await self._drafted(record)
         try:
-            return record, await PartFile.create(files, record.path, record.job_id, draft=record.draft)
+            return record, await self._create_part(record, files)
         except LocalFileError as error:
             if error.code != ErrorCode.ERROR_FILE_EXISTS:
                 raise
         record = await self._drafted(record)  # somebody has put something there
-        return record, await PartFile.create(files, record.path, record.job_id, draft=record.draft)
+        return record, await self._create_part(record, files)
+
+    async def _create_part(self, record: FileRecord, files: TokenExecutor) -> PartFile:
+        """The owner chose the place. A helper who is another user would write wherever a link of the owner's leads by then (T8)."""
+        owner = self._pair.owner
+        chosen_by_another = owner is None or owner.local.key != files.token.local.key
+        return await PartFile.create(files, record.path, record.job_id, draft=record.draft, chosen_by_another=chosen_by_another)
 
     async def _drafted(self, record: FileRecord) -> FileRecord:
         record = replace(record, draft=new_draft())
