@@ -5,6 +5,10 @@ the whole representation, whatever part of it an answer brings, so it is the sam
 of the content of that one answer. The older `Digest` (RFC 3230) was meant as the first and is often written as the second; it is
 believed only where the two are one, in an answer that brings the whole file.
 
+All three are read in the head of an answer. RFC 9530 lets a server that hashes while it sends put the first two in the trailers of a
+chunked body, for clients that say `TE: trailers` (RFC 9110, 6.5.1). aiohttp drops trailers and shows them to nobody, so we never say it,
+and what a server sends there unasked proves nothing and contradicts nothing. Such a file is checked if the caller names its digest.
+
 Algorithms that are unknown or broken (MD5, SHA-1, checksums), and fields that are malformed, say nothing. Of all three the subject is
 the encoded representation; answers with a content coding are refused before anybody asks for their digest.
 """

@@ -310,3 +310,26 @@ async def test_the_journal_keeps_the_servers_digest(visit, memory_dir):
     first, second, third = visit.wire
     assert second is not None
     assert (first, third) == (None, None), "what was fetched did not hash to what the first answer said"
+
+
+# -- in the trailers of a chunked body, which aiohttp drops
+
+
+@pytest.mark.parametrize("field", ["Repr-Digest", "Content-Digest", "Digest"])
+@pytest.mark.parametrize("hashed", [BODY, BAD], ids=["right", "wrong"])
+async def test_a_digest_in_the_trailers_is_not_asked_for_and_says_nothing(visit, field, hashed):
+    visit.origin.always("/file", Fault(chunked=True, headers=(("Trailer", field),), trailers=(said(field, hashed),)))
+    assert await visit.get() == BODY
+    assert visit.origin.requests[0].header("TE") is None
+
+
+async def test_a_file_whose_digest_comes_in_the_trailers_is_held_to_that_of_the_caller(visit):
+    visit.origin.always("/file", Fault(chunked=True, trailers=(said("Repr-Digest", BODY),)))
+    assert await visit.get(sha256=hashlib.sha256(BODY).hexdigest()) == BODY
+    visit.out.unlink()
+    await visit.refused(sha256=hashlib.sha256(BAD).hexdigest())
+
+
+async def test_a_digest_in_the_head_of_a_chunked_body_counts(visit):
+    visit.origin.always("/file", Fault(chunked=True, headers=(said("Repr-Digest", BAD),), trailers=(said("Repr-Digest", BODY),)))
+    await visit.refused()
