@@ -432,15 +432,16 @@ class MitKdc(Server):
 class Apache(Server):
     """Apache with one big file under /pub, /dated (no ETag), /basic, /digest, /neg (Kerberos) and /ntlm, each over http and https.
 
+    Below /zipped files are compressed for whoever takes that, below /packed for everybody.
     Everything is there once more below /slow, paced. Over https /known asks for a client's certificate when it has seen the path:
     within the handshake that follows (TLS 1.3), or by another one (TLS 1.2, `tls12_port`); the log shows its common name as the user.
     """
 
     modules = (
         *("mpm_event", "authn_core", "authn_file", "authz_core", "authz_user", "auth_basic", "auth_digest", "auth_gssapi"),
-        *("alias", "filter", "session", "request", "mime", "headers", "ratelimit", "env", "socache_shmcb", "ssl"),
+        *("alias", "deflate", "filter", "session", "request", "mime", "headers", "ratelimit", "env", "socache_shmcb", "ssl"),
     )
-    locations = ("pub", "dated", "basic", "digest", "neg", "ntlm", "known")
+    locations = ("pub", "dated", "basic", "digest", "neg", "ntlm", "known", "zipped", "packed")
 
     def __init__(self, kdc: Realm, authority: Authority, *, size: int = 8 * 1024 * 1024, slow_kib_per_second: int = 1024) -> None:
         super().__init__("apache")
@@ -531,6 +532,12 @@ LimitRequestFieldSize 65536
 <Location /dated>
  FileETag None
 </Location>
+<LocationMatch "^/(zipped|packed)/">
+ SetOutputFilter DEFLATE
+</LocationMatch>
+<Location /packed>
+ SetEnv force-gzip
+</Location>
 <LocationMatch "^(/slow)?/neg/">
  AuthType GSSAPI
  AuthName neg
@@ -585,7 +592,7 @@ LimitRequestFieldSize 65536
 
 
 class Squid(Server):
-    """Squid with one scheme of authentication: "negotiate", "basic", "digest" or "ntlmfake".
+    """Squid with one scheme of authentication: "negotiate", "basic", "digest" or "ntlmfake". It caches URLs whose query is `cached`.
 
     Basic and Digest know alice and helper. "ntlmfake" shows the shape of the handshake only: it takes any password and
     logs a mangled user.
@@ -650,6 +657,8 @@ logformat fields %>p\t%un\t%rm %ru\t%>Hs\t%<st\t%Ss%err_code
 access_log stdio:{self.log.path} fields
 coredump_dir {self.directory}
 cache_mem 8 MB
+acl cached urlpath_regex [?]cached
+cache allow cached
 cache deny all
 pinger_enable off
 shutdown_lifetime 0 seconds
@@ -677,9 +686,9 @@ class Nginx(Server):
     """Nginx with the files below `root`, over http and https, each in every way that its path begins with.
 
     `/pub/` as they are; `/dated/` without an ETag; `/unpinned/` with no validator at all; `/whole/` 200 to every range; `/chunked/`
-    without a length; `/packed/` the gzip file beside it, whatever was asked for; `/slow/` paced; `/getonly/` refuses HEAD. With an
-    authority there are two more ports, which ask for a client's certificate: `required_port` serves nobody without one, and on
-    `optional_port` only what is below `/known/` does; the log shows its common name as the user.
+    without a length; `/zipped/` compressed for whoever takes that; `/packed/` the gzip file beside it, whatever was asked for; `/slow/`
+    paced; `/getonly/` refuses HEAD. With an authority there are two more ports, which ask for a client's certificate: `required_port`
+    serves nobody without one, and on `optional_port` only what is below `/known/` does; the log shows its common name as the user.
 
     Args:
         authority: signs the certificate; None: no https.
@@ -693,6 +702,7 @@ class Nginx(Server):
         "unpinned": 'etag off; add_header Last-Modified "";',
         "whole": "max_ranges 0;",
         "chunked": "sub_filter_types *; sub_filter_once off; sub_filter no-file-has-this no-file-has-this;",
+        "zipped": "gzip on; gzip_types *; gzip_min_length 1; gzip_proxied any; gzip_vary on;",
         "packed": "gzip_static always; default_type application/octet-stream;",
         "getonly": "if ($request_method = HEAD) { return 405; }",
     }

@@ -8,15 +8,18 @@ import asyncio
 import os
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import aiohttp
 import pytest
 
 import bits_async as bits
 from bits_async import AuthCredentials, AuthScheme, AuthTarget, ErrorCode
 from bits_async.jobs import transfer
+from examples.embedded import HOP_BY_HOP, Head, body_pieces, port_of
 from tests.peers import Connection, Cut, Proxy, Seen
 from tests.realms import PASSWORDS, Apache, Nginx, Squid
 
@@ -41,6 +44,31 @@ class Scissors(Proxy):
         except Cut:
             self._cut()
             raise
+
+
+class Vague(Proxy):
+    """Passes the first answer on without its length, in chunks, and hangs up before the last one: all bytes came, and nobody knows."""
+
+    def __init__(self, cut: Callable[[], None]) -> None:
+        super().__init__()
+        self._cut = cut
+
+    async def _forward(self, connection: Connection, seen: Seen, extra: list[tuple[str, str]]) -> bool:
+        if len(self.requests) > 1:
+            return await super()._forward(connection, seen, extra)
+        path = urlsplit(seen.target).path
+        request = Head(f"GET {path} HTTP/1.1", seen.head.headers).without(HOP_BY_HOP)
+        found = await self._ask(connection, port_of(seen.target), request.encode())
+        assert found is not None
+        head, source = found
+        told = head.without({*HOP_BY_HOP, "content-length"}).headers
+        connection.writer.write(Head(head.first, [*told, ("Transfer-Encoding", "chunked")]).encode())
+        async for piece in body_pieces(head, source, answers="GET"):
+            connection.writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        await connection.writer.drain()
+        self._cut()
+        connection.end(reset=False)
+        raise Cut
 
 
 @dataclass
@@ -84,7 +112,7 @@ async def place(server: Nginx | Apache, tmp_path: Path) -> AsyncIterator[Place]:
     found = Place(server.root / name, tmp_path / "out" / "file")
     found.put(OLD)
     if isinstance(server, Apache):
-        for way in ("pub", "dated"):
+        for way in ("pub", "dated", "zipped", "packed"):
             (server.root / way / name).symlink_to(found.file)
     yield found
     for each in server.root.rglob(f"{name}*"):
@@ -153,7 +181,66 @@ async def test_what_nothing_pins_or_no_range_continues_is_fetched_anew(server, p
     assert {status for status, _ in wire(server, 2)} == {200}
 
 
-@pytest.mark.parametrize("server", ["nginx"], indirect=True)
+# -- 416
+
+
+@pytest.mark.parametrize("way", ["pub", "dated"])
+async def test_416_of_a_real_server_names_no_version_and_proves_no_file_of_unknown_length_complete(server, place, way):
+    async with Vague(lambda: None) as proxy:
+        assert await place.get(url_of(server, place, way), proxy=proxy.url) == OLD
+    assert wire(server, 3) == [(200, None), (416, f"bytes={SIZE}-"), (200, None)]
+
+
+@pytest.mark.parametrize("way", ["pub", "dated"])
+async def test_a_file_that_was_complete_and_has_changed_is_fetched_anew(server, place, way):
+    async with Vague(lambda: place.put(NEW, 2)) as proxy:
+        assert await place.get(url_of(server, place, way), proxy=proxy.url) == NEW
+    assert wire(server, 3) == [(200, None), (200, f"bytes={SIZE}-"), (200, None)]
+
+
+@pytest.mark.parametrize("size", [HALF, HALF // 2, 0])
+@pytest.mark.parametrize("broken", [Scissors, Vague], ids=["cut", "complete"])
+async def test_416_on_a_file_that_is_shorter_now_and_kept_its_date_is_another_version(server, place, size, broken):
+    def shorten() -> None:
+        place.put(NEW[:size])
+
+    async with broken(shorten) as proxy:
+        assert await place.get(url_of(server, place, "dated"), proxy=proxy.url) == NEW[:size]
+    began = HALF if broken is Scissors else SIZE
+    if size:  # to Apache every range of an empty file is the whole of it
+        assert wire(server, 3) == [(200, None), (416, f"bytes={began}-"), (200, None)]
+
+
+# -- files that are compressed for others
+
+
+async def asked_as_browsers_do(
+    url: str, proxy: str | None = None, headers: Mapping[str, str] | None = None
+) -> tuple[str | None, str | None]:
+    """(the coding that it came with, its ETag)"""
+    asked = {"Accept-Encoding": "gzip", **(headers or {})}
+    async with aiohttp.ClientSession(auto_decompress=False) as session, session.get(url, headers=asked, proxy=proxy) as answer:
+        assert answer.status == 200
+        await answer.read()
+        return answer.headers.get("Content-Encoding"), answer.headers.get("ETag")
+
+
+async def test_a_file_that_others_get_compressed_under_another_etag_comes_as_it_is_and_goes_on(server, place):
+    url = url_of(server, place, "zipped")
+    coding, etag = await asked_as_browsers_do(url)
+    assert coding == "gzip"
+    assert etag is not None
+    assert etag.startswith("W/") or etag.endswith('-gzip"')
+    async with Scissors() as proxy:
+        assert await place.get(url, proxy=proxy.url) == OLD
+    assert wire(server, 3)[1:] == [(200, None), (206, f"bytes={HALF}-")]
+
+
+async def test_a_file_that_others_get_compressed_arrives_wholly_in_its_new_version(server, place):
+    async with Scissors(lambda: place.put(NEW, 2)) as proxy:
+        assert await place.get(url_of(server, place, "zipped"), proxy=proxy.url) == NEW
+
+
 async def test_a_file_that_comes_compressed_though_it_was_not_asked_for_so_is_refused(server, place):
     place.file.with_name(f"{place.file.name}.gz").write_bytes(b"\x1f\x8b" + OLD)
     with pytest.raises(bits.RemoteFileError) as caught:
@@ -235,3 +322,22 @@ async def test_through_squid_every_way_of_a_whole_file_arrives(server, place, sq
     for way in ("pub", "dated"):
         assert await place.get(url_of(server, place, way), proxy=squid_digest.url, credentials=ALICE) == OLD
         place.out.unlink()
+
+
+async def test_what_squid_has_compressed_for_others_is_not_taken_for_the_file(server, place, squid_basic: Squid, tmp_path):
+    url = f"{url_of(server, place, 'zipped')}?cached"
+    proof = {"Proxy-Authorization": aiohttp.encode_basic_auth("alice", PASSWORDS["alice"])}
+    for _ in range(2):
+        coding, _ = await asked_as_browsers_do(url, proxy=squid_basic.url, headers=proof)
+        assert coding == "gzip"
+    assert len(wire(server, 1)) == 1, "the second answer came from the cache"
+    rules = bits.AuthRules(basic_over_http=frozenset({AuthTarget.PROXY}))
+    async with bits.BitsManager(store=tmp_path / "queue.db", ssl=NO_TLS, auth_rules=rules) as manager:
+        job = await manager.create_job("squid", priority=bits.JobPriority.FOREGROUND)
+        await job.set_proxy_settings(bits.ProxySettings.override(squid_basic.url))
+        await job.set_credentials(AuthTarget.PROXY, AuthScheme.BASIC, "alice", PASSWORDS["alice"])
+        await job.add_file(url, place.out)
+        await job.resume()
+        await job.wait()
+        await job.complete()
+    assert place.out.read_bytes() == OLD
