@@ -16,21 +16,20 @@ Everything here blocks: it is called by the store's own thread. This module know
 """
 
 import errno
+import hmac
 import os
 import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 from uuid import UUID
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
-
 from ..errors import ErrorCode, InvalidArgument, StoreError, scrub
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 KEY_SIZE: Final = 32
 NONCE_SIZE: Final = 12
@@ -93,22 +92,31 @@ class SecretBox:
         """The secret, or None: sealed with another key, for another place, or altered."""
         if not isinstance(sealed, bytes) or sealed[:1] != FORMAT:
             return None
+        from cryptography.exceptions import InvalidTag
+
         nonce, body = sealed[1 : 1 + NONCE_SIZE], sealed[1 + NONCE_SIZE :]
         try:
             return self._cipher(place).decrypt(nonce, body, place.encoded()).decode("utf-8", "surrogatepass")
         except (InvalidTag, ValueError):  # ValueError: too short to be one
             return None
 
-    def _cipher(self, place: Place) -> AESGCM:
+    def _cipher(self, place: Place) -> "AESGCM":
         last = self._last
         if last is None or last[0] != place.job_id:
-            key = HKDFExpand(SHA256(), KEY_SIZE, b"job " + place.job_id.bytes).derive(self._sealing)
-            last = self._last = place.job_id, AESGCM(key)
+            from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # most journals of one download have no secret
+
+            last = self._last = place.job_id, AESGCM(_expand(self._sealing, b"job " + place.job_id.bytes))
         return last[1]
 
 
 def _derive(key: bytes, purpose: bytes) -> bytes:
-    return HKDF(SHA256(), KEY_SIZE, salt=None, info=purpose).derive(key)
+    """HKDF with SHA-256 and no salt, one block of output (RFC 5869)."""
+    return _expand(hmac.digest(bytes(KEY_SIZE), key, "sha256"), purpose)
+
+
+def _expand(key: bytes, purpose: bytes) -> bytes:
+    """HKDF-Expand (RFC 5869, 2.3) of one block, which is a key."""
+    return hmac.digest(key, purpose + b"\x01", "sha256")
 
 
 def _encode(text: str) -> bytes:

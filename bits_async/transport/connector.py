@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 
 import aiohappyeyeballs
 import aiohttp
 import h11
 
+from .. import __version__
 from ..auth.policy import Origin, Seat, is_near
 from ..auth.schemes import AuthFlow, channel_binding
 from ..errors import (
@@ -57,14 +57,7 @@ READ_SIZE: Final = 64 * 1024
 _FRAMING = re.compile(rb"^(?:content-length|transfer-encoding)[ \t]*:", re.IGNORECASE | re.MULTILINE)
 
 
-def _user_agent() -> str:
-    try:
-        return f"bits_async/{version('bits-async')}"
-    except PackageNotFoundError:
-        return "bits_async"  # a copied source tree without metadata works too
-
-
-USER_AGENT: Final = _user_agent()
+USER_AGENT: Final = f"bits_async/{__version__}"
 
 
 # -- errors at this seam ------------------------------------------------------------------------------------------------------

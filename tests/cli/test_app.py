@@ -11,7 +11,7 @@ import pytest
 import bits_async
 from bits_async.cli import app
 
-HEAVY = ("aiohttp", "spnego", "cryptography", "aiosqlite", "gssapi", "krb5")
+HEAVY = ("aiohttp", "spnego", "cryptography", "aiosqlite", "gssapi", "krb5", "rich", "bits_async.jobs")
 
 
 def type_in(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -51,7 +51,7 @@ def test_help_says_where_credentials_come_from_and_no_option_takes_a_secret(
     assert "Where credentials come from" in shown
     assert "--password" not in shown
     options = "--proxy --no-proxy --user --keytab --principal --ccache --helper-user --helper-keytab --helper-principal --helper-ccache"
-    options += " --helper-for --sha256 --sha512 --blake3 --retry-for --maximum-bandwidth --cacert --store --json"
+    options += " --helper-for --sha256 --sha512 --blake3 --retry-for --maximum-bandwidth --segments --cacert --store --json"
     options += " --cert --key --cert-password-file --ask-cert-password"
     for option in options.split():
         assert option in shown

@@ -34,6 +34,15 @@ async def test_the_file_is_there_and_nothing_was_said(command: Command, origin: 
     assert not [each for each in (tmp_path / "state").rglob("*") if each.is_file()], "no journal is left of a finished download"
 
 
+async def test_a_plain_download_loads_nothing_that_it_does_not_need(command: Command, origin: Origin) -> None:
+    command.environment["PYTHONPROFILEIMPORTTIME"] = "1"  # tells of every module on standard error
+    done = await command("download", origin.serve("/file", BODY), "file")
+    assert done.code == 0
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.err.splitlines()}
+    assert {"bits_async", "aiohttp", "aiosqlite"} <= loaded
+    assert not loaded & {"spnego", "gssapi", "krb5", "cryptography", "rich", "keyring", "dbus_fast", "blake3"}
+
+
 async def test_json_is_one_event_a_line_and_the_last_says_done(command: Command, origin: Origin, tmp_path: Path) -> None:
     done = await command("download", origin.serve("/file", BODY), "file", "--json")
     assert (done.code, done.err) == (0, "")

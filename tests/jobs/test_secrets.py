@@ -8,6 +8,9 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,6 +107,19 @@ def test_t14_the_box_shows_no_key() -> None:
     with pytest.raises(InvalidArgument) as caught:
         SecretBox(b"short-secret")
     assert "short-secret" not in repr(caught.value)
+
+
+def test_keys_are_those_of_rfc_5869() -> None:
+    """As the `cryptography` library derives them, which journals in the field rely on."""
+    sealing, fingerprints = (
+        HKDF(SHA256(), 32, salt=None, info=purpose).derive(KEY)
+        for purpose in (b"bits_async journal: secrets", b"bits_async journal: fingerprints")
+    )
+    box = SecretBox(KEY)
+    assert box.fingerprint_key == fingerprints
+    key = HKDFExpand(SHA256(), 32, b"job " + JOB.bytes).derive(sealing)
+    nonce = bytes(12)
+    assert box.open(FORMAT + nonce + AESGCM(key).encrypt(nonce, b"hunter2", PLACE.encoded()), PLACE) == "hunter2"
 
 
 def test_the_key_for_fingerprints_is_neither_the_key_nor_another_journals() -> None:
