@@ -463,6 +463,27 @@ def is_near(peer: str, local: str) -> bool:
     return address.is_loopback or address.is_unspecified or peer == local
 
 
+def is_own_name(host: str, machine: str) -> bool:
+    """Whether a host (normalised) is what this machine calls itself, with its domain or without."""
+    own = machine.lower().rstrip(".")
+    return bool(own) and host in (own, own.partition(".")[0])
+
+
+def unseen(offers: Offers) -> Offers:
+    """The offers for a server that a proxy connects to: which machine that is, nobody sees from here (T22).
+
+    It may be this one, where somebody listens who wants logins to relay. NTLM names no server, so that whoever gets it can use it anywhere;
+    a Kerberos ticket is for the host of the URL, and of no use to whoever does not have that host's key.
+    """
+    kept = [replace(offer, ntlm=False) if offer.guarded else offer for offer in offers if not _is_guarded_ntlm(offer)]
+    reason = "the process's own are not sent through a proxy, which may lead to anybody, unless the rule allow lists the host"
+    return Offers.of(kept, [*offers.withheld, *(f"{offer.scheme.name}: {reason}" for offer in offers if _is_guarded_ntlm(offer))])
+
+
+def _is_guarded_ntlm(offer: Offer) -> bool:
+    return offer.guarded and offer.scheme is AuthScheme.NTLM
+
+
 def without_guarded(offers: Offers, peer: str) -> Offers:
     """The offers for a peer that turned out to be near."""
     kept = [offer for offer in offers if not offer.guarded]

@@ -11,6 +11,7 @@ with the old one. This module knows no job and no local file, and decides nothin
 
 import asyncio
 import contextvars
+import socket
 import ssl
 import sys
 import time
@@ -33,7 +34,9 @@ from ..auth.policy import (
     Refusals,
     Seat,
     choose_offers,
+    is_own_name,
     mechanisms,
+    unseen,
     without_delegation,
     without_guarded,
 )
@@ -509,7 +512,7 @@ class Lane:
         await self.connector.open(url, self.timeouts)
         for login in self._logins:
             proxy = login.seat is Seat.PROXY
-            near = self.connector.near if proxy or self._route.proxy is None else None  # through a proxy nobody knows where a server is
+            near = self.connector.near if proxy or self._route.proxy is None else self._own_name()
             login.opened(self.connector.proxy_certificate if proxy else self.connector.peer_certificate, near)
         judge, certificate = self._party.judge, self.connector.peer_certificate
         if judge is not None and certificate is not None:
@@ -582,6 +585,8 @@ class Lane:
         offers, rules = self._offers[seat], self._party.rules
         if near is not None:
             offers = without_guarded(offers, near)
+        elif seat is Seat.ORIGIN and self._route.proxy is not None:
+            offers = unseen(offers)
         if per_request:
             rules = replace(rules, ntlm_in_negotiate=False)
             offers = _per_request(offers, rules)
@@ -597,6 +602,11 @@ class Lane:
             identity=self.identity,
             tickets=self._tickets,
         )
+
+    def _own_name(self) -> str | None:
+        """The server's name, if it is this machine's own; that is all that is known of a server behind a proxy."""
+        host = self._route.origin.host
+        return host if is_own_name(host, socket.gethostname()) else None
 
     async def _run_security(self, func: Any, /, *args: Any, **kwargs: Any) -> Any:
         """In the threads of the request that is being made; the lane outlives the executor it was made with."""

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import spnego
@@ -20,7 +21,9 @@ from bits_async.auth.policy import (
     choose_offers,
     implied,
     is_near,
+    is_own_name,
     mechanisms,
+    unseen,
     without_guarded,
 )
 from bits_async.auth.schemes import _never_ntlm_v1
@@ -210,6 +213,31 @@ def test_t22_a_far_name_that_leads_to_this_machine_gets_nothing_of_the_processs_
     for rules, more in ((AuthRules(allow=Hosts(["files.corp.example"])), {}), (AuthRules(), {"network": PASSWORD})):
         assert without_guarded(offered(rules, **more), "127.0.0.1"), "listed, or a credential that the caller built"
     assert without_guarded(offered(AuthRules(), FILES, NEGOTIATE, user="alice@REALM"), "127.0.0.1")
+
+
+def test_t22_behind_a_proxy_the_processs_own_login_is_for_the_host_of_the_url_or_it_is_not_made() -> None:
+    rules = AuthRules(ntlm_in_negotiate=True)
+    own = unseen(offered(rules, FILES, NEGOTIATE, NTLM))
+    assert [(offer.scheme, mechanisms(offer, rules)) for offer in own] == [(NEGOTIATE, ("kerberos",))]
+    assert "through a proxy" in own.withheld[-1]
+    for listed, more in ((replace(rules, allow=Hosts(["files.corp.example"])), {}), (rules, {"network": PASSWORD})):
+        built = offered(listed, FILES, NEGOTIATE, NTLM, **more)
+        assert unseen(built) == built, "listed, or a credential that the caller built"
+
+
+@pytest.mark.parametrize(
+    ("host", "machine", "own"),
+    [
+        ("box", "box", True),
+        ("box.corp.example", "Box.corp.example", True),
+        ("box", "box.corp.example", True),
+        ("box.corp.example", "box", False),
+        ("box.elsewhere.example", "box.corp.example", False),
+        ("", "", False),
+    ],
+)
+def test_t22_what_the_machine_calls_itself_is_itself(host: str, machine: str, own: bool) -> None:
+    assert is_own_name(host, machine) is own
 
 
 @pytest.mark.parametrize("when", list(ImplicitCredentials))

@@ -241,6 +241,18 @@ async def test_t19_a_redirect_through_the_proxy_keeps_the_proxys_login_and_gives
         assert {user for _, _, user in proxy.door.logins} == {HELPER}
 
 
+async def test_t22_behind_a_proxy_the_machines_own_name_gets_nothing_of_the_processs_own(tmp_path, monkeypatch):
+    """The proxy connects back to this machine; no address tells us, but the name does."""
+    monkeypatch.setattr("socket.gethostname", lambda: "Box.corp.example")
+    async with Origin(door=Door("Negotiate")) as origin, Proxy() as proxy:
+        url = origin.serve("/f", BODY).replace("localhost", "box.corp.example")
+        given = [bits.AuthCredentials(SERVER, AuthScheme.NEGOTIATE, None, None)]
+        error = await failure(tmp_path, url, given, proxy=proxy.url)
+        assert "not sent to this machine (box.corp.example)" in str(error)
+        assert shown(origin) == []
+        assert len(origin.requests) == 1
+
+
 async def test_a_redirect_to_another_host_of_the_same_address_is_another_origin(tmp_path):
     async with Origin(door=Door("NTLM")) as origin:
         url = origin.serve("/f", BODY)
