@@ -488,6 +488,20 @@ def _open(path: Path) -> Directory:
     return native.open_directory(path)
 
 
+def _open_guarded(path: Path, guard: int | None, walker: int | None) -> Directory:
+    """A directory that this identity may write into (T15): nobody but user `guard` could swap files there, and `walker` is the user
+    whose links may lead there. None: anybody's."""
+    directory = _open(path)
+    try:
+        _refuse_shared(directory, guard)
+        _refuse_detour(directory, path, walker)
+    except BaseException:
+        if isinstance(directory, int):
+            os.close(directory)
+        raise
+    return directory
+
+
 def _find(directory: Directory, name: str) -> os.stat_result | None:
     try:
         return native.stat_at(directory, name)
@@ -618,17 +632,14 @@ def _make(
 ) -> PartRecord:
     """Open the directory, look at the destination, make the part file."""
     try:
-        handles.directory = directory = _open(destination.parent)
-        _refuse_shared(directory, guard)
-        _refuse_detour(directory, destination.parent, walker)
+        handles.directory = directory = _open_guarded(destination.parent, guard, walker)
         _replaceable(directory, destination)
         name = _part_name(destination.name, job_id, draft, native.max_name(directory))
+        if handles.released:
+            raise _Closed  # nobody waits any more: the name may be another's part file by now
         _remove_stray(directory, name, _uid(token))
         handles.file = native.create_exclusive(directory, name)
-        where, made = os.stat(directory), os.fstat(handles.file)
-        uid = None if sys.platform == "win32" else made.st_uid
-        parent = str(destination.parent)
-        record = PartRecord(parent, name, where.st_dev, where.st_ino, made.st_dev, made.st_ino, uid, token.local.key)
+        record = _record_of(destination, name, os.stat(directory), os.fstat(handles.file), token)
         if not handles.publish(record):
             _unlink(directory, record)
         return record
@@ -637,13 +648,18 @@ def _make(
         raise
 
 
+def _record_of(destination: Path, name: str, where: os.stat_result, made: os.stat_result, token: "Token") -> PartRecord:
+    uid = None if sys.platform == "win32" else made.st_uid
+    return PartRecord(str(destination.parent), name, where.st_dev, where.st_ino, made.st_dev, made.st_ino, uid, token.local.key)
+
+
 def _remove_stray(directory: Directory, name: str, uid: int | None) -> bool:
-    """What a process left that died between making a part file and saying so: an empty file of this identity, with a name that only
-    the journal knew. Anything else of that name is somebody's and stays. Whether nothing has the name now."""
+    """What a process left that died between making a part file and saying so: a file that is this identity's alone, with a name that
+    only the journal knew. Anything else of that name is somebody's and stays. Whether nothing has the name now."""
     found = _find(directory, name)
     if found is None:
         return True
-    private = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_size == 0 and not found.st_mode & 0o022
+    private = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and not found.st_mode & 0o022
     if not private or uid not in (None, found.st_uid):
         return False
     with suppress(FileNotFoundError):
@@ -654,10 +670,9 @@ def _remove_stray(directory: Directory, name: str, uid: int | None) -> bool:
 def _take_up(handles: _Handles, destination: Path, record: PartRecord, guard: int | None) -> bool:
     """Open the directory and the part file that was left there; False: odd, the handles are released."""
     try:
-        handles.directory = directory = _open(destination.parent)
-        _refuse_shared(directory, guard)
-        _refuse_detour(directory, destination.parent, guard)
-        taken = record.is_directory(os.stat(directory)) and _open_known(handles, directory, record) and handles.publish(record)
+        handles.directory = directory = _open_guarded(destination.parent, guard, guard)
+        handles.file = _open_known(directory, record) if record.is_directory(os.stat(directory)) else None
+        taken = handles.file is not None and handles.publish(record)
     except BaseException:
         handles.release()
         raise
@@ -666,18 +681,21 @@ def _take_up(handles: _Handles, destination: Path, record: PartRecord, guard: in
     return taken
 
 
-def _open_known(handles: _Handles, directory: Directory, record: PartRecord) -> bool:
+def _open_known(directory: Directory, record: PartRecord) -> int | None:
     """Open the part file if it is what we left: looked at before it is opened, because opening a device may do something."""
     found = _find(directory, record.name)
     if found is None or not _as_left(found, record):
-        return False
+        return None
     try:
-        handles.file = native.open_existing(directory, record.name)
+        file = native.open_existing(directory, record.name)
     except OSError as exc:
         if exc.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EACCES, errno.EPERM):
-            return False  # replaced in this moment, or no longer ours to write
+            return None  # replaced in this moment, or no longer ours to write
         raise
-    return _as_left(os.fstat(handles.file), record)
+    if _as_left(os.fstat(file), record):
+        return file
+    os.close(file)
+    return None
 
 
 def _as_left(found: os.stat_result, record: PartRecord) -> bool:
@@ -787,81 +805,184 @@ def _refuse_too_large(need: int, room: int) -> None:
         raise make_error(ErrorCode.ERROR_DISK_FULL, ErrorContext.LOCAL_FILE, message)
 
 
+# -- whole files -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Place:
+    """A directory that a batch of files goes to."""
+
+    directory: Directory
+    found: os.stat_result
+    longest: int  # bytes that a name may have
+
+
+class _Places:
+    """The directories of a batch, each opened and looked at once. Closed by whoever leaves its `with`."""
+
+    def __init__(self, guard: int | None, walker: int | None) -> None:
+        self._guard = guard, walker
+        self._places: dict[Path, _Place] = {}
+
+    def __enter__(self) -> "_Places":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._places.values():
+            if isinstance(each.directory, int):
+                os.close(each.directory)
+
+    def of(self, destination: Path) -> _Place:
+        parent = destination.parent
+        place = self._places.get(parent)
+        if place is None:
+            directory = _open_guarded(parent, *self._guard)
+            place = self._places[parent] = _Place(directory, os.stat(directory), native.max_name(directory))
+        return place
+
+    def sync(self) -> None:
+        for each in self._places.values():
+            native.sync_directory(each.directory)
+
+
+def _store_all(handles: _Handles, wholes: "Sequence[WholeFile]", guard: int | None, walker: int | None, token: "Token") -> list[PartRecord]:
+    """What the journal is to keep of those, from the first on, that are durable now.
+
+    First all are written and the disk is told, then each is waited for: it writes them side by side.
+    """
+    until = time.monotonic() + _BATCH_SECONDS
+    made: list[tuple[int, PartRecord]] = []
+    with _Places(guard, walker) as places:
+        try:
+            for whole in wholes:
+                if time.monotonic() >= until or handles.released or not _store_one(whole, places, made, token):
+                    break
+                token.local.check()  # as in `_commit_all`
+            for file, _ in made:
+                native.datasync(file)
+            places.sync()
+        except OSError:
+            for _, record in made:  # which of them are durable is not known
+                _unlink_made(places, record)
+            return []
+        finally:
+            for file, _ in made:
+                os.close(file)
+    return [record for _, record in made]
+
+
+def _store_one(whole: "WholeFile", places: _Places, made: list[tuple[int, PartRecord]], token: "Token") -> bool:
+    """Whether it is in its part file, not yet durable. If not, nothing is left of it."""
+    file, record = None, None
+    try:
+        if not whole.is_right():
+            return False
+        place = places.of(whole.destination)
+        _replaceable(place.directory, whole.destination)
+        name = _part_name(whole.destination.name, whole.job_id, whole.draft, place.longest)
+        file = _create_in_place_of_stray(place.directory, name, _uid(token))
+        record = _record_of(whole.destination, name, place.found, os.fstat(file), token)
+        native.pwrite_all(file, whole.chunks, 0)
+        native.write_back(file, 0, sum(map(len, whole.chunks)))
+    except (OSError, BitsError, ValueError):  # what is wrong is said when it is tried alone
+        if record is not None:
+            _unlink_made(places, record)
+        if file is not None:
+            os.close(file)
+        return False
+    made.append((file, record))
+    return True
+
+
+def _create_in_place_of_stray(directory: Directory, name: str, uid: int | None) -> int:
+    try:
+        return native.create_exclusive(directory, name)
+    except FileExistsError:
+        if not _remove_stray(directory, name, uid):
+            raise
+    return native.create_exclusive(directory, name)
+
+
+def _unlink_made(places: _Places, record: PartRecord) -> None:
+    with suppress(OSError, BitsError):  # else the next one who makes it removes it
+        _unlink(places.of(record.path).directory, record)
+
+
 # -- the rename ------------------------------------------------------------------------------------------------------------------
 
 
 def _commit(handles: _Handles, destination: Path, mtime: float | None) -> None:
     """Give the file its mode and time, and its name, durably. Runs again after a failure: what was done is not done twice."""
-    _rename(handles, destination, mtime)
-    native.sync_directory(handles.opened()[0])
-
-
-def _rename(handles: _Handles, destination: Path, mtime: float | None) -> None:
     directory, file = handles.opened()
     record = handles.record
     assert record is not None, "published before anybody can commit"
     if not handles.committed:
         _refuse_moved(directory, destination, record)
-        replaced = _replaceable(directory, destination)
-        mode = _dress(directory, file, destination.name, replaced)
-        if mtime is not None:
-            _set_time(file, mtime)
-        native.set_mode(file, mode | 0o600)  # its owner must be able to open it again if the rename fails
-        native.rename_at(directory, record.name, destination.name)
-        if not _is_renamed(directory, destination, record):
-            message = "somebody else changed the directory during the rename"
-            raise make_error(ErrorCode.BG_E_LOCAL_FILE_CHANGED, ErrorContext.LOCAL_FILE, message)
+        mode = _rename(directory, file, destination, record, mtime, native.process_umask())
         handles.committed = True
-        _unlink(directory, record)  # still there if both names were links to our file: such a rename does nothing
-        if mode | 0o600 != mode:
-            native.set_mode(file, mode)
+        _tidy_up(directory, file, record, mode)
+    native.sync_directory(directory)
+
+
+def _rename(directory: Directory, file: int, destination: Path, record: PartRecord, mtime: float | None, umask: int) -> int:
+    """The mode that the file is to have."""
+    mode = _dress(directory, file, destination.name, _replaceable(directory, destination), umask)
+    if mtime is not None:
+        _set_time(file, mtime)
+    native.set_mode(file, mode | 0o600)  # its owner must be able to open it again if the rename fails
+    native.rename_at(directory, record.name, destination.name)
+    if not _is_renamed(directory, destination, record):
+        message = "somebody else changed the directory during the rename"
+        raise make_error(ErrorCode.BG_E_LOCAL_FILE_CHANGED, ErrorContext.LOCAL_FILE, message)
+    return mode
+
+
+def _tidy_up(directory: Directory, file: int, record: PartRecord, mode: int) -> None:
+    _unlink(directory, record)  # still there if both names were links to our file: such a rename does nothing
+    if mode | 0o600 != mode:
+        native.set_mode(file, mode)
 
 
 def _commit_all(handles: _Handles, parts: "Sequence[FinishedPart]", guard: int | None, check: Callable[[], None]) -> int:
     """How many of them, from the first on, have their names, durably."""
     until = time.monotonic() + _BATCH_SECONDS
-    directories: dict[tuple[int, int], Directory] = {}
-    done = 0
-    try:
-        for part in parts:
-            if not _commit_one(handles, part, guard, directories):
-                break
-            done += 1
-            if time.monotonic() >= until:
-                break
-            check()  # a batch is long; whoever changes the thread's identity meanwhile changes it for one file at most (T1)
-        for directory in directories.values():
-            native.sync_directory(directory)
-    except OSError:
-        return 0  # which of them are durable is not known
-    finally:
-        for directory in directories.values():
-            if isinstance(directory, int):
-                os.close(directory)
+    umask, done = native.process_umask(), 0
+    with _Places(guard, guard) as places:
+        try:
+            for part in parts:
+                if not _commit_one(handles, part, places, umask):
+                    break
+                done += 1
+                if time.monotonic() >= until:
+                    break
+                check()  # a batch is long; whoever changes the thread's identity meanwhile changes it for one file at most (T1)
+            places.sync()
+        except OSError:
+            return 0  # which of them are durable is not known
     return done
 
 
-def _commit_one(handles: _Handles, part: "FinishedPart", guard: int | None, directories: dict[tuple[int, int], Directory]) -> bool:
-    """Whether it has its name; its directory, still to be synced, is among the directories then."""
+def _commit_one(handles: _Handles, part: "FinishedPart", places: _Places, umask: int) -> bool:
+    """Whether it has its name."""
     record = part.record
     if (record.device, record.inode) in _given_up or not handles.publish(record):  # or nobody waits for this thread any more
         return False
-    own = _Handles()
+    file = None
     try:
-        with own:
-            if not _take_up(own, part.destination, record, guard):
-                return False
-            _rename(own, part.destination, part.mtime)
-            assert own.directory is not None, "taken up"
-            if (record.dir_device, record.dir_inode) not in directories:
-                directories[record.dir_device, record.dir_inode] = own.directory
-                own.directory = None
-            return True
+        place = places.of(part.destination)
+        if not record.is_directory(place.found):
+            return False
+        file = _open_known(place.directory, record)
+        if file is None:
+            return False
+        mode = _rename(place.directory, file, part.destination, record, part.mtime, umask)
+        _tidy_up(place.directory, file, record, mode)
+        return True
     except (OSError, BitsError, ValueError):
         return False  # what is wrong is said when it is tried alone
     finally:
-        own.release()
-        own.finish()
+        if file is not None:
+            os.close(file)
 
 
 def _is_renamed(directory: Directory, destination: Path, record: PartRecord) -> bool:
@@ -881,13 +1002,13 @@ def _refuse_moved(directory: Directory, destination: Path, record: PartRecord) -
         raise make_error(ErrorCode.BG_E_LOCAL_FILE_CHANGED, ErrorContext.LOCAL_FILE, message)
 
 
-def _dress(directory: Directory, file: int, name: str, replaced: os.stat_result | None) -> int:
+def _dress(directory: Directory, file: int, name: str, replaced: os.stat_result | None, umask: int) -> int:
     """The mode the file shall have: 0644 less the umask, and nothing that a replaced regular file did not allow (T16).
 
     That file's access list is put on ours. Without it, or with another group, its group bits spoke of other people than ours
     would: the group may then do what everybody may.
     """
-    mode = PUBLIC_MODE & ~native.process_umask()
+    mode = PUBLIC_MODE & ~umask
     if replaced is None or not stat.S_ISREG(replaced.st_mode):
         return mode
     mode &= replaced.st_mode
@@ -1471,7 +1592,7 @@ async def discard_part(files: "TokenExecutor", destination: Path, record: PartRe
 
 
 async def discard_draft(files: "TokenExecutor", destination: Path, job_id: UUID, draft: str) -> bool:
-    """Delete the empty part file that a process may have left which died before it could journal more than `draft`.
+    """Delete the part file that a process may have left which died before it could journal more than `draft`.
 
     Returns:
         True: nothing has that name. False: somebody else's file has it, and was left alone.
@@ -1482,6 +1603,50 @@ async def discard_draft(files: "TokenExecutor", destination: Path, job_id: UUID,
     handles = _Handles()
     try:
         return await _run(files, handles, destination, "remove", _discard_draft, destination, job_id, draft, _uid(files.token))
+    finally:
+        await _close(files, handles)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeFile:
+    """All bytes of a file, in memory.
+
+    Attributes:
+        destination, job_id, draft: as `PartFile.create` takes them.
+        chunks: the bytes.
+        digests: what they must hash to, in hexadecimal digits, by algorithm.
+    """
+
+    destination: Path
+    job_id: UUID
+    draft: str
+    chunks: Sequence[Chunk]
+    digests: Sequence[tuple[str, str]] = ()
+
+    def is_right(self) -> bool:
+        """Whether they hash to what they must."""
+        for algorithm, expected in self.digests:
+            found = _new_hash(algorithm)
+            for chunk in self.chunks:
+                found.update(chunk)
+            if found.hexdigest() != expected:
+                return False
+        return True
+
+
+async def store_whole(files: "TokenExecutor", wholes: "Sequence[WholeFile]", *, chosen_by_another: bool = False) -> list[PartRecord]:
+    """Put whole files into new part files, as `PartFile.create`, `write` and `sync` do: many in one hop, and each directory is synced
+    once.
+
+    Returns:
+        What the journal is to keep of those, from the first on, that are durable. It stops after a second, and at one with which
+        anything is wrong, of which nothing is left: `PartFile` says what, when it is tried alone.
+    """
+    handles = _Handles()
+    try:
+        guard = _guarded(files.token, False)
+        walker = _uid(files.token) if chosen_by_another else guard
+        return await _run(files, handles, wholes[0].destination, "write", _store_all, wholes, guard, walker, files.token)
     finally:
         await _close(files, handles)
 

@@ -15,8 +15,9 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from ..errors import ErrorCode, ErrorContext, InvalidArgument, make_error
 from ..identity.tokens import is_own_cache
@@ -109,10 +110,7 @@ class Origin:
             if re.search(r"[\x00-\x20\x7f]", url):
                 raise ValueError("characters that urlsplit would silently drop")
             parts = urlsplit(url)
-            scheme, host, port = parts.scheme.lower(), parts.hostname, parts.port
-            if not host or port == 0:
-                raise ValueError("no host")
-            return cls(scheme, _normal_host(host), port or _DEFAULT_PORTS[scheme])
+            return _origin(parts.scheme.lower(), parts.netloc.rpartition("@")[2])
         except (ValueError, KeyError):
             raise InvalidArgument("this is no absolute http or https URL", url=url) from None
 
@@ -124,6 +122,15 @@ class Origin:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}" + (f":{self.port}" if self.port != _DEFAULT_PORTS.get(self.scheme) else "")
+
+
+@lru_cache(maxsize=256)  # many URLs have few origins
+def _origin(scheme: str, where: str) -> Origin:
+    parts = SplitResult(scheme, where, "", "", "")
+    host, port = parts.hostname, parts.port
+    if not host or port == 0:
+        raise ValueError("no host")
+    return Origin(scheme, _normal_host(host), port or _DEFAULT_PORTS[scheme])
 
 
 def _normal_host(host: str) -> str:

@@ -101,12 +101,21 @@ class _Report:
     def levels(self) -> Sequence[Bucket]:
         return self._entry.levels
 
-    async def keep(self, file: FileRecord) -> None:
-        if file.transferred and not self._entry.files[file.index].transferred:
-            file = replace(file, owed=NotifyFlags.FILE_TRANSFERRED in self._entry.job.notify_flags)
-        await self._engine.save(file, then=partial(self._kept, file))
+    async def keep(self, *files: FileRecord) -> None:
+        told = NotifyFlags.FILE_TRANSFERRED in self._entry.job.notify_flags
+        come = [file.transferred and not self._entry.files[file.index].transferred for file in files]
+        files = tuple(replace(file, owed=told) if new and file.owed != told else file for file, new in zip(files, come, strict=True))
+        await self._engine.save(*files, then=partial(self._kept, files))
 
-    def _kept(self, file: FileRecord) -> None:
+    def _kept(self, files: Sequence[FileRecord]) -> None:
+        before = [self._entry.positions.get(file.index, 0) for file in files]
+        for file in files:
+            self._show(file)
+        if before != [self._entry.positions.get(file.index, 0) for file in files]:
+            self._engine.notifier.modified(self._entry)
+            self._engine.publish_progress(self._entry)
+
+    def _show(self, file: FileRecord) -> None:
         entry = self._entry
         before, entry.files[file.index] = entry.files[file.index], file
         if entry.job.on_demand_mode:
@@ -119,13 +128,16 @@ class _Report:
             self._engine.move_in_memory(self._entry, Outcome.ANSWERED)
 
     def moved(self, index: int, position: int) -> None:
+        self._reached(index, position)
+        self._engine.notifier.modified(self._entry)
+        self._engine.publish_progress(self._entry)
+
+    def _reached(self, index: int, position: int) -> None:
         entry = self._entry
         if position > entry.farthest.get(index, 0):
             entry.failing_since = None
             entry.farthest[index] = position
         entry.positions[index] = position
-        self._engine.notifier.modified(entry)
-        self._engine.publish_progress(entry)
 
     def restarted(self, index: int, reason: str, *, changed: bool) -> None:
         if changed:
@@ -140,7 +152,7 @@ class _Report:
 
     def _transferred(self, file: FileRecord) -> None:
         entry = self._entry
-        entry.positions[file.index] = file.size or 0
+        self._reached(file.index, file.size or 0)
         now, url, size = self._engine.clock.now(), show_url(file.url), file.size or 0
         self._engine.publish(FileTransferred(time=now, job_id=entry.job.id, url=url, path=file.path, size=size))
         entry.outbox.turns[file.index] += 1

@@ -1145,6 +1145,9 @@ def _columns(**columns: Any) -> Values:
 
 def _value(value: Any) -> Any:
     """How the journal keeps a value."""
+    kind = type(value)
+    if value is None or kind is float or (kind is str and value.isascii()):
+        return value  # most are
     match value:
         case None | bytes() | float():
             return value
@@ -1285,6 +1288,7 @@ class _Batch:
     removed: dict[UUID, None] = field(default_factory=dict)
     jobs: dict[UUID, JobRecord] = field(default_factory=dict)
     files: dict[tuple[UUID, int], FileRecord] = field(default_factory=dict)
+    slices: dict[tuple[UUID, int], list[Values]] = field(default_factory=dict)  # of the files, as they were at the call
     grants: dict[tuple[UUID, AuthTarget, AuthScheme], GrantRecord | None] = field(default_factory=dict)  # None: removed
 
     def add(self, change: Change) -> None:
@@ -1292,8 +1296,8 @@ class _Batch:
             case JobRecord():
                 self.jobs[change.id] = change
             case FileRecord():
-                slices = tuple(replace(piece) for piece in change.slices)
-                self.files[change.job_id, change.index] = replace(change, slices=slices)
+                self.files[change.job_id, change.index] = change
+                self.slices[change.job_id, change.index] = _slice_rows(change)
             case GrantRecord():
                 self.grants[change.job_id, change.target, change.scheme] = change
             case GrantRemoved():
@@ -1350,7 +1354,7 @@ class _Writer:
             [_job_row(job) | self._headers_of(job) for job in batch.jobs.values()],
             [self._file_row(file, owners[file.job_id]) for file in batch.files.values()],
             [row for file in batch.files.values() for row in _range_rows(file)],
-            [row for file in batch.files.values() for row in _slice_rows(file)],
+            [row for each in batch.files for row in batch.slices[each]],
             [self._grant_row(grant, owners[grant.job_id]) for grant in batch.grants.values() if grant],
             [self._grant_removed(*key) for key, grant in batch.grants.items() if grant is None],
         )

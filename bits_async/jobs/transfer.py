@@ -5,6 +5,10 @@ moves the rest of the body and only the checkpoints are made here. A checkpoint 
 this order, so that the journal never speaks of bytes that may still be in the air. Cancelling the attempt is how it is suspended,
 pre-empted and closed: what has arrived is written, made durable and journalled, then the cancel goes on.
 
+Of a job with several files those that come whole in one write go together: `_write` finds that a file is whole, `_close` puts it on the
+shelf, and `_put_away` takes many of them at once from there, in one hop and one transaction, while the next ones are fetched. A file
+that is on the shelf has no part file yet: what a kill takes is no more than the shelf holds.
+
 This module decides nothing about jobs: it raises what went wrong and its caller (`engine`) says what becomes of the job.
 """
 
@@ -16,7 +20,7 @@ from typing import Any, Final, Protocol
 
 from ..clock import Clock
 from ..errors import BitsError, ErrorCode, ErrorContext, LocalFileError, NetworkError, ValidationFailed, make_error, show_url
-from ..files import PartFile, discard_part, new_draft
+from ..files import PartFile, PartRecord, WholeFile, discard_part, new_draft, store_whole
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
 from ..limits import Bucket, Chain, limiter
@@ -40,6 +44,7 @@ from ..transport.ranges import (
 )
 from ..transport.timeouts import Pace, Timeouts
 from .model import FileRecord, JobRecord
+from .store import finish
 
 WRITE_BATCH: Final = 1 << 20
 WRITE_AFTER: Final = 0.25  # seconds of silence after which a smaller batch is written
@@ -53,6 +58,8 @@ SEAM: Final = 64 << 10  # bytes fetched once more, where nothing but the answer 
 GONE: Final = (401, 403, 404, 410)  # what a URL that was good for a while answers afterwards
 RECONNECTS: Final = 5
 RECONNECT_DELAYS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
+SHELF_FILES: Final = 64  # whole files that are put away at once: the disk is waited for once for all of them
+SHELF_BYTES: Final = 4 << 20
 NO_VALIDATOR: Final = "the server gives no validator to go on by"
 DYNAMIC: Final = "dynamic content cannot be continued"
 
@@ -73,7 +80,7 @@ class Recorder(Protocol):
         """What limits the speed, from the machine to the job; others when the job's priority changes."""
         ...
 
-    async def keep(self, file: FileRecord) -> None:
+    async def keep(self, *files: FileRecord) -> None:
         """Durable in the journal when it returns; a file that is transferred is told of at that moment, even if the caller is cancelled."""
         ...
 
@@ -110,11 +117,12 @@ class _Download:
     """One file being fetched: its open part file, how far it is, and which version it is of."""
 
     record: FileRecord
-    part: PartFile
+    opened: PartFile | None  # None: it may come whole, and is in no part file yet
     piece: Slice
     validator: Validator | None
     checkpoint_at: float
     fresh: bool  # nothing is in it but what this attempt wrote
+    files: TokenExecutor
     checkpoint_from: int = 0
     complete: bool = False  # all bytes of the piece are there
     condition: Condition = Condition.VERSION  # the strongest that the server is known to heed
@@ -123,6 +131,13 @@ class _Download:
     others: tuple[Slice, ...] = ()  # on demand: what is there besides the piece
     segments: tuple[Slice, ...] = ()  # in place of the piece, while the file is fetched in several ranges at once
     abreast: int = 1  # so many of them at once
+    whole: Sequence[bytes] | None = None  # all of it, in the place of a part file
+
+    @property
+    def part(self) -> PartFile:
+        """The part file, for those who know that there is one."""
+        assert self.opened is not None, "made when the first bytes came, unless they were all of them"
+        return self.opened
 
     @property
     def index(self) -> int:
@@ -145,7 +160,7 @@ class _Download:
 
     @property
     def at_risk(self) -> bool:
-        """Bytes are written that a loss of power would take."""
+        """Bytes are in a part file that a loss of power would take."""
         return any(each.durable < each.written for each in self.pieces)
 
 
@@ -156,6 +171,8 @@ def _size(download: _Download) -> int | None:
 
 async def _next(chunks: AsyncIterator[bytes], patience: float | None) -> bytes | None:
     """The next chunk; empty when none has come within `patience` seconds, None at the end."""
+    if patience is None:
+        return await anext(chunks, None)
     try:
         async with asyncio.timeout(patience):
             return await anext(chunks, None)
@@ -202,6 +219,67 @@ async def _side_by_side(works: "Sequence[Coroutine[Any, Any, None]]") -> None:
         raise failure
 
 
+class _Shelf:
+    """Files that came whole, on their way from those who fetch to the one who puts them away: how much there may be, and when it goes.
+
+    Two batches at most are in memory: one that is written, and one that is gathered meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.files: list[_Download] = []
+        self._bytes = 0
+        self._changed = asyncio.Event()
+        self._hurry = False
+        self._ended = False
+
+    @property
+    def _full(self) -> bool:
+        return len(self.files) >= SHELF_FILES or self._bytes >= SHELF_BYTES
+
+    def put(self, download: _Download) -> None:
+        self.files.append(download)
+        self._bytes += download.count
+        if len(self.files) == 1 or self._full:
+            self._changed.set()
+
+    def remove(self, some: Sequence[_Download]) -> None:
+        """The first ones are put away, or go alone."""
+        del self.files[: len(some)]
+        self._bytes -= sum(each.count for each in some)
+        self._changed.set()
+
+    def end(self) -> None:
+        """Nobody fetches any more."""
+        self._ended = True
+        self._changed.set()
+
+    async def room(self) -> None:
+        """Wait until less than two batches are there."""
+        await self._until(lambda: len(self.files) < 2 * SHELF_FILES and self._bytes < 2 * SHELF_BYTES)
+
+    async def empty(self) -> None:
+        """Wait until all are put away, which is done at once."""
+        self._hurry = True
+        self._changed.set()
+        await self._until(lambda: not self.files)
+        self._hurry = False
+
+    async def batch(self) -> Sequence[_Download]:
+        """The next to be put away, when there are enough of them or the first has waited `WRITE_AFTER`; none: nobody fetches any more."""
+        await self._until(lambda: bool(self.files) or self._ended)
+        try:
+            async with asyncio.timeout(WRITE_AFTER):
+                await self._until(lambda: self._full or self._hurry or self._ended)
+        except TimeoutError:
+            pass
+        return self.files[:SHELF_FILES]
+
+    async def _until(self, so: Callable[[], bool]) -> None:
+        while not so():
+            self._changed.clear()
+            await self._changed.wait()
+
+
 class _WrongBytes(Exception):
     """Control flow: what came hashes to `found`, and should not. The message is for people."""
 
@@ -209,6 +287,12 @@ class _WrongBytes(Exception):
         super().__init__(message)
         self.message = message
         self.found = found
+
+
+def _whole(download: _Download) -> WholeFile:
+    record, digests = download.record, _held_to(download)
+    expected = [(name, digests.of(name) or "") for name in digests.names]
+    return WholeFile(record.path, record.job_id, record.draft, download.whole or (), expected)
 
 
 def _held_to(download: _Download) -> Digests:
@@ -234,6 +318,9 @@ class Attempt:
         self._party = party
         self._reconnects = 0
         self._under_way: set[int] = set()  # files, by index
+        self._passed = 0  # so many files, from the first on, are transferred or under way
+        self._shelf: _Shelf | None = None  # for files that come whole, if there are several
+        self._alone: set[int] = set()  # files that do not go with others: something is wrong with them
 
     async def run(self) -> None:
         """Transfer the files that are not yet transferred, in order, as many at once as the job wants; on demand, what was asked for
@@ -247,24 +334,44 @@ class Attempt:
         for token in {local, remote}:
             pair.check_today(token, await executors.refresh(token))
         with executors.lease(local, "files") as files, executors.lease(remote, "security") as security:
-            hands = min(self._recorder.job.files_at_once, sum(map(self._to_do, self._recorder.files)))
-            await _side_by_side([self._work(remote, files, security) for _ in range(max(1, hands))])
+            count = sum(map(self._to_do, self._recorder.files))
+            lanes = [self._work(remote, files, security) for _ in range(max(1, min(self._recorder.job.files_at_once, count)))]
+            if count > 1 and self._may_share_a_write():
+                self._shelf = _Shelf()
+                await self._with_shelf(self._shelf, lanes, files)
+            else:
+                await _side_by_side(lanes)
 
     async def _work(self, remote: Token, files: TokenExecutor, security: TokenExecutor) -> None:
         """One file after the other, each that nobody else is at; files may be added meanwhile."""
         with self._shop.clock.working():
-            while (record := next(filter(self._to_do, self._recorder.files), None)) is not None:
+            while (record := await self._next_file()) is not None:
                 self._under_way.add(record.index)
-                try:
-                    await self._transfer(record, files, await self._party(remote, security, record.index))
-                finally:
+                download = await self._transfer(record, files, await self._party(remote, security, record.index))
+                if download.whole is None:
                     self._under_way.discard(record.index)
+
+    async def _next_file(self) -> FileRecord | None:
+        """The next that nobody is at; None: all are transferred. Those on the shelf may come back from there."""
+        shelf = self._shelf
+        if shelf is not None:
+            await shelf.room()
+        if (record := self._first_to_do()) is None and shelf is not None:
+            await shelf.empty()
+            record = self._first_to_do()
+        return record
+
+    def _first_to_do(self) -> FileRecord | None:
+        files = self._recorder.files
+        begin = 0 if self._recorder.job.on_demand_mode else self._passed
+        self._passed = next((index for index in range(begin, len(files)) if self._to_do(files[index])), len(files))
+        return files[self._passed] if self._passed < len(files) else None
 
     def _to_do(self, file: FileRecord) -> bool:
         outstanding = file.outstanding if self._recorder.job.on_demand_mode else not file.transferred
         return outstanding and file.index not in self._under_way
 
-    async def _transfer(self, record: FileRecord, files: TokenExecutor, party: Party) -> None:
+    async def _transfer(self, record: FileRecord, files: TokenExecutor, party: Party) -> _Download:
         download = await self._open(record, files)
         try:
             if self._recorder.job.on_demand_mode:
@@ -272,14 +379,79 @@ class Attempt:
             else:
                 await self._begin(download)
                 await self._fetch(download, party)
-                while not await self._finished(download):
+                while download.whole is None and not await self._finished(download):
                     await self._fetch(download, party)
         finally:
             await self._close(download)
+        return download
+
+    # -- files that come whole ----------------------------------------------------------------------------------------------------------
+
+    def _may_share_a_write(self) -> bool:
+        """Whether files of this job may be written together, when all that is to be known of them is known."""
+        job = self._recorder.job
+        return job.http.plain and not job.on_demand_mode and job.maximum_download_size is None
+
+    async def _with_shelf(self, shelf: _Shelf, lanes: "Sequence[Coroutine[Any, Any, None]]", files: TokenExecutor) -> None:
+        async def fetch() -> None:
+            try:
+                await _side_by_side(lanes)
+            finally:
+                shelf.end()
+
+        try:
+            await _side_by_side([fetch(), self._put_away(shelf, files)])
+        finally:
+            await finish(self._clear(shelf, files))  # what has come is kept, whatever ended the attempt
+
+    async def _put_away(self, shelf: _Shelf, files: TokenExecutor) -> None:
+        """Batch after batch, beside those who fetch; a file with which anything is wrong goes back to them, and then alone."""
+        while batch := await shelf.batch():
+            if not await finish(self._put_some_away(shelf, batch, files)):
+                self._alone.add(batch[0].index)
+                self._passed = min(self._passed, batch[0].index)
+                self._under_way.discard(batch[0].index)
+                shelf.remove(batch[:1])
+
+    async def _clear(self, shelf: _Shelf, files: TokenExecutor) -> None:
+        while shelf.files and await self._put_some_away(shelf, shelf.files[:SHELF_FILES], files):
+            pass
+
+    async def _put_some_away(self, shelf: _Shelf, batch: Sequence[_Download], files: TokenExecutor) -> int:
+        """How many of them, from the first on, are in part files and in the journal; the next one is to go alone."""
+        try:
+            parts = await store_whole(files, [_whole(each) for each in batch], chosen_by_another=self._chosen_by_another(files))
+        except BitsError as error:
+            log.info("job %s: whole files go alone: %s", batch[0].record.job_id, error)
+            parts = []
+        done = batch[: len(parts)]
+        if done:
+            await self._recorder.keep(*(self._kept_whole(each, part) for each, part in zip(done, parts, strict=True)))
+            shelf.remove(done)
+            self._under_way.difference_update(each.index for each in done)
+        return len(done)
+
+    def _kept_whole(self, download: _Download, part: PartRecord) -> FileRecord:
+        known, size = download.validator or Validator(None, None, None), download.count
+        return replace(
+            download.record,
+            validator=known if known.size is not None else replace(known, size=size),
+            part=part,
+            draft=new_draft(),
+            slices=(Slice(0, size, size, size),),
+            boot_id=self._shop.boot_id,
+            transferred=True,
+            validated=False,
+        )
 
     # -- opening ----------------------------------------------------------------------------------------------------------------------
 
     async def _open(self, record: FileRecord, files: TokenExecutor) -> _Download:
+        abreast = self._recorder.job.segments
+        if self._may_come_whole(record):
+            return _Download(
+                record, None, Slice(0, None, 0, 0), None, self._shop.clock.monotonic(), fresh=True, files=files, abreast=abreast
+            )
         part = None
         if record.part is not None:
             part = await PartFile.reopen(files, record.path, record.part)
@@ -290,8 +462,25 @@ class Attempt:
         if part is None:
             record, part = await self._create(replace(record, part=None, slices=(), validator=None), files)
         part.keep_free = self._shop.disk_reserve
-        abreast = self._recorder.job.segments
-        return _Download(record, part, Slice(0, None, 0, 0), None, self._shop.clock.monotonic(), fresh, abreast=abreast)
+        return _Download(record, part, Slice(0, None, 0, 0), None, self._shop.clock.monotonic(), fresh, files, abreast=abreast)
+
+    def _may_come_whole(self, record: FileRecord) -> bool:
+        """Nothing of it is there, and others of this job could be written with it: then its part file is made when bytes come."""
+        fresh = record.part is None and not record.ranges and bool(record.draft)
+        return fresh and self._shelf is not None and record.index not in self._alone
+
+    async def _unpack(self, download: _Download) -> None:
+        """Into a part file of its own, though it came whole."""
+        content, download.whole, download.piece.written = download.whole or (), None, 0
+        await self._make(download)
+        await download.part.append(download.piece, content)
+
+    async def _make(self, download: _Download) -> None:
+        """The part file of one that does not come whole, in time for its first byte."""
+        download.record, download.opened = await self._create(download.record, download.files)
+        download.part.keep_free = self._shop.disk_reserve
+        await self._keep(download)
+        await self._start_digest(download)
 
     async def _create(self, record: FileRecord, files: TokenExecutor) -> tuple[FileRecord, PartFile]:
         """A new part file. The journal knows its name before it exists: a process that dies then leaves nothing that nobody knows of."""
@@ -307,9 +496,12 @@ class Attempt:
 
     async def _create_part(self, record: FileRecord, files: TokenExecutor) -> PartFile:
         """The owner chose the place. A helper who is another user would write wherever a link of the owner's leads by then (T8)."""
+        chosen = self._chosen_by_another(files)
+        return await PartFile.create(files, record.path, record.job_id, draft=record.draft, chosen_by_another=chosen)
+
+    def _chosen_by_another(self, files: TokenExecutor) -> bool:
         owner = self._pair.owner
-        chosen_by_another = owner is None or owner.local.key != files.token.local.key
-        return await PartFile.create(files, record.path, record.job_id, draft=record.draft, chosen_by_another=chosen_by_another)
+        return owner is None or owner.local.key != files.token.local.key
 
     async def _drafted(self, record: FileRecord) -> FileRecord:
         record = replace(record, draft=new_draft())
@@ -330,6 +522,8 @@ class Attempt:
     async def _begin(self, download: _Download) -> None:
         """Find out where to go on. The journal knows of the part file, and in which boot it is written, before anything is asked for."""
         record = download.record
+        if download.opened is None:
+            return  # nothing is there to go on with
         if len(record.slices) > 1:
             await self._take_up_segments(download)
         else:
@@ -383,6 +577,8 @@ class Attempt:
         return DYNAMIC if self._recorder.job.dynamic_content else NO_VALIDATOR
 
     async def _start_digest(self, download: _Download) -> None:
+        if download.opened is None:
+            return  # all of it is in memory when it is put away
         download.hashed = NO_DIGESTS if download.segments else _held_to(download)
         await download.part.start_digest(download.hashed.names, download.piece.written if download.hashed else 0)
 
@@ -480,6 +676,8 @@ class Attempt:
                 await self._pump(download, piece, body, first)
             else:
                 await self._receive(download, piece, body, detached, party.timeouts)
+            if download.opened is None and (download.whole is None or body.content.one()):
+                await self._unpack(download)
             if not seam:
                 await self._compare_content(download, body, start, piece.written)
         if body.length is None:
@@ -575,7 +773,7 @@ class Attempt:
             if download.piece.end is None or not download.record.wanted:
                 download.piece.end = local_size(download.record.ranges, body.total)
             if not at_once:
-                await self._keep(download)
+                await (self._keep if download.opened else self._make)(download)
         elif body.validator.digests != download.validator.digests:
             download.validator = replace(download.validator, digests=body.validator.digests)  # journalled at the next checkpoint
         if download.hashed != _held_to(download) and not download.record.wanted:
@@ -665,6 +863,12 @@ class Attempt:
                 await self._shop.clock.sleep(seconds)
 
     async def _write(self, download: _Download, piece: Slice, batch: Sequence[bytes]) -> None:
+        if download.opened is None:
+            if not piece.written and piece.end == sum(map(len, batch)):
+                download.whole = batch
+                piece.advance(piece.end)
+                return
+            await self._make(download)
         try:
             await download.part.append(piece, batch)
         finally:
@@ -722,13 +926,13 @@ class Attempt:
         download.checkpoint_from = count
 
     async def _keep(self, download: _Download, *, transferred: bool = False) -> None:
-        record, part = download.record, download.part.record
+        record, part = download.record, download.opened.record if download.opened else None
         download.record = replace(
             record,
             validator=download.validator,
             part=part,
             draft=record.draft if record.part == part else new_draft(),  # each name is used once
-            slices=download.slices,
+            slices=download.slices if part else (),
             boot_id=self._shop.boot_id,
             transferred=transferred,
             validated=False,
@@ -793,7 +997,9 @@ class Attempt:
 
     async def _anew(self, download: _Download, reason: str, *, changed: bool) -> None:
         log.info("job %s: %s is fetched anew: %s", download.record.job_id, show_url(download.record.url), reason)
-        await download.part.truncate(0)  # before the journal hears of it: bytes of one version are never taken for another's
+        if download.opened is not None:
+            await download.part.truncate(0)  # before the journal hears of it: bytes of one version are never taken for another's
+        download.whole = None
         if download.segments and not changed:
             download.abreast = 1  # the server does not serve ranges as it should
         download.piece, download.others, download.segments = Slice(0, None, 0, 0), (), ()
@@ -853,7 +1059,11 @@ class Attempt:
 
     async def _close(self, download: _Download) -> None:
         """The last checkpoint of a stopped download; an attempt that wrote nothing leaves no part file."""
-        part, record = download.part, download.record
+        part, record = download.opened, download.record
+        if part is None:
+            if download.whole is not None and self._shelf is not None:
+                self._shelf.put(download)
+            return
         try:
             if record.part is None:
                 await part.discard()  # the journal knows nothing of it

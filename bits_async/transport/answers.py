@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum, auto
+from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import quote
 
@@ -119,6 +120,7 @@ def downgrades(base: str, target: str) -> bool:
     return base[:6].lower() == "https:" and target[:6].lower() != "https:"
 
 
+@lru_cache(maxsize=256)  # many URLs have few hosts
 def parse_authority(text: str) -> tuple[str, int | None]:
     """`host[:port]` -> (host as `authority` gives it, port or None).
 

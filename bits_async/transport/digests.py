@@ -17,7 +17,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final, Self, cast
 
 from http_sf import parse
@@ -29,6 +29,7 @@ MAX_FIELD: Final = 4096
 
 _OF_HTTP: Final = {"sha-256": "sha256", "sha-512": "sha512"}  # what RFC 9530 calls active
 _SIZES: Final = {"sha256": 32, "sha512": 64, "blake3": 32}
+_NAMES: Final = tuple(_SIZES)
 _HEX: Final = re.compile(r"[0-9a-f]+")
 _LEGACY: Final = re.compile(r"\s*([A-Za-z0-9-]+)=([A-Za-z0-9+/]+={0,2})\s*")
 
@@ -42,12 +43,12 @@ class Digests:
     blake3: str | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.names)
+        return any(getattr(self, name) is not None for name in _NAMES)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The algorithms whose digest is known."""
-        return tuple(each.name for each in fields(self) if getattr(self, each.name) is not None)
+        return tuple(name for name in _NAMES if getattr(self, name) is not None)
 
     def of(self, name: str) -> str | None:
         """The digest by that algorithm."""
@@ -56,7 +57,7 @@ class Digests:
 
     def one(self) -> "Digests":
         """One of them, the cheapest to compute: enough to check the bytes by."""
-        return Digests(**{name: self.of(name) for name in self.names[:1]})
+        return Digests(**{name: self.of(name) for name in self.names[:1]}) if self else self
 
     def contradicts(self, other: "Digests") -> bool:
         """Whether the two are of different bytes for sure."""
@@ -68,7 +69,7 @@ class Digests:
 
     def joined(self, other: "Digests") -> "Digests":
         """This one, completed by what only the other knows."""
-        return Digests(*(self.of(each.name) or other.of(each.name) for each in fields(self)))
+        return Digests(*(self.of(name) or other.of(name) for name in _NAMES)) if other else self
 
     def _shared(self, other: "Digests") -> list[str]:
         return [name for name in self.names if other.of(name) is not None]

@@ -676,6 +676,7 @@ class Lanes:
         self._owns_tickets = tickets is None
         self._idle_seconds = idle_seconds
         self._hosts: dict[str, _Host] = {}
+        self._last_key: tuple[tuple[object, ...], tuple[LaneKey, dict[Seat, Offers]]] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -708,6 +709,7 @@ class Lanes:
             for lane in host.busy:
                 if lane.key.token is token:
                     lane.withdraw()
+        self._last_key = None
         self._forget_empty_hosts()
         self._tickets.forget(token)
         await self._closed_all()
@@ -773,7 +775,15 @@ class Lanes:
             self._forget_empty_hosts()
 
     def _key(self, party: Party, url: str) -> tuple[LaneKey, dict[Seat, Offers]]:
+        """Of many files of one job it is the same each time: the last one is kept, with all that it was made of."""
         origin, proxy = Origin.of(url), route(party.proxy, url)
+        asking = (party.token, party.grants, party.rules, party.tls, party.tls.key, party.judge and party.judge.key, party.redirected)
+        made_of = (*asking, origin, proxy)
+        if self._last_key is None or self._last_key[0] != made_of:
+            self._last_key = made_of, self._new_key(party, origin, proxy)
+        return self._last_key[1]
+
+    def _new_key(self, party: Party, origin: Origin, proxy: str | None) -> tuple[LaneKey, dict[Seat, Offers]]:
         tls = party.tls.toward(origin)
         offers = {Seat.ORIGIN: choose_offers(Seat.ORIGIN, origin, party.grants, party.token, party.rules), Seat.PROXY: Offers()}
         if party.redirected or not tls.verifies:
@@ -811,6 +821,8 @@ class Lanes:
     def _forget_empty_hosts(self) -> None:
         for name in [name for name, host in self._hosts.items() if not (host.users or host.idle)]:
             del self._hosts[name]
+        if not self._hosts:
+            self._last_key = None
 
     def _close_soon(self, lane: Lane) -> None:
         """The socket goes now; aiohttp's own farewell is awaited by a task, which carries nobody's identity."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from itertools import pairwise
 from typing import Final, Self, TypeGuard
 
@@ -29,6 +30,7 @@ _CONTENT_RANGE: Final = re.compile(r"bytes[ ]+(?:([0-9]{1,19})-([0-9]{1,19})|\*)
 # -- the version -----------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=256)  # of many small files the dates are few
 def http_date(text: str | None) -> datetime | None:
     """An HTTP date as an aware UTC datetime; None when there is none or it is none."""
     if not text or len(text) > 64:

@@ -142,16 +142,16 @@ def per_small_file(phase: Mapping[str, int], *names: str) -> float:
 
 def test_a_small_file_of_a_job_needs_few_transactions_hops_and_rounds_of_the_loop(counted):
     small = counted["small files"]
-    assert per_small_file(small, "transactions") <= 2.6
-    assert per_small_file(small, "hops") <= 9
-    assert per_small_file(small, "iterations") <= 40
+    assert per_small_file(small, "transactions") <= 0.5
+    assert per_small_file(small, "hops") <= 0.9
+    assert per_small_file(small, "iterations") <= 9
 
 
 @pytest.mark.traced
 def test_a_small_file_of_a_job_needs_few_system_calls_and_few_syncs(calls):
     small = calls["small files"]
-    assert per_small_file(small, *small) <= 330
-    assert per_small_file(small, "fsync", "fdatasync") <= 5
+    assert per_small_file(small, *small) <= 85
+    assert per_small_file(small, "fsync", "fdatasync") <= 1.8
 
 
 def test_all_files_of_one_identity_and_server_come_on_one_connection_and_with_one_handshake(counted):
