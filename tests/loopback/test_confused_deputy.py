@@ -61,8 +61,9 @@ def made_by(user: "LocalUser", directory: Path, mode: int = 0o700) -> Path:
 
 @pytest.mark.privileged
 @pytest.mark.parametrize("turned", ["the directory itself", "a directory above it"])
+@pytest.mark.parametrize("count", [1, 3], ids=["one file", "files that are written together"])
 async def test_t08_a_link_of_the_owner_does_not_lead_the_helper_to_its_own_keys(
-    users: Mapping[str, "LocalUser"], world_dir: Path, memory_dir: Path, turned: str
+    users: Mapping[str, "LocalUser"], world_dir: Path, memory_dir: Path, turned: str, count: int
 ) -> None:
     """The helper has seen a harmless path; then the owner, whose directory it is, turns it to the helper's home."""
     alice, bob = users["bitsalice"], users["bitsbob"]
@@ -75,7 +76,8 @@ async def test_t08_a_link_of_the_owner_does_not_lead_the_helper_to_its_own_keys(
         owner = await Token.for_user("bitsalice")
         job = await manager.create_job("alice's", owner=owner)
         await job.set_proxy_settings(bits.ProxySettings.no_proxy())
-        await job.add_file(origin.serve("/keys", b"ssh-ed25519 hers"), seen / "authorized_keys")
+        for number in range(count):
+            await job.add_file(origin.serve("/keys", b"ssh-ed25519 hers"), seen / f"authorized_keys{number or ''}")
         await helped(job, owner, await Token.for_user("bitsbob"), LOCAL)
         link, target = (seen, home / "outbox") if turned == "the directory itself" else (above, home)
         link.rename(hers / "away")
@@ -101,11 +103,13 @@ async def test_a_helper_follows_links_of_its_own_and_of_root(users: Mapping[str,
         job = await manager.create_job("alice's", owner=owner)
         await job.set_proxy_settings(bits.ProxySettings.no_proxy())
         await job.add_file(origin.serve("/f", BODY), world_dir / "by-root" / "f")
+        await job.add_file(origin.url("/f"), world_dir / "by-root" / "g")
         await helped(job, owner, await Token.for_user("bitsbob"), LOCAL)
         await job.resume()
         await job.wait()
         await job.complete()
     assert bob.owns(home / "f")
+    assert bob.owns(home / "g")
 
 
 @pytest.mark.privileged
