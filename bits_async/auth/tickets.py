@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 KDC_DEADLINE: Final = 10.0  # seconds one thread waits for another that asks the KDC for the same ticket
 AGAIN: Final = 0.2  # of the time that a ticket lasts until a renewal that failed is tried again
+PAUSE: Final = 0.05  # of a ticket's life, in which it is not replaced before its end
 KDC: Final = "kdc"  # the realm under which a KDC's own refusal is remembered
 
 
@@ -180,7 +181,7 @@ class Tickets:
 
     def _keep(self, entry: "_Entry", cache: Cache) -> None:
         with self._lock:
-            entry.replace(cache)
+            entry.replace(cache, self._clock())
         self._tell_keeper()
 
     def _tell_keeper(self) -> None:
@@ -311,12 +312,13 @@ class _Entry:
     def ended(self, now: float) -> bool:
         return self.life is not None and self.life.ends < now and not self.asking.locked()
 
-    def replace(self, cache: Cache) -> None:
+    def replace(self, cache: Cache, now: float) -> None:
         if self._closed:  # forgotten while the KDC was asked
             cache.destroy()
             raise unable("the identity was closed")
         old, self._previous, self.cache = self._previous, self.cache, cache
-        self.tries_again = 0.0
+        # Where the realm's clock is far behind ours, every ticket looks old: the KDC is not asked for one after the other.
+        self.tries_again = now + (cache.life.ends - cache.life.starts) * PAUSE
         if old:
             old.destroy()
 

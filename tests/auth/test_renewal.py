@@ -273,6 +273,16 @@ async def test_a_closed_token_s_tickets_are_destroyed_when_they_are_due(place: P
     assert (place.kdc.asked, place.kdc.destroyed) == (["password"], ["ours-1"])
 
 
+async def test_a_kdc_whose_clock_is_far_behind_is_not_asked_for_one_ticket_after_the_other(place: Place) -> None:
+    place.kdc.now = lambda: place.clock.now().timestamp() - 9 * HOUR
+    token = by_password()
+    with place.executors.lease(token, "security"):
+        await place.login(token)
+        place.patience = True
+        await place.passes(5 * HOUR)
+    assert len(place.kdc.asked) < 2 + 5 / 10 / module.PAUSE
+
+
 async def test_fifty_tokens_are_renewed_together(place: Place) -> None:
     tokens = [by_password() for _ in range(50)]
     for token in tokens:

@@ -2,19 +2,27 @@
 
 import asyncio
 import contextlib
+import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import spnego
 
 import bits_async as bits
 from bits_async import AuthScheme, AuthTarget, ErrorCode, HelperTokenFlags, Job, JobState, Token, TokenRequired, impersonate
+from bits_async.auth.policy import Offer
+from bits_async.auth.tickets import Tickets
 from bits_async.identity.kerberos import look_into
+from bits_async.identity.threads import TokenExecutors
 from tests.peers import Fault, Hold, Origin
 from tests.realms import Apache, MitKdc, Squid
 from tests.waiting import until
+
+if TYPE_CHECKING:
+    from tests.local_users import LocalUser
 
 pytestmark = pytest.mark.realm
 
@@ -158,3 +166,33 @@ async def test_tickets_that_cannot_be_renewed_end_the_identity_and_a_job_goes_on
     assert len(apache.hits(expect=2, user=kdc.principal("alice"), status=200)) == 2
     assert len(apache.hits(expect=2, user=kdc.principal("bob"), status=200)) == 2
     assert len(apache.hits(expect=1, user=kdc.principal("helper"), status=200)) == 1
+
+
+@pytest.mark.privileged
+async def test_t04_a_user_s_cache_is_renewed_by_his_own_threads_and_somebody_else_s_is_not(
+    kdc: MitKdc, users: Mapping[str, "LocalUser"], world_dir: Path
+) -> None:
+    """The process may read every cache; the threads of bitsalice may read hers."""
+    ahead = 0.0
+    tickets, executors = Tickets(clock=lambda: time.time() + ahead), TokenExecutors()
+    mine = kdc.ccache("alice", directory=world_dir, owner=users["bitsalice"].uid, renewable=7 * 86400)
+    token = await Token.for_user("bitsalice", network=spnego.KerberosCCache(mine))
+    offer = Offer(AuthScheme.NEGOTIATE, token.network, principal=token.principal, holder=token, process=False, fingerprint="1")
+    with executors.lease(token, "security") as security:
+        assert await security.run_security(tickets.ready, offer, deadline=10) == token.network
+        (renewal,) = tickets.renewals()
+        ahead = renewal.when - time.time() + 1
+        begun = look_into(mine)[1].starts
+        await until(lambda: time.time() > begun + 1.1, "for another second to begin: else both tickets end in the same")
+        await security.run_security(tickets.renew, renewal, deadline=10)
+        renewed = await security.run_security(tickets.ready, offer, deadline=10)
+        assert isinstance(renewed, spnego.KerberosCCache)
+        assert (renewed.ccache.startswith("MEMORY:bits-"), renewed.principal) == (True, kdc.principal("alice"))
+        shutil.chown(mine.removeprefix("FILE:"), 0)
+        with pytest.raises(bits.AuthFailed, match="may not be read"):
+            await security.run_security(tickets.renew, renewal, deadline=10)
+        with pytest.raises(bits.AuthFailed, match="may not be read"):
+            await security.run_security(tickets.ready, offer, deadline=10)
+    assert tickets.renewals() == [], "what was renewed went with the right to it"
+    await executors.aclose()
+    await tickets.aclose()
