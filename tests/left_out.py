@@ -77,7 +77,7 @@ def missing_logind() -> str | None:
     if sys.platform == "win32" or os.geteuid() != 0:
         return "this is not root"
     absent = [name for name in ("dbus-daemon", "dbus-send", "unshare") if not find_program(name)]
-    absent += [] if (ELOGIND / "elogind").exists() else ["elogind, unpacked"]
+    absent += [] if (ELOGIND / "elogind").exists() else ["elogind 246, as Debian 12 has it, unpacked"]
     absent += [] if importlib.util.find_spec("dbus_fast") else ["the extra 'sessions'"]
     return f"not there: {', '.join(absent)}" if absent else None
 

@@ -503,7 +503,8 @@ class Proxy(Server):
         """Send the request to the origin and read the answer's head; a connection that has gone stale is replaced once."""
         for fresh in (not self.session_based, True):
             if fresh and port in connection.ways:
-                connection.ways.pop(port)[1].transport.abort()
+                _, stale = connection.ways.pop(port)
+                stale.transport.abort()
             try:
                 reader, writer = await connection.way(port)
                 writer.write(request)

@@ -4,16 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PATHS = (ROOT, Path(sysconfig.get_path("purelib")))  # where modules are found
 
 # What a script may use. Modules are loaded first: the user a script turns into need not be able to read this checkout.
 PRELUDE = """
 import asyncio, ctypes, errno, os, subprocess, sys, threading, time
 from bits_async.errors import BitsError, ImpersonationFailed, TokenRequired
-from bits_async.identity import kernel, native
+from bits_async.identity import kernel, logon, native
 from bits_async.identity.threads import TokenExecutor, TokenExecutors, prepare, run_as
 from bits_async.identity.ambient import current_token
 from bits_async.identity.tokens import Token
@@ -43,9 +45,10 @@ def failure(func, *args):
 
 
 def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
-    """Starts a script with the prelude."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-P", "-W", "error", "-c", PRELUDE + textwrap.dedent(script), *map(str, arguments)]
+    """Starts a script with the prelude. By the interpreter that this one's environment is made of: the user a script turns into may start
+    it again, where a virtual environment lies below somebody's home directory."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PATHS)), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [os.path.realpath(sys.executable), "-P", "-W", "error", "-c", PRELUDE + textwrap.dedent(script), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

@@ -107,8 +107,7 @@ def closed_interpreter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_closed(home: Path, arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("PYTHONHOME", str(home))
-    monkeypatch.setattr(child, "ROOT", home / "packages")
-    monkeypatch.setattr(sys, "executable", sys._base_executable)  # type: ignore[attr-defined]
+    monkeypatch.setattr(child, "PATHS", [home / "packages"])
     return child.run(MAIN_PATH, *arguments, home, home / "packages").splitlines()
 
 
