@@ -37,6 +37,11 @@ collect_ignore = [] if sys.platform == "win32" else ["windows"]  # run there by 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LeftOut(), "left-out")
+    if sys.platform != "win32":  # where it is not installed
+        from hypothesis import settings
+
+        settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's business
+        settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
