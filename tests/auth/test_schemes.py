@@ -6,17 +6,18 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import spnego
 from spnego.channel_bindings import GssChannelBindings
 
+from bits_async.auth import schemes
 from bits_async.auth.challenge import parse_challenges
 from bits_async.auth.policy import AuthRules, AuthScheme, AuthTarget, Grant, Offer, Offers, Origin, Refusals, Seat, choose_offers
 from bits_async.auth.schemes import MAX_LEGS, AuthFlow, channel_binding
-from bits_async.auth.tickets import Tickets
-from bits_async.errors import HTTP_ERROR, AuthFailed, ErrorCode, ErrorContext, ImpersonationFailed, NetworkError, show_text
+from bits_async.auth.tickets import Tickets, expired
+from bits_async.errors import HTTP_ERROR, AuthFailed, ErrorCode, ErrorContext, ImpersonationFailed, NetworkError, TokenRequired, show_text
 from tests.auth.conftest import Threads, a_token
 from tests.peers import Authority
 
@@ -120,6 +121,20 @@ async def test_basic_sent_unasked_is_answered_for_another_realm_and_refused_for_
 
 
 # -- what may be answered
+
+
+async def test_tickets_that_ended_leave_another_login_that_is_permitted_and_are_the_error_where_there_is_none(
+    make_flow: MakeFlow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: object) -> NoReturn:
+        raise expired("alice@REALM")
+
+    monkeypatch.setattr(schemes, "_begin_kerberos", ended)
+    tickets = Offer(NEGOTIATE, spnego.KerberosCCache("FILE:/nowhere"), fingerprint="t", principal="alice@REALM")
+    header = await answer(make_flow(tickets, offer(BASIC)), "Negotiate", 'Basic realm="x"')
+    assert header.startswith("Basic ")
+    with pytest.raises(TokenRequired, match="the Kerberos tickets of alice@REALM have expired"):
+        await answer(make_flow(tickets), "Negotiate")
 
 
 async def test_the_strongest_offer_that_is_asked_for_wins(make_flow: MakeFlow) -> None:
