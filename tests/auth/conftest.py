@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import spnego
 
-from bits_async.identity.tokens import ImpersonationLevel, Token
+from bits_async.identity.tokens import DelegationTarget, ImpersonationLevel, Token
 
 
 class Somebody:
@@ -32,9 +32,10 @@ def a_token(
     principal: str | None = None,
     is_process: bool = True,
     level: ImpersonationLevel = ImpersonationLevel.IMPERSONATE,
+    delegates: tuple[DelegationTarget, ...] = (),
 ) -> Token:
     """A token with this network credential; without one it is, or stands beside, the process."""
-    return Token._make(Somebody(is_process=is_process), network=network, principal=principal, level=level)
+    return Token._make(Somebody(is_process=is_process), network=network, principal=principal, level=level, delegates=delegates)
 
 
 class Threads:

@@ -1,5 +1,6 @@
 """What may be shown to whom, whatever a job says: each rule, and that a refusal names it."""
 
+import itertools
 import struct
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from bits_async.auth.policy import (
     AuthScheme,
     AuthTarget,
     AutologonLevel,
+    Delegation,
     Grant,
     Hosts,
     ImplicitCredentials,
@@ -28,6 +30,7 @@ from bits_async.auth.policy import (
 )
 from bits_async.auth.schemes import _never_ntlm_v1
 from bits_async.errors import AuthFailed, InvalidArgument
+from bits_async.identity.tokens import DelegationTarget, ImpersonationLevel
 from tests.auth.conftest import a_token
 
 SERVER, PROXY = AuthTarget.SERVER, AuthTarget.PROXY
@@ -43,6 +46,35 @@ def offered(
     """What a job that asked for these schemes may show, as the process itself or as the account `user`."""
     grants = [Grant(seat.target, scheme, user, None if user is None else "pw", frozenset({origin})) for scheme in schemes or (NEGOTIATE,)]
     return choose_offers(seat, origin, grants, a_token(**token), rules)  # type: ignore[arg-type]
+
+
+# -- whom a token's ticket-granting ticket is handed to
+
+LISTED, LISTED_ANYWAY = "https://files.corp.example", "https://build.corp.example"
+TRUSTED, ALWAYS, NEVER = Delegation.IF_TRUSTED, Delegation.ALWAYS, Delegation.NEVER
+
+
+@pytest.mark.parametrize(
+    ("origin", "wanted"),
+    [
+        (LISTED, TRUSTED),
+        (LISTED_ANYWAY, ALWAYS),
+        ("https://other.corp.example", NEVER),
+        ("https://corp.example", NEVER),
+        ("https://x.files.corp.example", NEVER),
+        (f"{LISTED}:8443", NEVER),
+        ("http://files.corp.example", NEVER),
+        ("http://files.corp.example:443", NEVER),
+    ],
+)
+def test_t20_who_is_not_listed_is_never_handed_a_ticket_even_where_the_realm_trusts_him(origin: str, wanted: Delegation) -> None:
+    listed = (DelegationTarget(LISTED), DelegationTarget(LISTED_ANYWAY, ok_as_delegate_only=False))
+    for level, seat, user in itertools.product(list(ImpersonationLevel)[2:], Seat, (None, "bob")):
+        offers = offered(AuthRules(), Origin.of(origin), seat=seat, user=user, network=PASSWORD, level=level, delegates=listed)
+        may = level is ImpersonationLevel.DELEGATE and seat is Seat.ORIGIN and user is None
+        handed = {offer.delegation for offer in offers}
+        assert handed <= {wanted if may else NEVER}, (level, seat, user)
+        assert handed or origin.startswith("http:")  # there a password is shown to nobody
 
 
 # -- lists of hosts

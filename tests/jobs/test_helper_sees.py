@@ -4,6 +4,7 @@ Every method that changes a job stands in one of two tables here; one that is ad
 """
 
 import itertools
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -113,6 +114,12 @@ def test_t08_every_method_of_a_job_stands_in_one_of_the_tables() -> None:
 def tmp_path(memory_dir: Path) -> Path:
     """No disk: nothing here has to survive."""
     return memory_dir
+
+
+def test_t08_the_list_for_people_is_the_same() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "who-acts.md").read_text().partition("## What a helper agrees to")[2]
+    listed = re.findall(r"`((?:Job|JobFile)\.[a-z_]+)`", document.partition("Flags are taken back")[0])
+    assert sorted(listed) == sorted(SEEN)
 
 
 @pytest.fixture

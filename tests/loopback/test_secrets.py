@@ -14,6 +14,7 @@ import pytest
 
 import bits_async as bits
 from bits_async import AuthCredentials, AuthScheme, AuthTarget
+from bits_async.testing import FakeNetwork
 from tests.peers import USERS, Door, Fault, Misbehaviour, Origin, Proxy, answer, redirect
 from tests.rules import NTLM_OVER_HTTP
 
@@ -182,3 +183,42 @@ async def test_t14_no_object_that_an_application_holds_shows_a_secret(tmp_path):
         shown += [repr(vars(manager)), repr(list(manager._desk.engine.roster))]
         gc.collect()
         assert_absent(["Password-in-a-token", "Password-of-the-job", QUERY], shown)
+
+
+SECRET = "-".join(("Refused", "secret"))  # no line of this file, which a traceback shows, has it
+REFUSED = {
+    "a URL with a password": lambda job, to: job.add_file(f"https://u:{SECRET}@h.test/f", to),
+    "a URL of another scheme": lambda job, to: job.add_file(f"ftp://h.test/f?{SECRET}", to),
+    "a URL with a line break": lambda job, to: job.add_file(f"https://h.test/f\n?{SECRET}", to),
+    "a URL that is too long": lambda job, to: job.add_file(f"https://h.test/f?{SECRET}" + "x" * 3000, to),
+    "a relative path": lambda job, to: job.add_file(f"https://h.test/f?{SECRET}", "f"),
+    "a remote name with a password": lambda job, to: job.files[0].set_remote_name(f"https://u:{SECRET}@h.test/f"),
+    "a prefix with a password": lambda job, to: job.replace_remote_prefix("https://h.test", f"https://u:{SECRET}@h.test"),
+    "a proxy with a password": lambda job, to: job.set_proxy_settings(bits.ProxySettings.override(f"http://u:{SECRET}@p:3128")),
+    "a password of bytes": lambda job, to: job.set_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC, "u", SECRET.encode()),
+    "a password without a user": lambda job, to: job.set_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC, None, SECRET),
+    "too long a user": lambda job, to: job.set_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC, "u" * 400, SECRET),
+    "too long a password": lambda job, to: job.set_credentials(bits.AuthTarget.SERVER, bits.AuthScheme.BASIC, "u", SECRET * 9000),
+    "no scheme": lambda job, to: job.set_credentials(bits.AuthTarget.SERVER, "basic", "u", SECRET),
+    "a header with a line break": lambda job, to: job.set_custom_headers([("X-Key", f"{SECRET}\r\nX-Other: 1")]),
+    "a header of the engine": lambda job, to: job.set_custom_headers([("Authorization", SECRET)]),
+    "a cookie": lambda job, to: job.set_custom_headers(f"Cookie: {SECRET}"),
+    "no header": lambda job, to: job.set_custom_headers(SECRET),
+    "a header of bytes": lambda job, to: job.set_custom_headers([("X-Key", SECRET.encode())]),
+    "a header of three parts": lambda job, to: job.set_custom_headers([("X-Key", SECRET, "")]),
+    "too many headers": lambda job, to: job.set_custom_headers([("X-Key", SECRET + "y" * 20_000)]),
+    "a token that is a password": lambda job, to: bits.impersonate(SECRET),
+}
+
+
+@pytest.mark.parametrize("call", REFUSED)
+async def test_t14_what_is_refused_is_not_repeated(call, tmp_path, logs):
+    with FakeNetwork():
+        async with bits.BitsManager(store=tmp_path / "q.db") as manager:
+            job = await manager.create_job("x")
+            await job.add_file("https://h.test/f", tmp_path / "f")
+            with pytest.raises((bits.BitsError, TypeError)) as caught:
+                await REFUSED[call](job, tmp_path / "g")
+            error = caught.value
+            texts = [str(error), repr(error), *traceback.format_exception(error), repr(getattr(error, "__dict__", ""))]
+    assert_absent([SECRET], texts + logs.texts)
