@@ -363,7 +363,7 @@ def expired(principal: str | None) -> TokenRequired:
     return TokenRequired(
         f"the Kerberos tickets of {who} have expired",
         identity=who,
-        advice="get new tickets (kinit), set the helper token again, or set the helper token flags to NONE; then resume the job",
+        advice="get new tickets (kinit), set the helper token again, or set the helper token flags to NONE, then resume the job",
     )
 
 

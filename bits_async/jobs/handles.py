@@ -973,7 +973,8 @@ class Job:
     async def set_client_certificate_by_file(
         self, file: StrPath, *, key: StrPath | None = None, password_file: StrPath | None = None
     ) -> None:
-        """Show this client certificate to servers that ask for one, in place of the one set before.
+        """Show this client certificate to servers that ask for one, in the handshake or when they have seen the path (TLS 1.3: after the
+        handshake; TLS 1.2: in another one), in place of the one set before.
 
         It goes to the origins that the job names when it is first resumed, or names now if it was (T19), and to no other: not where a
         redirect leads, and not to a proxy. Its files are opened as the job's owner at each attempt, whatever the helper does (T27); where
