@@ -7,7 +7,9 @@ r"""A fixed identity from a configuration file: TOML that says who, and where th
     password = { keyring = "fetcher" }               # the entry of this user under that service in the system's keyring
     local_user = "fetch"                             # who acts on files; without it the process does
 
-The file is opened as whoever asks, and counts only if nobody but that identity's user or root may write it (T27).
+The file is opened as whoever asks, and counts only if nobody but that identity's user or root may write it (T27). Of another user than the
+process, who is no administrator, it makes nobody but himself: he wrote it, and the process could be anybody. His keytab is opened as him,
+and the secrets of the process are not for him.
 """
 
 import os
@@ -16,7 +18,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import ErrorCode, ErrorContext, InvalidArgument, make_error, show_text
+from ..errors import AccessDenied, ErrorCode, ErrorContext, InvalidArgument, make_error, show_text
 from .ambient import current_token
 from .logon import for_network, for_user
 from .threads import in_own_thread, wear
@@ -33,12 +35,29 @@ _KEYS: Final = frozenset({"user", "keytab", "password", "local_user"})
 
 async def from_configuration(path: str | os.PathLike[str]) -> Token:
     """See `Token.from_configuration`."""
-    name, local = os.fspath(path), current_token().local
+    name, caller = os.fspath(path), current_token()
+    local = caller.local
     read = partial(read_trusted, name, "the configuration of an identity")
     values = _identity(await (in_own_thread(read) if local.is_process else wear(local, read)), name)
+    if not (local.is_process or caller.elevated):
+        return await _for_himself(caller, values, name)
     credential = await in_own_thread(_credential, values, name)
     local_user = values.get("local_user")
     return for_network(credential) if local_user is None else await for_user(local_user, credential)
+
+
+async def _for_himself(caller: Token, values: Mapping[str, Any], path: str) -> Token:
+    """What a user's own file makes of him (T27): the process lends him neither its secrets nor anybody's identity."""
+    local = caller.local
+    if "keytab" not in values:
+        message = f"the secrets of this program are not for {caller.name}"
+        raise AccessDenied(message, path=path, identity=caller.name, advice="name a keytab, which is opened as that user")
+    token = await for_user(values.get("local_user", local.name), await in_own_thread(_credential, values, path))
+    if token.local.key != local.key:
+        token.close()
+        message = f"{caller.name} may be no other user of this machine than himself"
+        raise AccessDenied(message, path=path, identity=caller.name, advice="leave local_user out")
+    return token
 
 
 def _identity(content: str, path: str) -> Mapping[str, Any]:

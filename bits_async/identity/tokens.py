@@ -272,11 +272,13 @@ class Token:
     async def from_configuration(cls, path: "str | os.PathLike[str]") -> "Token":
         """The fixed identity that a TOML file describes: who, and where the keytab or the encrypted secret is (`identity.configured`).
 
-        The file is opened as the ambient identity. Nothing is asked of a KDC yet.
+        The file is opened as the ambient identity. Nothing is asked of a KDC yet. Under `impersonate()` of another user who is no
+        administrator it makes him and nobody else: with his keytab, which is opened as him, and without the secrets of the process.
 
         Raises:
             InvalidArgument: Not such a file; a password stands in it.
-            AccessDenied: Others may write it. LocalFileError: It cannot be read.
+            AccessDenied: Others may write it; or it names another user, or a secret of the process, and is such a user's. LocalFileError:
+                It cannot be read.
             BitsError: The secret cannot be had. ImpersonationFailed: as `for_user`.
         """
         from .configured import from_configuration

@@ -148,3 +148,36 @@ async def test_t27_it_is_opened_as_whoever_asks(users: Mapping[str, "LocalUser"]
         await Token.from_configuration(hers)
     with impersonate(await Token.for_user(alice.uid)):
         assert (await Token.from_configuration(hers)).local.key == f"uid:{alice.uid}"
+
+
+@pytest.mark.privileged
+@pytest.mark.parametrize("named", ["root", "another user", "a credential of systemd", "the keyring"])
+async def test_t27_a_users_own_file_makes_nobody_but_himself(
+    users: Mapping[str, "LocalUser"], world_dir: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """He writes what he likes into it, and the process that reads it as him could be anybody."""
+    alice = users["bitsalice"]
+    write(world_dir / "fetch", SECRET)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(world_dir))
+    rest = {
+        "root": 'keytab = "/etc/krb5.keytab"\nlocal_user = "root"',
+        "another user": 'keytab = "/k"\nlocal_user = "bitsbob"',
+        "a credential of systemd": 'password = { systemd_credential = "fetch" }',
+        "the keyring": 'password = { keyring = "fetcher" }\nlocal_user = "bitsalice"',
+    }
+    hers = write(world_dir / "hers.toml", f'[identity]\nuser = "a@B"\n{rest[named]}\n')
+    os.chown(hers, alice.uid, alice.gid)
+    with impersonate(await Token.for_user(alice.uid)), pytest.raises(AccessDenied) as caught:
+        await Token.from_configuration(hers)
+    assert caught.value.identity == alice.name
+
+
+@pytest.mark.privileged
+async def test_t27_a_keytab_that_a_user_names_is_opened_as_him(users: Mapping[str, "LocalUser"], world_dir: Path) -> None:
+    alice = users["bitsalice"]
+    hers = write(world_dir / "hers.toml", '[identity]\nuser = "a@B"\nkeytab = "/etc/krb5.keytab"\n')
+    os.chown(hers, alice.uid, alice.gid)
+    with impersonate(await Token.for_user(alice.uid)):
+        token = await Token.from_configuration(hers)
+    assert token.local.key == token.security.key == f"uid:{alice.uid}"
+    assert not token.elevated
