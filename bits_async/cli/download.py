@@ -33,6 +33,20 @@ FAILED: Final = 1
 MISUSED: Final = 2  # a value that was typed cannot be meant
 SIGNALLED: Final = 128  # and the signal's number
 
+# What the library advises those who hold the job, as whoever runs a command does it: to him there is no job that goes on by itself.
+OF_COMMANDS: Final = (
+    ("set credentials for the", "say with --keytab or --ccache who you are to the"),
+    ("then resume the job", "then run the same command again"),
+    ("then resume it", "then run the same command again"),
+    ("and resume the job", "and run the same command again"),
+    ("resume the job when", "run the same command again when"),
+    ("resume downloads the file anew", "the same command downloads the file anew"),
+    ("the job then goes on from where it stopped", "the same command then goes on from where this one stopped"),
+    ("the job goes on from where it stopped", "run the same command again: it goes on from where this one stopped"),
+    ("the job goes on by itself when", "run the same command again when"),
+    ("the job tries again by itself", "run the same command again later"),
+)
+
 HELPER_FLAGS: Final = {
     None: HelperTokenFlags.NONE,
     "local-file": HelperTokenFlags.LOCAL_FILE,
@@ -226,6 +240,16 @@ def run(order: Order) -> int:
         return FAILED
 
 
+def told(error: BitsError) -> str:
+    """What went wrong, whose and where, and what to do: run the command again, where others would resume a job."""
+    text, advice = str(error), error.advice
+    if not advice or not text.endswith(advice):
+        return text
+    for ours, theirs in OF_COMMANDS:
+        advice = advice.replace(ours, theirs)
+    return text.removesuffix(error.advice) + advice
+
+
 def _new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where that is installed (the extra of that name); the command works the same on every loop."""
     try:
@@ -242,7 +266,7 @@ def _outcome(order: Order, report: Reporter, stop: "Stop") -> int:
             path = runner.run(_fetch(order, certificate, report, stop))
     except BitsError as error:
         report.failed(error)
-        _say(str(error).replace(", then resume the job", ", then run the same command again"))
+        _say(told(error))
         return MISUSED if isinstance(error, InvalidArgument) else FAILED
     except (asyncio.CancelledError, KeyboardInterrupt):  # KeyboardInterrupt: where loops have no signal handlers (Windows)
         received = stop.received or signal.SIGINT

@@ -322,6 +322,11 @@ class Attempt:
         self._shelf: _Shelf | None = None  # for files that come whole, if there are several
         self._alone: set[int] = set()  # files that do not go with others: something is wrong with them
 
+    @property
+    def _asking(self) -> str:
+        """Whom the server sees, for errors."""
+        return self._pair.acting_for(HelperTokenFlags.NETWORK).name
+
     async def run(self) -> None:
         """Transfer the files that are not yet transferred, in order, as many at once as the job wants; on demand, what was asked for
         of them.
@@ -991,7 +996,8 @@ class Attempt:
         record = download.record
         if record.restarts >= FILE_RESTARTS:
             message = f"the file changed {record.restarts + 1} times while it was fetched: {reason}"
-            raise make_error(ErrorCode.BG_E_REMOTE_FILE_CHANGED, ErrorContext.REMOTE_FILE, message, url=record.url)
+            code = ErrorCode.BG_E_REMOTE_FILE_CHANGED
+            raise make_error(code, ErrorContext.REMOTE_FILE, message, url=record.url, identity=self._asking)
         download.record = replace(record, restarts=record.restarts + 1)
         await self._anew(download, reason, changed=True)
 
@@ -1048,7 +1054,7 @@ class Attempt:
         """Wrong bytes are thrown away."""
         record = download.record
         await self._discard(download)
-        raise ValidationFailed(message, url=record.url, path=record.path)
+        raise ValidationFailed(message, url=record.url, path=record.path, identity=self._asking)
 
     async def _discard(self, download: _Download) -> None:
         """The part file goes; a resume fetches the file anew."""

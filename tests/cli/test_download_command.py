@@ -6,18 +6,19 @@ import logging
 import os
 import re
 import signal
+import ssl
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from bits_async import LocalFileError
-from bits_async.cli.download import Identity, Order, Stop, _OneLine
+from bits_async import BitsError, LocalFileError, download
+from bits_async.cli.download import Identity, Order, Stop, _OneLine, told
 from bits_async.cli.progress import Reporter
 from tests.cli.command import Command, held, part_of
 from tests.local_users import LocalUser
-from tests.peers import Authority, Door, Fault, Hold, Origin, Proxy, redirect
+from tests.peers import Authority, Door, Fault, Hold, Origin, Proxy, answer, header_bomb, redirect
 
 BODY = os.urandom(3 * 1024 * 1024)
 SIGNED = "sig=top-secret-signature"
@@ -151,6 +152,68 @@ async def test_a_failure_is_one_line_that_says_what_whose_where_and_what_to_do(c
         assert part in failed.complaint
 
 
+REFUSALS: dict[str, tuple[str, Fault]] = {
+    "202": ("BG_E_HTTP_ERROR_202", answer(202)),
+    "204": ("BG_E_INVALID_SERVER_RESPONSE", answer(204)),
+    "304": ("BG_E_HTTP_ERROR_304", answer(304)),
+    "a challenge": ("BG_E_HTTP_ERROR_401", answer(401, WWW_Authenticate='Basic realm="files"')),
+    "a proxy's challenge": ("BG_E_HTTP_ERROR_407", answer(407, Proxy_Authenticate="Basic")),
+    "403": ("BG_E_HTTP_ERROR_403", answer(403)),
+    "410": ("BG_E_HTTP_ERROR_410", answer(410)),
+    "416": ("BG_E_HTTP_ERROR_416", answer(416)),
+    "429": ("BG_E_HTTP_ERROR_429", answer(429, Retry_After="7")),
+    "500": ("BG_E_HTTP_ERROR_500", answer(500)),
+    "503": ("BG_E_HTTP_ERROR_503", answer(503)),
+    "compressed": ("BG_E_INVALID_SERVER_RESPONSE", Fault(headers=(("Content-Encoding", "gzip"),))),
+    "without an end": ("BG_E_MISSING_FILE_SIZE", Fault(close_delimited=True)),
+    "a part as the whole": ("BG_E_INVALID_SERVER_RESPONSE", Fault(headers=(("Content-Range", "bytes 5-10/20"),))),
+    "a wrong digest": ("BG_E_VALIDATION_FAILED", Fault(headers=(("Repr-Digest", f"sha-256=:{'A' * 43}=:"),))),
+    "a loop": ("ERROR_WINHTTP_REDIRECT_FAILED", redirect("/file")),
+    "no web server": ("ERROR_WINHTTP_REDIRECT_FAILED", redirect("ftp://files/x")),
+    "not HTTP": ("BG_E_INVALID_SERVER_RESPONSE", Fault(raw=b"SSH-2.0-OpenSSH\r\n\r\n")),
+    "nothing": ("BG_E_CONNECTION_CLOSED", Fault(raw=b"")),
+    "a large head": ("BG_E_TOO_LARGE", header_bomb(70_000)),
+}
+
+
+async def test_every_refusal_says_its_code_whose_it_is_of_what_and_what_whoever_ran_the_command_can_do(
+    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    url = origin.serve("/file", BODY)
+    for name, (code, fault) in REFUSALS.items():
+        origin.always("/file", fault)
+        with pytest.raises(BitsError) as caught:
+            await download(url, tmp_path / "file", ssl=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), retry_for=0)
+        line = told(caught.value)
+        assert line.startswith(code), name
+        for part in ("; identity ", f"; URL {url}", "; job "):
+            assert part in line, name
+        what_to_do = line.rpartition("; job ")[2].partition("; ")[2]
+        assert what_to_do, name
+        assert not re.search(r"resume|by itself|the job", what_to_do), name
+
+
+async def test_a_file_that_keeps_changing_is_told_with_whose_it_is_of_what_and_what_to_do(command: Command, origin: Origin) -> None:
+    versions = iter(range(9))
+
+    def change() -> None:
+        origin.serve("/file", BODY, etag=f'"other-{next(versions)}"')
+
+    url = origin.serve("/file", BODY)
+    origin.always("/file", Fault(cut_after=len(BODY) // 2, then=change))
+    failed = await command("download", url, "file", "--retry-for", "0")
+    assert failed.code == 1
+    for part in (
+        "BG_E_REMOTE_FILE_CHANGED",
+        "changed 4 times",
+        "identity ",
+        f"URL {url}",
+        "run the same command again when it has settled",
+    ):
+        assert part in failed.complaint
+
+
 async def test_a_failure_is_the_last_json_line_too(command: Command, origin: Origin) -> None:
     failed = await command("download", origin.url("/missing"), "file", "--json")
     assert failed.code == 1
@@ -222,6 +285,7 @@ async def test_retry_for_zero_makes_the_first_error_final(command: Command, orig
     failed = await command("download", url, "file", "--retry-for", "0")
     assert failed.code == 1
     assert "BG_E_HTTP_ERROR_503" in failed.complaint
+    assert "run the same command again later" in failed.complaint
 
 
 async def test_closed_standard_output_suspends_the_transfer(command: Command, origin: Origin, tmp_path: Path) -> None:
