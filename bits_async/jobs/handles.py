@@ -923,13 +923,11 @@ class Job:
             if checked == entry.job.http.method:
                 return
             self._check_early("http_method")
-            await _change_what_the_helper_saw(self._desk, entry, self._changer, "its HTTP method")
-            if checked == "GET":
-                await self._change_http(method=checked)
-                return
             http = replace(entry.job.http, method=checked)
             self._check_fit(replace(entry.job, http=http))
-            await self._desk.ready().change(entry, http=http, priority=JobPriority.FOREGROUND)
+            await _change_what_the_helper_saw(self._desk, entry, self._changer, "its HTTP method")
+            priority = entry.job.priority if checked == "GET" else JobPriority.FOREGROUND
+            await self._desk.ready().change(entry, http=http, priority=priority)
 
     @_seen_by_the_helper
     async def set_security_flags(self, flags: SecurityFlags) -> None:

@@ -1,9 +1,11 @@
 """Tokens are values, and pairs choose between them."""
 
+import ast
 import copy
 import gc
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import spnego
@@ -157,3 +159,35 @@ def test_a_closed_token_acts_no_more(alice: Token, bob: Token) -> None:
 
 
 # -- the ambient identity
+
+
+@pytest.mark.parametrize("twin", ["posix", "windows"])
+def test_t10_what_elevated_means_stands_in_one_function_of_each_platform(twin: str) -> None:
+    """Every identity that is made there asks it; none is said to be elevated, or not, by anything else."""
+    source = Path(__file__).parents[2] / "bits_async" / "identity" / f"{twin}.py"
+    tree = ast.parse(source.read_text())
+    kinds = {node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Identity")}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    made = [call.args[1] for call in calls if isinstance(call.func, ast.Name) and call.func.id in kinds | {"cls"} and len(call.args) > 1]
+    assert made
+    assert {ast.unparse(argument) for argument in made} == {"is_elevated(account)"}
+    assert len([node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "is_elevated"]) == 1
+
+
+def test_t12_a_helper_that_became_an_administrator_acts_for_an_administrator_only() -> None:
+    plain, admin = Somebody("bob"), Somebody("bob", elevated=True)
+    for owner_elevated, helper, today, refused in [
+        (False, plain, admin, True),
+        (False, plain, plain, False),
+        (False, admin, admin, False),  # an elevated caller set it, or it would not be there
+        (True, plain, admin, False),
+    ]:
+        pair = TokenPair(Token._make(Somebody("alice", elevated=owner_elevated)), Token._make(helper), HelperTokenFlags.LOCAL_FILE)
+        assert pair.owner is not None
+        assert pair.helper is not None
+        pair.check_today(pair.owner, Somebody("alice", elevated=True))  # his own rights are his own
+        if refused:
+            with pytest.raises(TokenRequired):
+                pair.check_today(pair.helper, today)
+        else:
+            pair.check_today(pair.helper, today)

@@ -199,6 +199,23 @@ async def test_t08_what_the_helper_need_not_see_leaves_its_token(job: Job, tmp_p
             assert await helper_of(job) == fake_token("bob").sid, name
 
 
+async def test_t08_what_is_refused_changes_nothing_and_leaves_the_token(job: Job, tmp_path: Path) -> None:
+    await job.set_dynamic_content(True)
+    for refused in (
+        job.set_http_method("DELETE"),
+        job.add_file_with_ranges(URL, tmp_path / "g", [FileRange(0, 1)]),
+        job.add_file("ftp://files.test/f", tmp_path / "g"),
+        job.files[0].set_remote_name("file:///etc/passwd"),
+        job.replace_remote_prefix("https://", "file://"),
+        job.set_custom_headers([("Host", "evil.test")]),
+        job.set_credentials(SERVER, AuthScheme.BASIC, "alice", None),
+        job.set_maximum_download_size(0),
+    ):
+        with pytest.raises(bits.BitsError):
+            await refused
+    assert await helper_of(job) == fake_token("bob").sid
+
+
 async def test_t08_what_is_not_changed_leaves_the_token(job: Job, tmp_path: Path) -> None:
     await job.set_security_flags(job.security_flags)
     await job.set_proxy_settings(job.proxy_settings)
