@@ -1033,16 +1033,20 @@ class Engine:
             self.announce(entry)
             return
         if token is not None:
-            self.owner_found(entry, token)
+            await self.owner_found(entry, token)
         else:
             self.announce(entry)
 
-    def owner_found(self, entry: Entry, token: Token) -> None:
-        """A token that matches the owner key: every job of that very owner has its owner again."""
-        for other in self.roster.owner_found(entry.job.owner, token):
+    async def owner_found(self, entry: Entry, token: Token) -> None:
+        """A token that matches the owner key: every job of that very owner has its owner again, and the journal knows the logon session
+        that he is in now."""
+        owner = entry.job.owner
+        for other in self.roster.owner_found(owner, token):
             self.announce(other)
-        self.setter_found(entry.job.owner, token)
+        self.setter_found(owner, token)
         self._wake.set()
+        if token.session not in (None, owner.session):
+            await self.change(entry, owner=replace(owner, session=token.session))
 
     def forget_setters(self, gone: Callable[[Token | None], bool]) -> Collection[Token]:
         """Tokens of setters that are given up: their commands wait for them to come again."""

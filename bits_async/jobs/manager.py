@@ -355,7 +355,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
             raise NotFound(job_id=key)
         desk.door.admit(caller, entry.job)
         if entry.owner is None and desk.door.is_owner(caller, entry.job.owner):
-            desk.engine.owner_found(entry, desk.door.usable(caller))
+            await desk.engine.owner_found(entry, desk.door.usable(caller))
         setter = entry.job.notify_setter
         if setter is not None and commander(entry) is None and desk.door.is_owner(caller, setter):
             desk.engine.setter_found(setter, desk.door.usable(caller))

@@ -141,7 +141,7 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
     async with engine.command(entry):
         stale = [token for token in (entry.owner, entry.helper) if token not in (order.owner, order.helper)]
         if entry.owner is None:
-            engine.owner_found(entry, order.owner)
+            await engine.owner_found(entry, order.owner)
         # cancelled on the way, the job has no helper, rather than one with flags or credentials of an earlier call
         entry.owner, entry.helper = order.owner, None
         file = entry.files[0]

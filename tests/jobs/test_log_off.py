@@ -386,7 +386,10 @@ async def test_t12_after_a_restart_nobody_stands_in_for_an_owner_who_has_logged_
                 back = await Session.begin(bus.address, users["bitsbob"].uid)
                 with impersonate(await Token.for_session(back.name)):
                     await (await manager.get_job(jobs["bitsbob"])).wait()
-                await back.end()
+            async with BitsManager(store=tmp_path / "queue.db") as manager:
+                again = await manager.get_job(jobs["bitsbob"])
+                assert again._entry.owner is not None, "after another restart too, the owner is in the session in which he came back"
+            await back.end()
 
 
 async def test_a_session_that_another_user_has_now_is_not_the_owner_s_and_where_nobody_knows_he_is_here(tmp_path: Path) -> None:
