@@ -66,8 +66,11 @@ lint: install-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+WINDOWS_MODULES := $(addprefix bits_async/,identity/win32.py identity/windows.py identity/access_tokens.py identity/wts.py auth/sspi.py)
+
 types: install-test
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 $(WINDOWS_MODULES)
 
 # Last, so that the run ends with pytest's list of what was left out.
 pytest: lint types

@@ -661,6 +661,8 @@ _CODE_OF_ERRNO: Mapping[int, int] = MappingProxyType(
 def error_from_os(exc: OSError, *, path: Path | str, identity: str | None, doing: str = "use") -> BitsError:
     """The LOCAL_FILE error for a failed file call. `doing` is the verb of its sentence: "cannot <doing> <path>"."""
     code = _CODE_OF_ERRNO.get(exc.errno or 0, ErrorCode.ERROR_WRITE_FAULT)
+    if getattr(exc, "winerror", None) in (32, 33):  # another program has it open, or a part of it locked: to Python no permission
+        code = ErrorCode.ERROR_SHARING_VIOLATION
     return make_error(
         code, ErrorContext.LOCAL_FILE, f"cannot {doing} the file: {exc.strerror or type(exc).__name__}", path=path, identity=identity
     )

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from tests import acceptor
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 pytest_plugins = ["pytester"]
 LEAK_PATIENCE = 5.0
 collect_ignore = [] if sys.platform == "win32" else ["windows"]  # run there by `make test-windows`
+
+
+if sys.platform == "win32":  # under Wine, on a machine that has more to do
+    hypothesis.settings.register_profile("windows", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], max_examples=20)
+    hypothesis.settings.load_profile("windows")
 
 
 def pytest_configure(config: pytest.Config) -> None:

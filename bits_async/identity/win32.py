@@ -379,7 +379,8 @@ def milliseconds_up() -> int:
     return int(_GetTickCount64())
 
 
-_READ_WRITE_DELETE: Final = 0x80000000 | 0x40000000 | 0x00010000  # GENERIC_READ, GENERIC_WRITE, DELETE
+_READ_WRITE: Final = 0x80000000 | 0x40000000  # GENERIC_READ, GENERIC_WRITE
+_DELETE: Final = 0x00010000
 _SHARE_ALL: Final = 0x7  # FILE_SHARE_READ, _WRITE, _DELETE: whoever looks at the file, and our own rename, are let
 _CREATE_NEW, _OPEN_EXISTING = 1, 3
 _LINK_ITSELF: Final = 0x00200000  # FILE_FLAG_OPEN_REPARSE_POINT
@@ -387,7 +388,7 @@ _REPARSE_POINT: Final = 0x400  # FILE_ATTRIBUTE_REPARSE_POINT
 
 
 def open_file(path: str, *, new: bool) -> int:
-    """A descriptor to read, write and rename a file by. Not inherited, and it does not keep others from looking.
+    """A descriptor to read and write a file by. Not inherited; it keeps nobody from reading the file, nor from renaming it.
 
     Raises:
         OSError: FileExistsError when `new` and anything has the name; a link, or another reparse point, stands in the file's place.
@@ -396,7 +397,7 @@ def open_file(path: str, *, new: bool) -> int:
         import msvcrt
 
         how = _CREATE_NEW if new else _OPEN_EXISTING
-        handle = _CreateFile(path, _READ_WRITE_DELETE, _SHARE_ALL, None, how, _LINK_ITSELF, None)
+        handle = _CreateFile(path, _READ_WRITE, _SHARE_ALL, None, how, _LINK_ITSELF, None)
         try:
             fd = msvcrt.open_osfhandle(handle, os.O_RDWR | os.O_BINARY | os.O_NOINHERIT)
         except BaseException:
@@ -407,6 +408,19 @@ def open_file(path: str, *, new: bool) -> int:
             raise OSError(errno.ELOOP, "a link stands in the file's place", path)
         return fd
     raise OSError("only Windows has these calls")
+
+
+def in_use(path: str) -> bool:
+    """Whether somebody has the file open and lets nobody replace it meanwhile."""
+    try:
+        handle = _CreateFile(path, _DELETE, _SHARE_ALL, None, _OPEN_EXISTING, _LINK_ITSELF, None)
+    except OSError as exc:
+        return code_of(exc) == _SHARING_VIOLATION
+    _CloseHandle(handle)
+    return False
+
+
+_SHARING_VIOLATION: Final = 32
 
 
 def set_modification_time(fd: int, mtime_ns: int) -> None:

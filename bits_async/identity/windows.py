@@ -14,10 +14,12 @@ seen anywhere, because Wine cannot show it, and this was never run on a real Win
     * that a thread which wears a token may open what its user may open, and no more: to Wine every file is the one Unix user's;
     * a second user: LogonUser of Wine answers every password with one handle that is no token, WTSQueryUserToken every session with the
       process's own; that they are called as documented is all that is shown;
+    * that a link in a part file's place is not followed: Wine makes no links that Windows would know;
     * IDENTIFY in place of IMPERSONATE for a process without SeImpersonatePrivilege, tokens limited by UAC, sessions and their ends.
 """
 
 import contextlib
+import errno
 import os
 import sys
 import threading
@@ -267,8 +269,16 @@ def _in(directory: Path, name: str) -> Path:
 
 
 def rename_at(directory: Path, old: str, new: str) -> None:
-    """Renames within the directory; replaces what is there."""
-    os.replace(_in(directory, old), _in(directory, new))
+    """Renames within the directory; replaces what is there, unless another program has it open: OSError EBUSY."""
+    target = _in(directory, new)
+    try:
+        os.replace(_in(directory, old), target)
+    except PermissionError:  # what Windows says then too
+        if not win32.in_use(str(target)):
+            raise
+    else:
+        return
+    raise OSError(errno.EBUSY, "another program has the file open", str(target))
 
 
 def unlink_at(directory: Path, name: str) -> None:

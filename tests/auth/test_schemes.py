@@ -608,6 +608,7 @@ def no_kerberos(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
 
 
+@pytest.mark.posix  # Windows needs no extra
 async def test_without_the_extra_kerberos_says_what_to_install(make_flow: MakeFlow, no_kerberos: None) -> None:
     for given in (offer(NEGOTIATE, "alice@REALM"), Offer(NEGOTIATE, spnego.KerberosKeytab("/k", "a@R"), implicit=True, fingerprint="k")):
         error = await refused(make_flow(given), "Negotiate")

@@ -167,6 +167,7 @@ async def test_no_callers_context_reaches_a_thread(executor: TokenExecutor, toke
     assert await executor.run(LEAK.get) == "nothing"
 
 
+@pytest.mark.posix  # the test asks for ids, or starts a child that does
 async def test_the_loops_default_executor_is_never_used(executor: TokenExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asyncio.get_running_loop(), "_default_executor", object())
     await executor.run(os.getpid)
@@ -518,6 +519,7 @@ async def test_an_executor_that_is_forgotten_ends_its_threads(token: Token, iden
     await until(lambda: not {thread.name for thread in threading.enumerate()} & set(identity.born))
 
 
+@pytest.mark.posix  # the test asks for ids, or starts a child that does
 def test_a_stuck_thread_does_not_keep_the_interpreter_from_exiting() -> None:
     begin = time.monotonic()
     out = child.run(

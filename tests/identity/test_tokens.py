@@ -105,6 +105,7 @@ def test_the_processes_token_cannot_be_taken_from_the_others() -> None:
     assert Token.for_process().network is not None
 
 
+@pytest.mark.posix  # it asks by uid
 async def test_ones_own_users_token_can_be_closed() -> None:
     token = await Token.for_user(os.geteuid())
     token.close()

@@ -66,14 +66,21 @@ class TestFileCalls:
         if isinstance(directory, int):
             os.close(directory)
 
-    def test_what_is_there_is_not_made_again_and_no_link_is_opened(self, module: Any, tmp_path: Path) -> None:
+    @pytest.mark.posix  # Wine 8 makes no links
+    def test_no_link_is_opened(self, module: Any, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         (tmp_path / "link").symlink_to("file")
         directory = module.open_directory(tmp_path)
-        with pytest.raises(FileExistsError):
-            module.create_exclusive(directory, "file")
         with pytest.raises(OSError):
             module.open_existing(directory, "link")
+        if isinstance(directory, int):
+            os.close(directory)
+
+    def test_what_is_there_is_not_made_again(self, module: Any, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        directory = module.open_directory(tmp_path)
+        with pytest.raises(FileExistsError):
+            module.create_exclusive(directory, "file")
         for name in ("", "..", "a/b"):
             with pytest.raises(OSError):
                 module.stat_at(directory, name)

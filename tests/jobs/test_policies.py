@@ -339,6 +339,7 @@ def machine_in_berlin(monkeypatch):
 
 
 @pytest.mark.usefixtures("machine_in_berlin")
+@pytest.mark.posix  # tzset
 def test_the_machine_s_own_zone_knows_its_summer_time():
     zone = MachineZone()
     for hours in range(24 * 366):
