@@ -6,7 +6,7 @@ Nothing here looks at the disk or at a job.
 import importlib.util
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
@@ -85,20 +85,22 @@ def checked_file(file: FileInfo) -> CheckedFile:
         raise InvalidArgument("a path is text, not bytes")
     if "\0" in path or not os.path.isabs(path):
         raise InvalidArgument("a job's destination is an absolute path", path=path.replace("\0", "?"))
-    if Path(path).name in ("", ".", ".."):
+    destination = Path(path)
+    if destination.name in ("", ".", ".."):
         raise InvalidArgument("a destination names a file", path=path)
     digests = Digests.checked(sha256=file.sha256, sha512=file.sha512, blake3=file.blake3)
     if digests.blake3 is not None and importlib.util.find_spec("blake3") is None:
         raise InvalidArgument(
             "nothing here computes BLAKE3", code=ErrorCode.BG_E_INVALID_HASH_ALGORITHM, advice="install bits-async[blake3]"
         )
-    return CheckedFile(check_url(str(file.url)), Path(path), digests)
+    return CheckedFile(check_url(str(file.url)), destination, digests)
 
 
 def file_record(job_id: UUID, index: int, file: CheckedFile) -> FileRecord:
     """The file as the journal begins to keep it."""
-    named = FileRecord(job_id=job_id, index=index, original_url=file.url, url=file.url, path=file.path, digests=file.digests)
-    return replace(named, ranges=file.ranges)
+    return FileRecord(
+        job_id=job_id, index=index, original_url=file.url, url=file.url, path=file.path, digests=file.digests, ranges=file.ranges
+    )
 
 
 def replaced_prefix(url: str, old: str, new: str) -> str:

@@ -76,7 +76,7 @@ from .scheduler import Candidate, Limits, choose, may_retry, retry_delay
 from .store import Store, finish
 from .transfer import Attempt, Workshop
 
-COMMIT_AT_ONCE: Final = 64  # files that are renamed in one hop and journalled in one transaction
+COMMIT_AT_ONCE: Final = 256  # files that are renamed in one hop and journalled in one transaction
 CLOCK_STEP: Final = timedelta(seconds=2)  # by so much the wall clock may run away from the monotonic one before the journal follows
 
 log = logging.getLogger("bits_async.jobs")
@@ -1236,7 +1236,7 @@ class Engine:
 
 def _drafted(file: FileRecord) -> FileRecord:
     """With a name for its part file, which the journal then knows before the file is made."""
-    return replace(file, draft=file.draft or new_draft())
+    return file if file.draft else replace(file, draft=new_draft())
 
 
 def _uncounted(file: FileRecord) -> FileRecord:

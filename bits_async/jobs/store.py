@@ -1146,7 +1146,7 @@ def _columns(**columns: Any) -> Values:
 def _value(value: Any) -> Any:
     """How the journal keeps a value."""
     kind = type(value)
-    if value is None or kind is float or (kind is str and value.isascii()):
+    if value is None or kind is float or (kind is str and value.isascii()) or (kind is int and -_LARGEST <= value <= _LARGEST):
         return value  # most are
     match value:
         case None | bytes() | float():
@@ -1434,7 +1434,7 @@ class _Writer:
             transferred=file.transferred,
             committed=file.committed,
             validated=file.validated,
-            wanted=json.dumps([[each.initial_offset, each.length] for each in file.wanted]),
+            wanted=json.dumps([[each.initial_offset, each.length] for each in file.wanted]) if file.wanted else "[]",
             position=file.position,
             owed=file.owed,
         )
@@ -1539,15 +1539,16 @@ def _range_rows(file: FileRecord) -> list[Values]:
 
 
 def _slice_rows(file: FileRecord) -> list[Values]:
+    job = str(file.job_id)
     return [
-        _columns(
-            job_id=file.job_id,
-            file_index=file.index,
-            slice_index=number,
-            start=piece.start,
-            stop=piece.end,
-            durable=piece.durable,
-        )
+        {
+            "job_id": job,
+            "file_index": file.index,
+            "slice_index": number,
+            "start": _value(piece.start),
+            "stop": _value(piece.end),
+            "durable": _value(piece.durable),
+        }
         for number, piece in enumerate(file.slices)
     ]
 

@@ -180,9 +180,9 @@ async def _next(chunks: AsyncIterator[bytes], patience: float | None) -> bytes |
         return b""
 
 
-def _batch(limits: Chain) -> int:
+def _batch(levels: Sequence[Bucket]) -> int:
     """Bytes to write at once: what is paid for afterwards is read in small bites."""
-    return min(WRITE_BATCH, limits.chunk) if limits.limited else WRITE_BATCH
+    return min([WRITE_BATCH, *(level.chunk for level in levels if level.rate is not None)])
 
 
 def _behind(detached: Detached, moved: int) -> Detached:
@@ -769,7 +769,7 @@ class Attempt:
         together, and what a kill takes in between is no more than that.
         """
         self._refuse_elsewhere(asked, body)
-        at_once = body.length is not None and body.length <= _batch(Chain(*self._recorder.levels))
+        at_once = body.length is not None and body.length <= _batch(self._recorder.levels)
         if download.validator is None or download.validator.size is None:
             self._refuse_outside(download.record, body.total)
             named = body.url == download.record.url  # a redirect may lead elsewhere next time, and an ETag is of its own resource only
@@ -839,7 +839,7 @@ class Attempt:
         chunks, batch, size = aiter(body), [first] if first else [], len(first)
         levels = self._recorder.levels
         limits = Chain(*levels)
-        most = _batch(limits)
+        most = _batch(levels)
         try:
             while (chunk := await _next(chunks, WRITE_AFTER if batch else None)) is not None:
                 if chunk:
@@ -854,7 +854,7 @@ class Attempt:
                     if self._recorder.levels != levels:
                         levels = self._recorder.levels
                         limits = Chain(*levels)
-                    most = _batch(limits)
+                    most = _batch(levels)
         finally:
             if batch:
                 if limits.limited:

@@ -43,12 +43,12 @@ class Digests:
     blake3: str | None = None
 
     def __bool__(self) -> bool:
-        return any(getattr(self, name) is not None for name in _NAMES)
+        return (self.sha256, self.sha512, self.blake3) != (None, None, None)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The algorithms whose digest is known."""
-        return tuple(name for name in _NAMES if getattr(self, name) is not None)
+        return tuple(name for name in _NAMES if getattr(self, name) is not None) if self else ()
 
     def of(self, name: str) -> str | None:
         """The digest by that algorithm."""

@@ -642,7 +642,7 @@ class _Host:
 
     def take(self, key: LaneKey) -> Lane | None:
         """A kept lane of exactly this key; one whose connection still stands, if there is one."""
-        fitting = [lane for lane in self.idle if lane.key == key]
+        fitting = [lane for lane in self.idle if lane.key is key or lane.key == key]
         lane = next((lane for lane in reversed(fitting) if lane.connected), fitting[-1] if fitting else None)
         if lane is not None:
             self.idle.pop(lane).cancel()
@@ -775,9 +775,11 @@ class Lanes:
             self._forget_empty_hosts()
 
     def _key(self, party: Party, url: str) -> tuple[LaneKey, dict[Seat, Offers]]:
-        """Of many files of one job it is the same each time: the last one is kept, with all that it was made of."""
+        """Without credentials it is the same for each file of a job: the last one is kept, with all that it was made of."""
         origin, proxy = Origin.of(url), route(party.proxy, url)
-        asking = (party.token, party.grants, party.rules, party.tls, party.tls.key, party.judge and party.judge.key, party.redirected)
+        if party.grants:
+            return self._new_key(party, origin, proxy)
+        asking = (party.token, party.rules, party.tls, party.tls.key, party.judge and party.judge.key, party.redirected)
         made_of = (*asking, origin, proxy)
         if self._last_key is None or self._last_key[0] != made_of:
             self._last_key = made_of, self._new_key(party, origin, proxy)
@@ -822,7 +824,7 @@ class Lanes:
         for name in [name for name, host in self._hosts.items() if not (host.users or host.idle)]:
             del self._hosts[name]
         if not self._hosts:
-            self._last_key = None
+            self._last_key = None  # nor is a token kept that nobody uses
 
     def _close_soon(self, lane: Lane) -> None:
         """The socket goes now; aiohttp's own farewell is awaited by a task, which carries nobody's identity."""

@@ -133,8 +133,8 @@ class HttpOptions:
 
     def bound(self, origins: Iterable[Origin]) -> "HttpOptions":
         """With the custom headers and the client certificate bound to these origins, where they are not bound yet (T19)."""
-        named = frozenset(origins)
         headers, certificate = self.header_origins, self.certificate_origins
+        named = frozenset(origins) if self.headers != () or self.client_certificate is not None else frozenset()
         if headers is None and self.headers != ():
             headers = named
         if certificate is None and self.client_certificate is not None:

@@ -93,6 +93,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[Bucket, int]:
 @pytest.fixture
 def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.native, "pwrite_all", lambda *_: None)
+    monkeypatch.setattr(files.native, "room", lambda _: None)  # nobody knows how much
     monkeypatch.setattr(testing, "PIECE", 1 << 20)
 
 
