@@ -132,6 +132,8 @@ class _Download:
     segments: tuple[Slice, ...] = ()  # in place of the piece, while the file is fetched in several ranges at once
     abreast: int = 1  # so many of them at once
     whole: Sequence[bytes] | None = None  # all of it, in the place of a part file
+    arrivals_seen: int = 0  # other files that had come in whole when its connection broke last
+    broke_with_others: bool = False  # once: next time it counts
 
     @property
     def part(self) -> PartFile:
@@ -316,7 +318,9 @@ class Attempt:
         self._recorder = recorder
         self._pair = pair
         self._party = party
-        self._reconnects = 0
+        self._reconnects = 0  # since a file came in whole
+        self._arrivals = 0  # files that came in whole
+        self._resting = 0  # so many wait before they open theirs again
         self._under_way: set[int] = set()  # files, by index
         self._passed = 0  # so many files, from the first on, are transferred or under way
         self._shelf: _Shelf | None = None  # for files that come whole, if there are several
@@ -353,6 +357,7 @@ class Attempt:
             while (record := await self._next_file()) is not None:
                 self._under_way.add(record.index)
                 download = await self._transfer(record, files, await self._party(remote, security, record.index))
+                self._reconnects, self._arrivals = 0, self._arrivals + 1
                 if download.whole is None:
                     self._under_way.discard(record.index)
 
@@ -947,21 +952,31 @@ class Attempt:
     # -- when it does not go straight ---------------------------------------------------------------------------------------------------
 
     async def _reopen(self, download: _Download, error: BitsError, moved: bool) -> None:
-        """Open a connection that broke after new bytes again, a few times in one attempt; anything else ends the attempt.
+        """Open a connection that broke after new bytes, or after another file, again, a few times for each file that comes in; anything
+        else ends the attempt. Several that break together (a server that is restarted) count as one, once for each file.
 
         Several connections at once may be more than a server or the way there bears: then half of them are tried first.
         """
         if download.segments and download.abreast > 1 and error.transient and not isinstance(error, LocalFileError):
             download.abreast //= 2
             return
-        if not (isinstance(error, NetworkError) and error.transient and moved and self._reconnects < RECONNECTS):
+        progress = moved or self._arrivals > download.arrivals_seen
+        together = self._resting > 0 and not download.broke_with_others
+        again = progress and (together or self._reconnects < RECONNECTS)
+        if not (isinstance(error, NetworkError) and error.transient and again):
             raise error
         if not self._recorder.job.http.plain:
             raise error  # only the application knows whether such a request may be made twice
-        delay = RECONNECT_DELAYS[self._reconnects]
-        self._reconnects += 1
+        self._reconnects += not together
+        download.broke_with_others = download.broke_with_others or together
+        download.arrivals_seen = self._arrivals
+        delay = RECONNECT_DELAYS[max(0, self._reconnects - 1)]
         self._recorder.retrying(self._reconnects, delay, error)
-        await self._shop.clock.sleep(delay)
+        self._resting += 1
+        try:
+            await self._shop.clock.sleep(delay)
+        finally:
+            self._resting -= 1
         if not self._can_go_on(download.validator):
             await self._anew(download, self._why_anew, changed=False)
 

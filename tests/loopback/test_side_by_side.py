@@ -291,6 +291,39 @@ async def test_a_file_that_fails_stops_the_others_and_what_they_have_is_kept(no_
     assert {"bytes=10000-"} == {seen.range for seen in scene.origin.requests[before:] if seen.target in ("/0", "/1")}
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+async def test_a_connection_that_breaks_before_a_files_first_byte_does_not_stop_a_job_whose_other_files_come(
+    scene: Scene, at_once: int
+) -> None:
+    for number in (3, 5):
+        scene.origin.fault(f"/{number}", Fault(cut_after=0))
+    async with scene.manager() as manager:
+        job = await scene.small(manager, at_once)
+        await job.wait(transient=True)
+        await job.complete()
+    assert [(scene.directory / f"file{number}").read_bytes() for number in range(len(SMALL))] == SMALL
+
+
+async def test_a_file_that_never_comes_ends_the_attempt_though_others_came(scene: Scene) -> None:
+    scene.origin.always("/3", Fault(cut_after=0))
+    async with scene.manager() as manager:
+        job = await scene.small(manager, 1)
+        with pytest.raises(bits.NetworkError):
+            await job.wait(transient=True)
+        assert [seen.target for seen in scene.origin.requests].count("/3") == 2
+
+
+async def test_connections_that_break_together_are_one_trouble(scene: Scene) -> None:
+    assert len(SMALL) > transfer.RECONNECTS
+    for number in range(len(SMALL)):
+        scene.origin.fault(f"/{number}", Fault(cut_after=100))
+    async with scene.manager() as manager:
+        job = await scene.small(manager, len(SMALL))
+        await job.wait(transient=True)
+        await job.complete()
+    assert [(scene.directory / f"file{number}").read_bytes() for number in range(len(SMALL))] == SMALL
+
+
 async def test_suspended_files_go_on_where_they_were(no_leaks: None, scene: Scene) -> None:
     hold = Hold(after=10_000)
     for number in range(3):
