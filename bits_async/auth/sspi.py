@@ -208,7 +208,7 @@ def _acquired(package: str, account: Account | None) -> _Handle:
     if account is not None:
         secret = ctypes.create_unicode_buffer(account.password)
         identity = _Identity(
-            *(account.user, _units(account.user), account.domain, _units(account.domain)),
+            *(account.user, _units(account.user), account.domain or None, _units(account.domain)),
             *(ctypes.cast(secret, ctypes.c_void_p), _units(account.password), _UNICODE),
         )
     try:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from bits_async.errors import ImpersonationFailed
-from bits_async.identity import native, windows
+from bits_async import Token
+from bits_async.errors import BitsError, ErrorCode, ImpersonationFailed
+from bits_async.identity import native, win32, windows
+from bits_async.identity.threads import in_own_thread
 
 if sys.platform != "win32":
     from bits_async.identity import posix
@@ -120,3 +122,18 @@ def test_a_thread_that_impersonates_is_not_the_process(monkeypatch: pytest.Monke
     monkeypatch.setattr(windows, "_thread_impersonates", lambda: True)
     with pytest.raises(ImpersonationFailed, match="impersonating somebody else"):
         identity.check()
+
+
+@pytest.mark.posix
+async def test_access_tokens_are_windows_s_alone() -> None:
+    for make in (lambda: Token.for_handle(4), lambda: in_own_thread(Token.for_thread)):
+        with pytest.raises(BitsError, match="on Windows only") as caught:
+            await make()
+        assert caught.value.code == ErrorCode.E_NOTIMPL
+
+
+@pytest.mark.posix
+def test_calls_of_windows_load_nothing_elsewhere() -> None:
+    assert len(win32.CALLS) > 20
+    with pytest.raises(OSError, match="only Windows"):
+        win32.process_token()

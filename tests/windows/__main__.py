@@ -57,6 +57,7 @@ def _write_stage(machine: Windows, directory: Path, kdc: MitKdc, apache: Apache)
                 "sha256": apache.sha256,
                 "principal": kdc.principal(ALICE),
                 "password": kdc.password(ALICE),
+                "others": {"bob": kdc.password("bob")},
             }
         ),
         encoding="utf-8",

@@ -20,6 +20,7 @@ class Stage:
     sha256: str
     principal: str
     password: str
+    others: dict[str, str]  # users of the realm, and their passwords
 
     def hits(self, expect: int, **match: object) -> list[Hit]:
         """Lines of Apache's log with these fields, once there are at least so many."""

@@ -4,9 +4,11 @@ Wine's Kerberos is the library of this machine, so the tickets and the contexts 
 token is shown *its own* tickets cannot be seen here; NTLM with the logon's own password needs a domain member, and is not seen either.
 """
 
+import base64
 import hashlib
 import ssl
 import threading
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,6 +129,16 @@ class TestContexts:
 
     def test_a_binding_changes_what_is_shown(self) -> None:
         assert sspi.Context("Kerberos", SPN, binding=b"tls-server-end-point:" + bytes(32)).step()
+
+    def test_an_account_is_shown_whoever_the_thread_is(self) -> None:
+        """By Kerberos; the account in two parts, because Wine's does not know alice@REALM for what Windows takes it for."""
+        account = sspi.Account("bob", "BITS.TEST", stage().others["bob"])
+        token = base64.b64encode(sspi.Context("Kerberos", SPN, account=account).step()).decode()
+        request = urllib.request.Request(stage().url + "/neg/big?account", headers={"Authorization": f"Negotiate {token}"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+            assert hashlib.sha256(answer.read()).hexdigest() == stage().sha256
+        (hit,) = stage().hits(1, target="/neg/big?account", status=200)
+        assert hit.user == "bob@BITS.TEST"
 
     def test_nobody_is_known_there(self) -> None:
         with pytest.raises(OSError) as caught:
