@@ -10,7 +10,8 @@ link; each directory belongs to root or to the effective user, and others may no
 cannot replace what we own in it). The last directory, which holds the journal, belongs to the effective user and nobody else
 may write it, sticky or not: SQLite makes files in it by name. Once that holds nobody else can change what any of these names
 mean, so later calls may go by path. The group bits of a mode are also the mask of an access control list, so one look at the
-mode covers both. On Windows only links are refused here.
+mode covers both. On Windows only links are refused: owners and access lists are not looked at, so there a journal is as private as the
+list of its directory makes it (that of a user's own, below %LOCALAPPDATA%, admits the user, administrators and the system).
 
 Everything here blocks: it is called by the store's own thread. This module knows neither SQLite nor the records of a job.
 """
@@ -367,7 +368,7 @@ if sys.platform == "win32":
         """Makes the names in a directory durable. Windows has no such call; there a name is durable with its file."""
 
     def _set_mode(fd: int) -> None:
-        pass  # owners and access control lists come with the Windows twin
+        pass  # owners and access lists of Windows are not looked at: see above
 
     def _stranger(status: os.stat_result, forbidden: int, ancestor: bool) -> tuple[str, str] | None:
         return None  # likewise

@@ -177,6 +177,8 @@ async def the_queue() -> None:
 
 async def identities() -> None:
     token = await bits.Token.for_user("alice", network=spnego.KerberosCCache("FILE:/tmp/cc"))
+    assert_type(await bits.Token.for_handle(4, level=bits.ImpersonationLevel.IDENTIFY), bits.Token)
+    assert_type(bits.Token.for_thread(), bits.Token | None)
     assert_type(bits.Token.for_network(spnego.Password("alice@REALM", "secret")), bits.Token)
     assert_type(bits.Token.for_process(), bits.Token)
     assert_type(token.level, bits.ImpersonationLevel)
