@@ -395,6 +395,7 @@ class LaneConnector(aiohttp.TCPConnector):
         self._proxy_login = proxy_login
         self._current: ResponseHandler | None = None
         self._wire: asyncio.Transport | None = None  # TCP itself, under all TLS: to abort it always works
+        self._tunnel: asyncio.Transport | None = None  # TLS with the proxy, under that with the origin
         self._taps: list[TappedContext] = []  # of this connection's TLS, the outer first
         self._fresh = False
         self._lent: Deciphered | None = None
@@ -418,7 +419,6 @@ class LaneConnector(aiohttp.TCPConnector):
             AuthFailed: the proxy wants a login that may not be given, or refused it.
         """
         self.drop()
-        self._taps.clear()
         self.peer_certificate = self.proxy_certificate = None
         try:
             if self.route.tunnelled:
@@ -436,7 +436,7 @@ class LaneConnector(aiohttp.TCPConnector):
 
         A lent one is cut, which its reader notices, and closed when it comes back: until then only the reader touches its TLS.
         """
-        self._current, self._fresh = None, False
+        self._current, self._tunnel, self._fresh = None, None, False
         if self._line is not None:
             with suppress(OSError):  # the peer was quicker
                 self._line.shutdown(socket.SHUT_RDWR)  # closing our descriptor would not end it
@@ -448,28 +448,33 @@ class LaneConnector(aiohttp.TCPConnector):
 
     @property
     def lendable(self) -> bool:
-        """The connection has one descriptor and at most one TLS, with nothing left to send."""
+        """The connection stands, with nothing left to send."""
         wire = self._wire
-        return wire is not None and not wire.is_closing() and not wire.get_write_buffer_size() and len(self._taps) < 2
+        return wire is not None and not wire.is_closing() and not wire.get_write_buffer_size()
 
     async def lend(self) -> socket.socket | Deciphered:
         """What the rest of a body can be read from, in any one thread, until `take_back`. The transport above is paused already.
 
-        Reading that was asked for before the pause is begun by the loop in its next round, so it is paused once more.
+        Reading that was asked for before the pause is begun by the loop in its next round, so it is paused once more. TLS in the TLS of a
+        proxy is deciphered twice.
         """
         assert self._wire is not None, "only what is lendable is lent"
-        self._wire.pause_reading()
+        self._pause()
         raw: socket.socket = self._wire.get_extra_info("socket")
         self._line = socket.fromfd(raw.fileno(), raw.family, raw.type)
         self._line.setblocking(False)
         self._at_home.clear()
         await asyncio.sleep(0)
-        self._wire.pause_reading()
-        if not self._taps:
-            return self._line
-        assert self._taps[0].last is not None, "the handshake is over"
-        self._lent = Deciphered(self._line, *self._taps[0].last)
-        return self._lent
+        self._pause()
+        for tap in self._taps:
+            assert tap.last is not None, "the handshake is over"
+            self._lent = Deciphered(self._lent or self._line, *tap.last)
+        return self._lent or self._line
+
+    def _pause(self) -> None:
+        for each in (self._wire, self._tunnel):
+            if each is not None:
+                each.pause_reading()
 
     def take_back(self, *, whole: bool) -> bool:
         """Nobody else reads it any more. True: all was read (`whole`) and nothing has come behind it, so it may serve again (T26)."""
@@ -482,8 +487,10 @@ class LaneConnector(aiohttp.TCPConnector):
         self._at_home.set()
         if self._current is None:
             self.drop()
-        elif self._wire is not None:
-            self._wire.resume_reading()
+        else:
+            for each in (self._wire, self._tunnel):
+                if each is not None:
+                    each.resume_reading()
         return quiet
 
     async def home(self) -> None:
@@ -547,6 +554,7 @@ class LaneConnector(aiohttp.TCPConnector):
             async with asyncio.timeout(timeouts.connect):
                 inner = await self._start_tls(transport, protocol, url, self._tls)
         self._current = protocol
+        self._tunnel = None if transport is self._wire else transport
         self.peer_certificate = peer_certificate(inner)
 
     async def _dial(self, peer: str, factory: "Callable[[], _Protocol]", settings: TlsSettings) -> "tuple[asyncio.Transport, _Protocol]":
@@ -554,6 +562,7 @@ class LaneConnector(aiohttp.TCPConnector):
         loop, tls = asyncio.get_running_loop(), peer[:6].lower() == "https:"
         connected = await _connected_socket(*authority(peer))
         protocol = factory()
+        self._taps.clear()
         try:
             there, here = connected.getpeername()[0], connected.getsockname()[0]
             self.near = there if is_near(there, here) else None

@@ -237,11 +237,11 @@ class TappedContext(ssl.SSLContext):
 class Deciphered:
     """The bytes that come over a TLS connection, read from its own socket by one thread, while nobody else touches the connection.
 
-    Reads like a non-blocking socket, which `wire` has to be. Tickets and key updates are dealt with on the way; what was read too
-    far stays where the transport finds it again.
+    Reads and writes like a non-blocking socket, which `wire` has to be; or it is what comes over another TLS connection, in which this
+    one is a tunnel. Tickets and key updates are dealt with on the way; what was read too far stays where the transport finds it again.
     """
 
-    def __init__(self, wire: socket.socket, tls: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
+    def __init__(self, wire: "socket.socket | Deciphered", tls: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
         self._wire = wire
         self._tls = tls
         self._incoming = incoming
@@ -280,6 +280,16 @@ class Deciphered:
         if not count and not self._ended:
             raise BlockingIOError
         return count
+
+    def send(self, data: bytes) -> int:
+        """All of it.
+
+        Raises:
+            ConnectionError: the peer does not take it.
+        """
+        self._tls.write(data)
+        self._send(self._outgoing.read())
+        return len(data)
 
     def _feed(self) -> bool:
         """Records from the socket for TLS; False: none are there, or will be."""

@@ -39,6 +39,7 @@ class Way:
     by: str
     tls: bool = False
     proxy: bool = False
+    proxy_tls: bool = False
     chunked: bool = False
     digest: bool = False
     splice: bool = True
@@ -67,6 +68,7 @@ WAYS = {
     "TLS": Way("copy", tls=True),
     "TLS for a digest": Way("copy", tls=True, digest=True),
     "TLS through a proxy": Way("copy", tls=True, proxy=True),
+    "TLS in the TLS of a proxy": Way("copy", tls=True, proxy=True, proxy_tls=True),
     "a forwarding proxy": Way("splice", proxy=True),
     "chunks": Way("chunks", chunked=True),
     "chunks over TLS": Way("chunks", tls=True, chunked=True),
@@ -170,7 +172,7 @@ async def staged(way: Way, directory: Path, monkeypatch: pytest.MonkeyPatch, aut
         monkeypatch.setattr(native, "splicer", lambda: None)
     async with AsyncExitStack() as stack:
         origin = await stack.enter_async_context(Origin(tls=authority.server if way.tls else None))
-        proxy = await stack.enter_async_context(Proxy()) if way.proxy else None
+        proxy = await stack.enter_async_context(Proxy(tls=authority.server if way.proxy_tls else None)) if way.proxy else None
         origin.serve("/file", OLD)
         if way.chunked:
             origin.always("/file", Fault(chunked=True))
