@@ -681,7 +681,7 @@ class Attempt:
             download.went_back = False
             first = await self._across_the_seam(download, body, seam)
             start = piece.written
-            detached = None if first else await body.detach()
+            detached = None if first or download.opened is None else await body.detach()  # not what is one write
             if detached is None:
                 await self._pump(download, piece, body, first)
             else:

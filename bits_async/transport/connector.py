@@ -395,7 +395,8 @@ class LaneConnector(aiohttp.TCPConnector):
         self._proxy_login = proxy_login
         self._current: ResponseHandler | None = None
         self._wire: asyncio.Transport | None = None  # TCP itself, under all TLS: to abort it always works
-        self._tunnel: asyncio.Transport | None = None  # TLS with the proxy, under that with the origin
+        self._tunnel: asyncio.Transport | None = None  # TLS with the proxy,
+        self._inner: asyncio.Transport | None = None  # under that with the origin
         self._taps: list[TappedContext] = []  # of this connection's TLS, the outer first
         self._fresh = False
         self._lent: Deciphered | None = None
@@ -436,13 +437,15 @@ class LaneConnector(aiohttp.TCPConnector):
 
         A lent one is cut, which its reader notices, and closed when it comes back: until then only the reader touches its TLS.
         """
-        self._current, self._tunnel, self._fresh = None, None, False
+        self._current, self._fresh = None, False
         if self._line is not None:
             with suppress(OSError):  # the peer was quicker
                 self._line.shutdown(socket.SHUT_RDWR)  # closing our descriptor would not end it
         elif self._wire is not None:
+            if self._inner is not None:
+                self._inner.abort()  # else aiohttp closes it in peace, at which asyncio before Python 3.12 stumbles over unread bytes
             self._wire.abort()
-            self._wire = None
+            self._wire = self._tunnel = self._inner = None
 
     # -- lending
 
@@ -554,7 +557,8 @@ class LaneConnector(aiohttp.TCPConnector):
             async with asyncio.timeout(timeouts.connect):
                 inner = await self._start_tls(transport, protocol, url, self._tls)
         self._current = protocol
-        self._tunnel = None if transport is self._wire else transport
+        if transport is not self._wire:
+            self._tunnel, self._inner = transport, inner
         self.peer_certificate = peer_certificate(inner)
 
     async def _dial(self, peer: str, factory: "Callable[[], _Protocol]", settings: TlsSettings) -> "tuple[asyncio.Transport, _Protocol]":

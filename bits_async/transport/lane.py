@@ -306,8 +306,8 @@ class LaneBody:
         due = (loop.time() if self._waiting_since is None else self._waiting_since) + self._idle
         if due <= loop.time():
             self._silent = True
-            self._response.close()
             self._lane.drop()
+            self._response.close()
         else:
             self._watch = loop.call_later(due - loop.time(), self._look)
 
@@ -351,8 +351,8 @@ class LaneBody:
             self._watch.cancel()
         if not self._response.content.at_eof() or self._left:
             self._lane.connector.take_back(whole=False)  # lent to nobody in the end
-            self._response.close()
             self._lane.drop()
+            self._response.close()
         self._ended = True
 
 
@@ -449,10 +449,10 @@ class Lane:
                 await self._take_challenge(verdict, asked, response)
             raise AuthFailed("the peer asks for one login after the other")
         except BaseException:
+            self.drop()
             if response is not None:
                 response.close()
             self.failed = True
-            self.drop()
             raise
 
     def _judge(self, asked: Asked, response: aiohttp.ClientResponse) -> Verdict:
@@ -559,8 +559,8 @@ class Lane:
             pass  # the connection is given up below, whatever is wrong with it
         finally:
             if not settled:
-                response.close()
                 self.drop()
+                response.close()
         return page
 
     def drop(self) -> None:
