@@ -317,8 +317,9 @@ def _request_of(
         raise InvalidArgument("a logon needs a password or a keytab")
     if sys.platform == "win32" and (keytab is not None or password is None):
         raise InvalidArgument("Windows logs on with passwords, not with keytabs")
-    anywhere = logon_type is LogonType.NEW_CREDENTIALS or sys.platform == "win32"
-    name, realm = _account(user, domain, anywhere=anywhere)
+    new = logon_type is LogonType.NEW_CREDENTIALS
+    # LogonUser takes a domain by either of its names, but name@suffix with a suffix that the directory knows only.
+    name, realm = _account(user, domain, anywhere=new or sys.platform == "win32", slash=sys.platform == "win32" and not new)
     if not realm and keytab is not None:
         raise InvalidArgument("an account of this machine has no keytab", advice="name the realm: alice@REALM")
     place = None if keytab is None else os.fspath(keytab)
@@ -327,13 +328,13 @@ def _request_of(
     return _Request(name, realm, spnego.Password(name, password), place)
 
 
-def _account(user: str, domain: str | None, *, anywhere: bool) -> tuple[str, str]:
-    """The full name, and the realm in it ("": this machine)."""
+def _account(user: str, domain: str | None, *, anywhere: bool, slash: bool = False) -> tuple[str, str]:
+    """The full name, and the realm in it ("": this machine, or a domain: `slash` writes DOMAIN\\user)."""
     name = _plain(user)
     if domain not in (None, "."):
         if "@" in name or "\\" in name:
             raise InvalidArgument("the user's name already has a domain in it")
-        name = f"{name}@{_plain(domain)}"
+        name = f"{_plain(domain)}\\{name}" if slash else f"{name}@{_plain(domain)}"
     if "\\" in name and not anywhere:
         raise InvalidArgument("DOMAIN\\user names no Kerberos realm", advice="write alice@REALM, or use LogonType.NEW_CREDENTIALS for NTLM")
     return name, name.rpartition("@")[2] if "@" in name else ""

@@ -247,12 +247,12 @@ class TestShapesOnly:
             raise win32.failure(1326)
 
         monkeypatch.setattr(win32, "_LogonUser", logon)
-        for user, domain in (("alice@REALM", None), ("LAB\\alice", None), ("alice", "."), ("alice", None)):
+        for user, domain in (("alice@REALM", None), ("LAB\\alice", None), ("bob", "LAB"), ("alice", "."), ("alice", None)):
             for logon_type in set(LogonType) - {LogonType.NEW_CREDENTIALS}:
                 with pytest.raises(LogonFailed):
                     await bits.logon_user(user, "secret", domain=domain, logon_type=logon_type)
         names = {(user, domain) for user, domain, *_ in asked}
-        assert names == {("alice@REALM", None), ("alice", "LAB"), ("alice", ".")}
+        assert names == {("alice@REALM", None), ("alice", "LAB"), ("bob", "LAB"), ("alice", ".")}
         assert {logon_type for *_, logon_type, _ in asked} == {2, 3, 4, 5, 8}
         assert {(secret, provider) for _, _, secret, _, provider in asked} == {("secret", 0)}
 
