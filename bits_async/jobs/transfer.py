@@ -1036,9 +1036,9 @@ class Attempt:
     # -- the end ------------------------------------------------------------------------------------------------------------------------
 
     async def _finished(self, download: _Download) -> bool:
-        """Every byte is there: check the ends, make it durable, journal it. False: it is wrong, and to be fetched anew."""
+        """Every byte is there: make it durable, check the ends, journal it. False: it is wrong, and to be fetched anew."""
         piece, record = download.piece, download.record
-        length = await download.part.length()
+        length = await download.part.sync()
         if length != piece.written or (piece.end is not None and length != piece.end):
             message = f"the part file has {length} bytes instead of {piece.end if piece.end is not None else piece.written}"
             await self._refuse(download, message)
@@ -1050,7 +1050,6 @@ class Attempt:
         known = download.validator or Validator(None, None, None)
         download.validator = known if record.ranges and known.size is not None else replace(known, size=length)
         piece.end = length
-        await download.part.sync()
         piece.durable = piece.written
         await self._keep(download, transferred=True)
         return True
