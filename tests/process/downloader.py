@@ -26,8 +26,8 @@ def start(url: str, path: Path, **more: Any) -> "subprocess.Popen[str]":
     Args:
         url, path: what is downloaded.
         more: sha256, store, queue (true: a job of a `BitsManager`, left TRANSFERRED), cancel (true: which is then cancelled),
-            segments and segment (of a queue: how many, and bytes of the smallest), checkpoint (bytes), die, slowly (seconds that
-            each write to the file takes more).
+            segments and segment (of a queue: how many, and bytes of the smallest), copies (of a queue: so many files, the others named
+            path1, path2), checkpoint (bytes), die, slowly (seconds that each write to the file takes more).
     """
     order = json.dumps({"url": url, "path": str(path), **more})
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -116,7 +116,8 @@ async def _queue(order: dict[str, Any]) -> None:
     async with bits.BitsManager(store=order["store"]) as manager:
         job = await manager.create_job("killed")
         await job.set_segments(order.get("segments", 1))
-        await job.add_file(order["url"], order["path"], sha256=order.get("sha256"))
+        paths = [order["path"], *(f"{order['path']}{number}" for number in range(1, order.get("copies", 1)))]
+        await job.add_file_set([bits.FileInfo(order["url"], path, sha256=order.get("sha256")) for path in paths])
         await job.resume()
         await job.wait()
         if order.get("cancel"):

@@ -287,6 +287,24 @@ async def test_killed_at_any_point_the_next_run_has_the_file_and_leaves_nothing_
     assert starts(again) == ([] if whole else [length])
 
 
+@pytest.mark.parametrize(
+    "point",
+    ["halfway pwrite_all 2", "after pwrite_all 4", "after datasync 1", "before save 5", "before save 6"],
+)
+async def test_killed_while_small_files_are_written_together_the_next_run_has_them_all_and_leaves_nothing_else(scene, point):
+    """The fifth save is that of the batch: what it holds is not fetched again, and of what was not journalled nothing stays."""
+    scene.serve(os.urandom(50_000))
+    await scene.dead(scene.start(die=point, store=str(scene.store), queue=True, copies=4))
+    asked = len(scene.origin.requests)
+    async with bits.BitsManager(store=scene.store) as manager:
+        (job,) = [each async for each in manager.enum_jobs()]
+        await job.wait()
+        await job.complete()
+    assert scene.left == ["file", "file1", "file2", "file3"]
+    assert all((scene.out / name).read_bytes() == scene.body for name in scene.left)
+    assert len(scene.origin.requests) - asked == (0 if point == "before save 6" else 4)
+
+
 @pytest.mark.parametrize("point", ["after create_exclusive 1", "before save 4"])
 async def test_killed_when_the_part_file_was_just_made_nothing_of_it_is_left_after_the_next_run(scene, small, point):
     """The journal knows the name of a part file before the file exists."""
