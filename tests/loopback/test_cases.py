@@ -4,12 +4,15 @@ Where the other cases of the product's first promise are:
 
     changed between ranges, runs and managers (ETag, date, size, weak ETag, a validator that goes or comes)   test_versions.py
     If-Range ignored, 200 to a range, 416 on a changed file, shorter, longer, empty                           test_versions.py
-    a file of ranges, and on demand                                                                           test_files.py
+    several ranges of a file, several files, and connections that break among them                            test_side_by_side.py
+    a file of ranges, on demand, no length                                                                     test_files.py
     an ETag that two mirrors share, redirect loops, heads of 64 KiB, framing told twice, chunk bombs          test_hostile.py
-    digests                                                                                                   test_digests.py
+    digests, in heads and in trailers                                                                         test_digests.py
     killed at any point                                                                                       ../process/test_kill.py
-    all of it at random                                                                                       ../integrity/
-    the same on nginx, Apache and through Squid                                                               ../realm/test_versions.py
+    all of it at random, of one file and of several in several ranges                                         ../integrity/
+    the same on nginx, Apache and through Squid; 416, compressed variants, 5 GiB, HEAD refused                ../realm/test_versions.py
+    no progress for too long                                                                                  ../jobs/test_life_cycle.py
+    what the command says of each refusal                                                                     ../cli/
 """
 
 import asyncio
@@ -231,6 +234,20 @@ async def test_a_connection_may_end_at_any_byte_and_what_came_is_kept(visit, raw
     assert found == OLD
     assert error is None or error.transient
     assert visit.ranges == [None, f"bytes={body}-" if body > 0 else None]
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["loop", "thread"])
+async def test_a_part_file_that_somebody_makes_longer_meanwhile_is_thrown_away(visit, thread, monkeypatch):
+    monkeypatch.setattr(lane, "DETACH_FROM", 1 if thread else 1 << 30)
+    hold = Hold(after=HALF)
+    visit.origin.fault("/file", Fault(hold=hold))
+    call = asyncio.ensure_future(visit.error())
+    await hold.reached.wait()
+    (part,) = visit.out.parent.iterdir()
+    os.truncate(part, SIZE + 1)
+    hold.release()
+    assert (await call).code == ErrorCode.BG_E_VALIDATION_FAILED
+    assert os.listdir(visit.out.parent) == []
 
 
 @pytest.mark.parametrize("way", [HONEST, Fault(chunked=True), Fault(chunked=True, trailers=(("X-Checked", "yes"), ("ETag", '"v9"')))])

@@ -1,5 +1,6 @@
 """What may be asked, and the decision table of answers row by row."""
 
+import base64
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -47,6 +48,7 @@ from bits_async.transport.answers import (
     retry_after,
     validator_of,
 )
+from bits_async.transport.digests import Digests
 from bits_async.transport.ranges import Slice, Validator
 
 URL = "https://files.example/big.iso?sig=secret"
@@ -555,6 +557,29 @@ def test_what_is_not_proved_to_be_the_same_version_restarts_the_file(
     assert isinstance(verdict, Restart)
     assert (verdict.validator, verdict.changed) == (validator, changed)
     assert verdict.reason
+
+
+SAID = "sha-256=:" + base64.b64encode(bytes(32)).decode() + ":"
+OTHER = "sha-256=:" + base64.b64encode(bytes(31) + b"x").decode() + ":"
+OF_SAID = Digests(sha256=bytes(32).hex())
+
+
+@pytest.mark.parametrize("pinned", [PINNED, DATED, Validator('W/"a"', MONDAY, 200)], ids=["ETag", "date", "weak"])
+def test_another_digest_is_another_version_whatever_the_validators_say(pinned: Validator) -> None:
+    question = asked(100, None, replace(pinned, digests=OF_SAID))
+    lines = ["Content-Range: bytes 100-199/200", f"Last-Modified: {MONDAY}", *([f"ETag: {pinned.etag}"] if pinned.etag else [])]
+    for status, more in ((206, lines), (200, ["Content-Length: 200", *lines[1:]])):
+        other = judge(question, answer(status, *more, f"Repr-Digest: {OTHER}"))
+        assert isinstance(other, Restart)
+        assert other.changed
+    assert isinstance(judge(question, answer(206, *lines, f"Repr-Digest: {SAID}")), Accept)
+    assert isinstance(judge(question, answer(206, *lines)), Accept), "it need not be told again"
+
+
+def test_the_same_digest_proves_the_same_version_though_its_date_is_another() -> None:
+    question = asked(100, None, replace(DATED, digests=OF_SAID))
+    reply = answer(206, "Content-Range: bytes 100-199/200", f"Last-Modified: {TUESDAY}", f"Repr-Digest: {SAID}")
+    assert isinstance(judge(question, reply), Accept)
 
 
 # -- the decision table: complete, redirect, challenge
