@@ -1,8 +1,11 @@
-"""`make bench-integrity`: the schedules of `schedules.json`, played to curl, wget, aria2c and `bits-async download`, as a table.
+"""`make bench-integrity`: the schedules of `schedules.json`, played to curl, wget, wget2, aria2c and `bits-async download`, as a table.
 
 Every tool is a program of its own, told to continue what it finds; killed where a schedule says so, and started again as often as
 it says. Who says with exit code 0 that the file is there is taken at his word, and the file is compared with what was served. Exit
 code 0 whatever the figures.
+
+Those that fetch a file in several ranges at once get larger files, as none of them divides a small one; the rows of a schedule then go
+to whichever connection asks next.
 """
 
 import argparse
@@ -20,10 +23,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from tests.bench.machine import describe
 from tests.integrity.schedules import Schedule, load
 from tests.integrity.stage import Outcome, Stage
 
 SCALE: Final = 16  # times the sizes of the schedules, so that a tool is killed with something on the disk
+DIVIDED: Final = 2000  # the same for a tool that divides files: 20 MB, enough for 4 ranges of ours and of aria2c's
 PATIENCE: Final = 30.0  # seconds for one run
 DIGESTION: Final = 0.05  # seconds between the last byte before a kill and the kill
 
@@ -35,25 +40,40 @@ class Tool:
     name: str
     program: str
     command: Callable[[str, Path], Sequence[str]]
+    scale: int = SCALE
 
 
+def _curl(*more: str) -> Callable[[str, Path], Sequence[str]]:
+    return lambda url, path: ["-q", "-fsSL", *more, "-C", "-", "-o", str(path), url]
+
+
+def _wget2(*more: str) -> Callable[[str, Path], Sequence[str]]:
+    common = ("--no-config", "-q", "-t", "3", "--waitretry=0", "-T", "10", "--no-hsts", "--no-ocsp", *more)
+    return lambda url, path: [*common, "-O", str(path), url]
+
+
+def _aria2c(*more: str) -> Callable[[str, Path], Sequence[str]]:
+    common = ("--no-conf", "-q", "-c", "-m", "3", "--retry-wait=0", "-t", "10", "--auto-file-renaming=false", *more)
+    return lambda url, path: [*common, "-d", str(path.parent), "-o", path.name, url]
+
+
+def _bits(*more: str) -> Callable[[str, Path], Sequence[str]]:
+    return lambda url, path: ["download", url, str(path), "--retry-for", "0", "--json", *more]
+
+
+BITS: Final = str(Path(sys.executable).with_name("bits-async"))
 TOOLS: Final = (
-    Tool("curl", "curl", lambda url, path: ["-q", "-fsSL", "-C", "-", "-o", str(path), url]),
-    Tool("curl, 3 tries", "curl", lambda url, path: ["-q", "-fsSL", "--retry", "2", "--retry-all-errors", "-C", "-", "-o", str(path), url]),
-    Tool("wget", "wget", lambda url, path: ["--no-config", "-q", "-c", "-t", "3", "--waitretry=0", "-T", "10", "-O", str(path), url]),
-    Tool(
-        "aria2c",
-        "aria2c",
-        lambda url, path: [
-            *("--no-conf", "-q", "-c", "-m", "3", "--retry-wait=0", "-t", "10", "--auto-file-renaming=false"),
-            *("-d", str(path.parent), "-o", path.name, url),
-        ],
-    ),
-    Tool(
-        "bits-async",
-        str(Path(sys.executable).with_name("bits-async")),
-        lambda url, path: ["download", url, str(path), "--retry-for", "0", "--json"],
-    ),
+    Tool("curl -C -", "curl", _curl()),
+    Tool("curl -C - --parallel", "curl", _curl("--parallel")),
+    Tool("curl -C - --retry 2", "curl", _curl("--retry", "2", "--retry-all-errors")),
+    Tool("wget -c", "wget", lambda url, path: ["--no-config", "-q", "-c", "-t", "3", "--waitretry=0", "-T", "10", "-O", str(path), url]),
+    Tool("wget2 -c", "wget2", _wget2("-c")),
+    # with -c as well it asks for ever (1.99.1): once it has a part, for what lies behind the end of the file
+    Tool("wget2 --chunk-size=5M", "wget2", _wget2("--chunk-size=5M", "--max-threads=4"), DIVIDED),
+    Tool("aria2c -c", "aria2c", _aria2c()),
+    Tool("aria2c -c -x4 -s4 -k1M", "aria2c", _aria2c("-x4", "-s4", "-k1M"), DIVIDED),
+    Tool("bits-async download", BITS, _bits()),
+    Tool("bits-async download --segments 4", BITS, _bits("--segments", "4"), DIVIDED),
 )
 
 
@@ -94,7 +114,7 @@ async def play(tool: Tool, schedule: Schedule) -> Outcome:
         path = Path(directory) / "out" / "file"
         path.parent.mkdir()
         environment = {"PATH": os.environ["PATH"], "HOME": directory, "XDG_STATE_HOME": f"{directory}/state", "LC_ALL": "C"}
-        async with Stage(schedule, SCALE) as stage:
+        async with Stage(schedule, tool.scale) as stage:
             for _ in range(schedule.runs):
                 if await one_run(tool, stage, path, environment):
                     return stage.judge(path, claims_success=True)
@@ -117,7 +137,7 @@ async def compare(schedules: Sequence[Schedule], only: str | None = None) -> tup
 
         outcomes = await asyncio.gather(*(one(each) for each in schedules))
         counts[tool.name] = Counter(outcomes)
-        names.append(f"{tool.name} {await version_of(tool)}")
+        names.append(f"`{tool.name}` {await version_of(tool)}")
         print(f"{names[-1]}: " + ", ".join(f"{count} {outcome.value}" for outcome, count in counts[tool.name].items()), file=sys.stderr)
     return counts, names
 
@@ -134,6 +154,12 @@ def table(counts: dict[str, Counter[Outcome]], names: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def machine() -> str:
+    """What a reader wants to know of it."""
+    found = describe(Path(tempfile.gettempdir()))
+    return f"{found['processor']}, {found['cores']} cores, Linux {found['kernel']}, Python {found['python']}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--first", type=int, help="only so many schedules")
@@ -141,7 +167,7 @@ def main() -> None:
     arguments = parser.parse_args()
     schedules = load()[: arguments.first]
     counts, names = asyncio.run(compare(schedules, arguments.only))
-    print(f"\n{len(schedules)} schedules, {datetime.now(UTC):%d %B %Y}\n\n{table(counts, names)}")
+    print(f"\n{len(schedules)} schedules, {datetime.now(UTC):%d %B %Y}, {machine()}\n\n{table(counts, names)}")
 
 
 if __name__ == "__main__":
