@@ -59,7 +59,7 @@ GONE: Final = (401, 403, 404, 410)  # what a URL that was good for a while answe
 RECONNECTS: Final = 5
 RECONNECT_DELAYS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 SHELF_FILES: Final = 64  # whole files that are put away at once: the disk is waited for once for all of them
-SHELF_BYTES: Final = 4 << 20
+SHELF_BYTES: Final = 2 << 20  # two batches are in memory at most, and a job that is stopped has no more to write
 NO_VALIDATOR: Final = "the server gives no validator to go on by"
 DYNAMIC: Final = "dynamic content cannot be continued"
 
@@ -344,12 +344,15 @@ class Attempt:
             pair.check_today(token, await executors.refresh(token))
         with executors.lease(local, "files") as files, executors.lease(remote, "security") as security:
             count = sum(map(self._to_do, self._recorder.files))
-            lanes = [self._work(remote, files, security) for _ in range(max(1, min(self._recorder.job.files_at_once, count)))]
+            hands = max(1, min(self._recorder.job.files_at_once, count))
             if count > 1 and self._may_share_a_write():
                 self._shelf = _Shelf()
-                await self._with_shelf(self._shelf, lanes, files)
+                await self._fetch_onto(self._shelf, hands, remote, files, security)
             else:
-                await _side_by_side(lanes)
+                await self._fetch_all(hands, remote, files, security)
+
+    async def _fetch_all(self, hands: int, remote: Token, files: TokenExecutor, security: TokenExecutor) -> None:
+        await _side_by_side([self._work(remote, files, security) for _ in range(hands)])
 
     async def _work(self, remote: Token, files: TokenExecutor, security: TokenExecutor) -> None:
         """One file after the other, each that nobody else is at; files may be added meanwhile."""
@@ -402,10 +405,10 @@ class Attempt:
         job = self._recorder.job
         return job.http.plain and not job.on_demand_mode and job.maximum_download_size is None
 
-    async def _with_shelf(self, shelf: _Shelf, lanes: "Sequence[Coroutine[Any, Any, None]]", files: TokenExecutor) -> None:
+    async def _fetch_onto(self, shelf: _Shelf, hands: int, remote: Token, files: TokenExecutor, security: TokenExecutor) -> None:
         async def fetch() -> None:
             try:
-                await _side_by_side(lanes)
+                await self._fetch_all(hands, remote, files, security)
             finally:
                 shelf.end()
 

@@ -268,3 +268,13 @@ async def test_a_file_of_somebody_else_with_that_name_stays(network, job, out):
     await job.complete()
     assert (out / "3").read_bytes() == BODIES[3]
     assert theirs.read_bytes() == b"theirs"
+
+
+async def test_a_job_that_is_suspended_at_once_leaves_nothing_behind_and_goes_on(job, out):
+    for rounds in range(6):
+        await job.resume()
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        await job.suspend()
+    await job.resume()
+    await complete(job, out)
