@@ -35,7 +35,7 @@ from bits_async.transport.ranges import Slice, Validator
 from tests.contracts import ALICE, BOB, Journal, StoreContract, a_file, a_grant, a_job, look
 
 RELEASED = Path(__file__).parent / "journals"
-RELEASED_SCHEMAS = 3  # each has its journal; entries of SCHEMA beyond are not released yet
+RELEASED_SCHEMAS = 4  # each has its journal; entries of SCHEMA beyond are not released yet
 RELEASED_KEY = bytes(range(32))
 SOMEBODY = 54321
 SIDES = ("", "-wal", "-shm", ".lock", ".key")
@@ -452,6 +452,7 @@ async def test_a_journal_of_every_released_schema_is_read(path: Path, version: i
         assert [look(stored) for stored in await store.load()] == [look(stored) for stored in released_jobs()]
         assert store.lost_secrets == frozenset()
         assert await store_module._pragma(store._db, "user_version") == len(SCHEMA)
+        assert (await store.load())[1].job.owner.session == ("c2" if version >= 4 else None)
 
 
 async def test_a_released_schema_is_never_edited(path: Path) -> None:
