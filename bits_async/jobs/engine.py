@@ -32,6 +32,7 @@ from ..errors import (
     ErrorContext,
     ImpersonationFailed,
     InvalidState,
+    LocalFileError,
     ManagerClosed,
     NetworkError,
     TokenRequired,
@@ -671,7 +672,9 @@ class Engine:
         """
         async with self.command(entry):
             if not partial and entry.job.state is not JobState.TRANSFERRED:
-                raise InvalidState(f"a job in state {entry.job.state.name} is not transferred", job_id=entry.job.id)
+                message = f"a job in state {entry.job.state.name} is not transferred"
+                advice = "wait until it is, or keep the files that are finished and drop the rest with complete(partial=True)"
+                raise InvalidState(message, job_id=entry.job.id, advice=advice)
             if not partial and entry.unfinished:
                 message = "a file was added, or lost its part file, and is to be fetched: resume() first, or complete without it (partial)"
                 raise InvalidState(message, job_id=entry.job.id)
@@ -703,9 +706,11 @@ class Engine:
             part = await PartFile.reopen(files, file.path, file.part)
             if part is None:
                 if await committed_length(files, file.path, file.part) != file.size:
-                    # the record stays: if the file is another identity's, the next attempt still has to remove it
-                    await self.change(entry, files=[_uncounted(file)])
-                    message = "the part file was changed or removed, or another identity made it; resume fetches the file anew"
+                    others = [each for each in entry.files if each.index > file.index and await _is_lost(files, each)]
+                    # the records stay: if a file is another identity's, the next attempt still has to remove it
+                    await self.change(entry, files=[_uncounted(each) for each in (file, *others)])
+                    more = f" ({len(others)} more of the job's files too)" if others else ""
+                    message = f"the part file was changed or removed, or another identity made it{more}; resume fetches what is lost anew"
                     code = ErrorCode.BG_E_LOCAL_FILE_CHANGED
                     raise make_error(code, ErrorContext.LOCAL_FILE, message, path=file.path, identity=token.name, job_id=entry.job.id)
             else:
@@ -1237,6 +1242,20 @@ class Engine:
 def _drafted(file: FileRecord) -> FileRecord:
     """With a name for its part file, which the journal then knows before the file is made."""
     return file if file.draft else replace(file, draft=new_draft())
+
+
+async def _is_lost(files: TokenExecutor, file: FileRecord) -> bool:
+    """Whether the journal counts on a part file that is not as it was left, and that no process that died gave its name."""
+    if file.part is None or not file.transferred or file.committed:
+        return False
+    try:
+        part = await PartFile.reopen(files, file.path, file.part)
+        if part is None:
+            return await committed_length(files, file.path, file.part) != file.size
+    except LocalFileError:
+        return False  # nothing is known of it: its own turn says what is wrong
+    await part.close()
+    return False
 
 
 def _uncounted(file: FileRecord) -> FileRecord:

@@ -106,6 +106,34 @@ async def test_many_files_are_completed_in_few_transactions_and_one_that_is_dama
     assert {n: (out / f"f{n}").read_bytes() for n in (0, 5, 8)} == {n: bytes([n]) * 1000 for n in (0, 5, 8)}
 
 
+async def test_one_resume_fetches_all_that_was_lost_however_many_they_are(network, store, out):
+    """Not one resume for each of them: somebody may have emptied the directory of a job of ten thousand files."""
+    for n in range(6):
+        network.serve(f"{URL}?{n}", bytes([n]) * 1000)
+    async with bits.BitsManager(store=store) as manager:
+        job = await manager.create_job("six")
+        await job.add_file_set([bits.FileInfo(f"{URL}?{n}", out / f"f{n}") for n in range(6)])
+        await job.resume()
+        await job.wait()
+        for n in (1, 3, 5):
+            next(out.glob(f".f{n}.*")).unlink()
+        with pytest.raises(bits.LocalFileError, match="2 more of the job's files") as caught:
+            await job.complete()
+        assert caught.value.path == out / "f1"
+        await job.resume()
+        await job.wait()
+        assert len(await job.complete()) == 6
+    assert [(out / f"f{n}").read_bytes() for n in range(6)] == [bytes([n]) * 1000 for n in range(6)]
+
+
+async def test_who_completes_too_early_hears_how_to_keep_what_is_finished(network, store, out):
+    async with bits.BitsManager(store=store) as manager:
+        job = await manager.create_job("early")
+        await job.add_file(URL, out / "f")
+        with pytest.raises(bits.InvalidState, match=r"SUSPENDED is not transferred.*complete\(partial=True\)"):
+            await job.complete()
+
+
 async def test_a_job_without_files_cannot_be_resumed_and_one_never_resumed_cannot_be_waited_for(network, store):
     async with bits.BitsManager(store=store) as manager:
         job = await manager.create_job("empty")
