@@ -432,16 +432,17 @@ class Attempt:
 
     async def _put_some_away(self, shelf: _Shelf, batch: Sequence[_Download], files: TokenExecutor) -> int:
         """How many of them, from the first on, are in part files and in the journal; the next one is to go alone."""
-        try:
-            parts = await store_whole(files, [_whole(each) for each in batch], chosen_by_another=self._chosen_by_another(files))
-        except BitsError as error:
-            log.info("job %s: whole files go alone: %s", batch[0].record.job_id, error)
-            parts = []
-        done = batch[: len(parts)]
-        if done:
-            await self._recorder.keep(*(self._kept_whole(each, part) for each, part in zip(done, parts, strict=True)))
-            shelf.remove(done)
-            self._under_way.difference_update(each.index for each in done)
+        with self._shop.clock.working():
+            try:
+                parts = await store_whole(files, [_whole(each) for each in batch], chosen_by_another=self._chosen_by_another(files))
+            except BitsError as error:
+                log.info("job %s: whole files go alone: %s", batch[0].record.job_id, error)
+                parts = []
+            done = batch[: len(parts)]
+            if done:
+                await self._recorder.keep(*(self._kept_whole(each, part) for each, part in zip(done, parts, strict=True)))
+                shelf.remove(done)
+                self._under_way.difference_update(each.index for each in done)
         return len(done)
 
     def _kept_whole(self, download: _Download, part: PartRecord) -> FileRecord:

@@ -17,7 +17,7 @@ import bits_async as bits
 from bits_async import ErrorCode, JobState, files
 from bits_async.identity import native
 from bits_async.jobs import transfer
-from bits_async.testing import FakeNetwork
+from bits_async.testing import JUMP_AFTER, FakeNetwork
 from tests.waiting import until
 
 HOST = "https://files.example.test"
@@ -278,3 +278,20 @@ async def test_a_job_that_is_suspended_at_once_leaves_nothing_behind_and_goes_on
         await job.suspend()
     await job.resume()
     await complete(job, out)
+
+
+async def test_a_slow_disk_is_not_taken_for_a_wait_when_time_is_fake(network, manager, out, monkeypatch):
+    """Else the clock of an application's test jumps three months, to the job's maximum download time, while files are written."""
+    honest, slow = files.store_whole, asyncio.Event()
+
+    async def store_whole(executor: Any, wholes: Sequence[files.WholeFile], **more: Any) -> Any:
+        asyncio.get_running_loop().call_later(5 * JUMP_AFTER, slow.set)
+        await slow.wait()
+        return await honest(executor, wholes, **more)
+
+    monkeypatch.setattr(transfer, "store_whole", store_whole)
+    network.serve(f"{HOST}/9", b"", status=404)
+    job = await job_of(manager, out)
+    await job.resume()
+    with pytest.raises(bits.RemoteFileError):
+        await job.wait()
