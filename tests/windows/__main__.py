@@ -17,18 +17,19 @@ from tests.windows.machine import NoWindows, Windows, windows
 from tests.windows.suite import WHERE
 
 ALICE = "alice"
+DEADLINE = 900.0  # seconds for all of pytest; it takes two minutes on a machine that has nothing else to do
 
 
 def main(arguments: list[str]) -> int:
     try:
         machine = windows()
+        try:
+            return _on_the_stage(machine, arguments)
+        finally:
+            machine.shut_down()
     except NoWindows as why:
         print(f"make test-windows: {why}", file=sys.stderr)
         return 1
-    try:
-        return _on_the_stage(machine, arguments)
-    finally:
-        machine.shut_down()
 
 
 def _on_the_stage(machine: Windows, arguments: list[str]) -> int:
@@ -71,7 +72,7 @@ def _pytest(machine: Windows, arguments: list[str], directory: Path, **environme
     where = [] if any(not argument.startswith("-") for argument in arguments) else WHERE
     told = directory / "result.xml"
     options = ["-p", "no:cacheprovider", "--timeout=180", f"--basetemp={machine.path(temporary)}", f"--junitxml={machine.path(told)}"]
-    code = machine.run(machine.python, "-m", "pytest", *options, *where, *arguments, **environment)
+    code = machine.run(machine.python, "-m", "pytest", *options, *where, *arguments, deadline=DEADLINE, **environment)
     if not told.exists():  # Wine may end a program that broke with 0
         print("make test-windows: pytest did not come to its end", file=sys.stderr)
         return code or 1

@@ -10,9 +10,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import tomllib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +47,30 @@ class Windows:
         """What a file of this machine is called there: Wine's drive Z is the whole of it."""
         return "Z:" + str(path).replace("/", "\\")
 
-    def run(self, *command: str, **environment: str) -> int:
-        """Runs a program there; what it writes comes out here as it comes. Returns its exit code."""
+    def run(self, *command: str, deadline: float, **environment: str) -> int:
+        """Runs a program there; what it writes comes out here as it comes. Returns its exit code.
+
+        Raises:
+            NoWindows: it did not end within the deadline (seconds), and was ended with all the others.
+        """
+        ended = threading.Event()
+
+        def end() -> None:
+            ended.set()
+            self.shut_down()
+
+        watch = threading.Timer(deadline, end)
+        watch.daemon = True
+        watch.start()
+        try:
+            code = self._run(command, environment)
+        finally:
+            watch.cancel()
+        if ended.is_set():
+            raise NoWindows(f"{' '.join(command[:4])} ... did not end within {deadline:g} s")
+        return code
+
+    def _run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         with subprocess.Popen(
             [self.wine, *command],
             cwd=ROOT,
