@@ -241,7 +241,7 @@ _ADVICE: Mapping[int, str] = MappingProxyType(
         ErrorCode.ERROR_FILE_NOT_FOUND: "create what is missing, then resume the job",
         ErrorCode.ERROR_PATH_NOT_FOUND: "create the directory, then resume the job",
         ErrorCode.ERROR_DISK_FULL: "make room on the volume; the job then goes on from where it stopped",
-        ErrorCode.ERROR_FILE_EXISTS: "name a file, not a directory, as the destination",
+        ErrorCode.ERROR_FILE_EXISTS: "name a file, not a directory or a device, as the destination",
         ErrorCode.ERROR_FILENAME_EXCED_RANGE: "shorten the name of the destination",
         ErrorCode.ERROR_DIRECTORY: "use a directory that this identity owns and that others may not change",
         ErrorCode.ERROR_SHARING_VIOLATION: "end what uses the file, then resume the job",
@@ -692,7 +692,13 @@ _CERTIFICATE_ALERTS: Mapping[str, str] = MappingProxyType(  # by OpenSSL's name 
 def error_from_network(exc: BaseException, *, url: str, doing: str = "reach the server") -> BitsError:
     """The error for a failed call on a socket: names, connections, TLS, deadlines."""
     code, why, transient = _network_code(exc)
-    return make_error(code, ErrorContext.GENERAL_TRANSPORT, f"cannot {doing}: {why}", transient=transient, url=url)
+    advice = "check the port, and whether the address should begin with https" if _is_no_tls(exc) else None
+    return make_error(code, ErrorContext.GENERAL_TRANSPORT, f"cannot {doing}: {why}", transient=transient, url=url, advice=advice)
+
+
+def _is_no_tls(exc: BaseException) -> bool:
+    """Whether what answered speaks something else than TLS; HTTP, most often."""
+    return isinstance(exc, ssl.SSLError) and getattr(exc, "reason", None) in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL")
 
 
 def _network_code(exc: BaseException) -> tuple[int, str, bool]:
@@ -703,6 +709,8 @@ def _network_code(exc: BaseException) -> tuple[int, str, bool]:
     if isinstance(exc, ssl.SSLError) and exc.reason in _CERTIFICATE_ALERTS:
         why = f"the server wants a client certificate, and {_CERTIFICATE_ALERTS[exc.reason]}"
         return ErrorCode.ERROR_WINHTTP_CLIENT_AUTH_CERT_NEEDED, why, False
+    if _is_no_tls(exc):
+        return ErrorCode.ERROR_WINHTTP_SECURE_FAILURE, "what answers there does not speak TLS", True
     if isinstance(exc, ssl.SSLError):
         return ErrorCode.ERROR_WINHTTP_SECURE_FAILURE, f"TLS failed: {show_text(exc.reason or type(exc).__name__)}", True
     if isinstance(exc, socket.gaierror):

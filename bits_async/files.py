@@ -595,7 +595,8 @@ def _refuse_detour(directory: Directory, path: Path, uid: int | None) -> None:
 
 def _unfit_directory(why: str) -> BitsError:
     message = f"an identity with rights of its own does not write there: {why}"
-    return make_error(ErrorCode.ERROR_DIRECTORY, ErrorContext.LOCAL_FILE, message)
+    advice = "use a directory that this identity owns and that others may not change, or act as the user who owns it"
+    return make_error(ErrorCode.ERROR_DIRECTORY, ErrorContext.LOCAL_FILE, message, advice=advice)
 
 
 def _others_may_write(directory: Directory, found: os.stat_result, uid: int) -> bool:

@@ -97,6 +97,16 @@ def test_network_failures_are_told_apart():
     assert error_from_network(refused, url="https://h/").transient is False
 
 
+def test_a_server_that_speaks_no_tls_is_not_blamed_for_its_certificate():
+    """Somebody wrote https:// and the port of a plain server."""
+    failed = ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number")
+    failed.reason = "WRONG_VERSION_NUMBER"
+    error = error_from_network(failed, url="https://h:80/")
+    assert "does not speak TLS" in str(error)
+    assert "certificate" not in str(error)
+    assert "check the port" in error.advice
+
+
 def test_t14_foreign_exceptions_are_chained_without_what_they_carry():
     class Foreign(Exception):
         pass

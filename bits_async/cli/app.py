@@ -164,7 +164,7 @@ def main() -> int:
         if message is None:
             raise
         path = getattr(getattr(error, "ctx", None), "command_path", None) or "bits-async"
-        _complain(f"{message().rstrip('.')}. Try '{path} --help'.")
+        _complain(f"{message().replace('Value error, ', '').rstrip('.')}. Try '{path} --help'.")
         return USAGE
     return result if isinstance(result, int) else 0
 

@@ -9,6 +9,7 @@ import contextlib
 import getpass
 import logging
 import os
+import re
 import signal
 import ssl
 import sys
@@ -35,7 +36,8 @@ SIGNALLED: Final = 128  # and the signal's number
 
 # What the library advises those who hold the job, as whoever runs a command does it: to him there is no job that goes on by itself.
 OF_COMMANDS: Final = (
-    ("set credentials for the", "say with --keytab or --ccache who you are to the"),
+    ("set credentials for the server", "say with --keytab or --ccache who you are to the server (other credentials: from Python)"),
+    ("set credentials for the proxy", "say with --keytab or --ccache who you are to the proxy (other credentials: from Python)"),
     ("then resume the job", "then run the same command again"),
     ("then resume it", "then run the same command again"),
     ("and resume the job", "and run the same command again"),
@@ -45,6 +47,17 @@ OF_COMMANDS: Final = (
     ("the job goes on from where it stopped", "run the same command again: it goes on from where this one stopped"),
     ("the job goes on by itself when", "run the same command again when"),
     ("the job tries again by itself", "run the same command again later"),
+    ("and the trusted authorities", "and the trusted authorities (--cacert)"),
+    (", or name its principal", ""),
+    ("or act as the user who owns it", "or write as the user who owns it (--user)"),
+)
+# And what it says of arguments, of options.
+OF_ARGUMENTS: Final = (
+    (re.compile(r"\b(sha256|sha512|blake3)= takes"), r"--\1 takes"),
+    (re.compile(r"\bretry_for takes"), "--retry-for takes"),
+    (re.compile(r"\bmaximum_bandwidth takes (.*), or None, not"), r"--maximum-bandwidth takes \1, not"),
+    (re.compile(r"\bNO_PROXY is how"), "--no-proxy is how"),
+    (re.compile(r"use set_credentials for the target PROXY"), "--keytab or --ccache say who you are"),
 )
 
 HELPER_FLAGS: Final = {
@@ -72,6 +85,9 @@ class Identity:
 
     def contradiction(self) -> str | None:
         """Why the options cannot be meant."""
+        for name in ("user", "keytab", "principal", "ccache"):
+            if getattr(self, name) == "":  # a shell's variable that is not set, most likely
+                return f"{self.prefix}{name} is empty"
         if (self.keytab is None) != (self.principal is None):
             return f"{self.prefix}keytab and {self.prefix}principal go together"
         if self.keytab is not None and self.ccache is not None:
@@ -243,6 +259,9 @@ def run(order: Order) -> int:
 def told(error: BitsError) -> str:
     """What went wrong, whose and where, and what to do: run the command again, where others would resume a job."""
     text, advice = str(error), error.advice
+    if isinstance(error, InvalidArgument):
+        for wording, ours in OF_ARGUMENTS:
+            text = wording.sub(ours, text)
     if not advice or not text.endswith(advice):
         return text
     for ours, theirs in OF_COMMANDS:

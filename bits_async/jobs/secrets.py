@@ -210,7 +210,12 @@ def _check(path: Path, status: os.stat_result, *, kind: Callable[[int], bool], f
 
 
 def _refused(path: Path, why: str, advice: str) -> StoreError:
-    return StoreError(f"the journal is not opened: this {why}", code=ErrorCode.ERROR_DIRECTORY, path=path, advice=advice)
+    return StoreError(
+        f"the journal is not opened: its file, or a directory on the way there, {why}",
+        code=ErrorCode.ERROR_DIRECTORY,
+        path=path,
+        advice=advice,
+    )
 
 
 def _create(path: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import bits_async
-from bits_async.cli import app
+from bits_async.cli import app, download
 
 HEAVY = ("aiohttp", "spnego", "cryptography", "aiosqlite", "gssapi", "krb5", "rich", "bits_async.jobs")
 
@@ -117,3 +117,27 @@ def test_what_is_typed_of_time_and_speed_reaches_the_download(monkeypatch: pytes
     typed = ("--retry-for", "7", "--maximum-bandwidth", "2e6", "--json")
     assert type_in(monkeypatch, "download", "http://host.test/file", str(tmp_path / "file"), *typed) == 0
     assert (given["retry_for"], given["maximum_bandwidth"]) == (7, 2e6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--sha256", "00"), "--sha256 takes 64 hexadecimal digits"),
+        (("--retry-for", "inf"), "--retry-for takes seconds"),
+        (("--maximum-bandwidth", "inf"), "--maximum-bandwidth takes bytes per second, more than 0, not inf"),
+        (("--proxy", ""), "--no-proxy is how to ask servers directly"),
+        (("--proxy", "http://me:pw@proxy.test"), "--keytab or --ccache say who you are"),
+        (("--user", ""), "--user is empty"),
+        (("--ccache", ""), "--ccache is empty"),
+        (("--helper-for", "network", "--helper-ccache", ""), "--helper-ccache is empty"),
+        (("--helper-for", "local"), "'--helper-for': 'local' is not one of"),
+    ],
+)
+def test_what_was_typed_wrong_is_said_in_the_words_of_the_command_line(
+    arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """`--ccache "$KRB5CCNAME"` names no file where that variable is not set, above all not the working directory."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(download, "_log_to_stderr", lambda: None)
+    assert type_in(monkeypatch, "download", "http://host.test/file", "file", *arguments) == 2
+    assert said in capsys.readouterr().err
