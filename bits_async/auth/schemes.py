@@ -39,6 +39,9 @@ MAX_RESTARTS: Final = 2  # handshakes begun anew because the connection broke
 Security = Callable[..., Awaitable[Any]]
 """`TokenExecutor.run_security` with its deadline: runs a function in a thread of the token."""
 
+BOUND: Final = (AuthScheme.NEGOTIATE, AuthScheme.NTLM)
+"""Schemes whose proofs are bound to the connection's certificate."""
+
 
 def channel_binding(certificate: bytes) -> bytes:
     """The tls-server-end-point binding (RFC 5929) of the peer's certificate in DER, prefix included.
@@ -583,7 +586,7 @@ class AuthFlow:
         offers: what the peer may see, strongest first (`choose_offers`).
         security: runs a function in a thread of the token, with a deadline (TimeoutError).
         encrypted: TLS protects the hop to this peer (for a proxy: the connection to the proxy itself).
-        binding: `channel_binding()` of this connection's certificate, when there is TLS.
+        binding: `channel_binding()` of this connection's certificate, when there is TLS; None will do if no offer is of `BOUND`.
 
     Attributes:
         connection_bound: the login under way, or done, belongs to the connection (NTLM).
@@ -790,7 +793,7 @@ class AuthFlow:
 
     def _suspicion(self, current: _Current) -> str | None:
         """T24: there is no second try without the binding; the one who reads the error should know what a refusal may mean."""
-        if self._peer.binding is None or current.offer.scheme not in (AuthScheme.NEGOTIATE, AuthScheme.NTLM):
+        if self._peer.binding is None or current.offer.scheme not in BOUND:
             return None
         return "check the credentials; if they are right, TLS may be intercepted on the way: look at who issued the certificate"
 

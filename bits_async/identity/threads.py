@@ -114,8 +114,8 @@ _MODULES: Final = (
     "_strptime", "asyncio", "concurrent.futures.thread", "fcntl", "fnmatch", "getpass", "glob", "grp", "hashlib", "hmac",
     "ipaddress", "linecache", "locale", "logging", "mmap", "multiprocessing", "ntpath", "pathlib", "platform", "posixpath",
     "pwd", "random", "secrets", "select", "selectors", "shutil", "socket", "ssl", "stat", "stringprep", "struct",
-    "subprocess", "tempfile", "textwrap", "tokenize", "traceback", "unicodedata", "urllib.parse", "uuid", "spnego",
-    "spnego.channel_bindings", "spnego.exceptions", "spnego.iov", "gssapi", "gssapi.raw", "krb5",
+    "subprocess", "tempfile", "textwrap", "tokenize", "traceback", "unicodedata", "urllib.parse", "uuid", "cryptography.x509",
+    "spnego", "spnego.channel_bindings", "spnego.exceptions", "spnego.iov", "gssapi", "gssapi.raw", "krb5",
 )
 _CODECS: Final = (
     "ascii", "base64", "cp1252", "hex", "idna", "latin-1", "punycode", "utf-16", "utf-16-be", "utf-16-le", "utf-32",

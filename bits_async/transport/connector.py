@@ -23,7 +23,7 @@ import h11
 
 from .. import __version__
 from ..auth.policy import Origin, Seat, is_near
-from ..auth.schemes import AuthFlow, channel_binding
+from ..auth.schemes import AuthFlow
 from ..errors import (
     HTTP_ERROR,
     AuthFailed,
@@ -121,7 +121,7 @@ class Route:
 _Protocol = TypeVar("_Protocol", bound=asyncio.Protocol)
 
 FlowMaker = Callable[[Seat, bytes | None, str | None, bool], AuthFlow]
-"""(seat, channel binding, address of a peer on this machine, only schemes that work request by request) -> a flow with fresh contexts."""
+"""(seat, its certificate, address of a peer on this machine, only schemes that work request by request) -> a flow with new contexts."""
 
 
 class Login:
@@ -135,7 +135,7 @@ class Login:
         self.seat = seat
         self._make = make_flow
         self._flow: AuthFlow | None = None
-        self._binding: bytes | None = None
+        self._certificate: bytes | None = None
         self._near: str | None = None
         self._challenge: tuple[str, ...] = ()
         self._per_request = False
@@ -148,12 +148,11 @@ class Login:
         Raises:
             AuthFailed: connections keep being closed in the middle of this login.
         """
-        binding = None if certificate is None else channel_binding(certificate)
-        if binding != self._binding or near != self._near:
+        if certificate != self._certificate or near != self._near:
             self._flow = None  # what it holds was bound to another certificate, or meant for another machine
         elif self._flow is not None:
             self._flow.new_connection()
-        self._binding, self._near = binding, near
+        self._certificate, self._near = certificate, near
 
     def challenged(self, lines: Sequence[str], *, per_request: bool = False) -> None:
         """The answer was a challenge of this seat. `per_request`: nothing may be shown that counts for the connection."""
@@ -173,7 +172,7 @@ class Login:
         if not self._asked:
             return None if self._flow is None else await self._flow.unasked(method=method, target=target)
         if self._flow is None:
-            self._flow = self._make(self.seat, self._binding, self._near, self._per_request)
+            self._flow = self._make(self.seat, self._certificate, self._near, self._per_request)
         value = await self._flow.answer(self._challenge, method=method, target=target)
         self._asked = False
         return value

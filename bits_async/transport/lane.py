@@ -40,7 +40,7 @@ from ..auth.policy import (
     without_delegation,
     without_guarded,
 )
-from ..auth.schemes import AuthFlow
+from ..auth.schemes import BOUND, AuthFlow, channel_binding
 from ..auth.tickets import Tickets
 from ..errors import (
     HTTP_ERROR,
@@ -579,7 +579,7 @@ class Lane:
 
     # -- logins
 
-    def _make_flow(self, seat: Seat, binding: bytes | None, near: str | None, per_request: bool) -> AuthFlow:
+    def _make_flow(self, seat: Seat, certificate: bytes | None, near: str | None, per_request: bool) -> AuthFlow:
         peer = self._route.proxy_origin if seat is Seat.PROXY else self._route.origin
         assert peer is not None
         offers, rules = self._offers[seat], self._party.rules
@@ -590,6 +590,9 @@ class Lane:
         if per_request:
             rules = replace(rules, ntlm_in_negotiate=False)
             offers = _per_request(offers, rules)
+        binding = None
+        if certificate is not None and any(offer.scheme in BOUND for offer in offers):
+            binding = channel_binding(certificate)
         return AuthFlow(
             seat,
             peer,

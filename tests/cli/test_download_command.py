@@ -35,9 +35,11 @@ async def test_the_file_is_there_and_nothing_was_said(command: Command, origin: 
     assert not [each for each in (tmp_path / "state").rglob("*") if each.is_file()], "no journal is left of a finished download"
 
 
-async def test_a_plain_download_loads_nothing_that_it_does_not_need(command: Command, origin: Origin) -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+async def test_a_plain_download_loads_nothing_that_it_does_not_need(command: Command, authority: Authority, tls: bool) -> None:
     command.environment["PYTHONPROFILEIMPORTTIME"] = "1"  # tells of every module on standard error
-    done = await command("download", origin.serve("/file", BODY), "file")
+    async with Origin(tls=authority.server if tls else None) as origin:
+        done = await command("download", origin.serve("/file", BODY), "file", "--cacert", str(authority.ca_file))
     assert done.code == 0
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.err.splitlines()}
     assert {"bits_async", "aiohttp", "aiosqlite"} <= loaded

@@ -523,7 +523,7 @@ async def test_t24_a_new_certificate_on_a_new_connection_gets_a_token_bound_to_i
 ) -> None:
     """Behind one name two machines with two certificates: the second login must not carry the binding of the first."""
     seen: list[bytes | None] = []
-    monkeypatch.setattr("bits_async.transport.connector.channel_binding", lambda der: seen.append(der) or channel_binding(der))
+    monkeypatch.setattr("bits_async.transport.lane.channel_binding", lambda der: seen.append(der) or channel_binding(der))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ca.issue_cert("localhost").configure_cert(context)
     make = spnego.server
