@@ -42,9 +42,9 @@ class Outcome:
 
 
 def _environment(stage: Stage, row: Row) -> dict[str, str]:
-    """Without proxies and credentials of whoever runs the benchmark."""
+    """Without proxies and credentials of whoever runs the benchmark; with bytecode, as everything that is installed has it."""
     foreign = {"http_proxy", "https_proxy", "all_proxy", "no_proxy", "krb5ccname", "krb5_config"}
-    foreign |= {"requests_ca_bundle", "curl_ca_bundle", "ssl_cert_file", "ssl_cert_dir", "pythonpath"}
+    foreign |= {"requests_ca_bundle", "curl_ca_bundle", "ssl_cert_file", "ssl_cert_dir", "pythonpath", "pythondontwritebytecode"}
     own = {name: value for name, value in os.environ.items() if name.lower() not in foreign}
     return {**own, "XDG_STATE_HOME": str(stage.scratch), **row.environment(stage)}
 
