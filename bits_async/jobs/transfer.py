@@ -48,6 +48,7 @@ from .store import finish
 
 WRITE_BATCH: Final = 1 << 20
 WRITE_AFTER: Final = 0.25  # seconds of silence after which a smaller batch is written
+WRITE_WITHIN: Final = 1.0  # and seconds after which it is in any case: on a slow line a kill would take minutes of it
 CHECKPOINT_BYTES: Final = 32 << 20
 CHECKPOINT_SECONDS: Final = 5.0
 LOOK: Final = 0.1  # seconds between two looks at a body that a thread moves
@@ -846,6 +847,7 @@ class Attempt:
 
     async def _pump(self, download: _Download, piece: Slice, body: Body, first: bytes = b"") -> None:
         chunks, batch, size = aiter(body), [first] if first else [], len(first)
+        clock, began = self._shop.clock, self._shop.clock.monotonic()
         levels = self._recorder.levels
         limits = Chain(*levels)
         most = _batch(levels)
@@ -854,9 +856,10 @@ class Attempt:
                 if chunk:
                     if piece.end is None:
                         self._refuse_too_large(download, download.count + size + len(chunk))
+                    began = began if batch else clock.monotonic()
                     batch.append(chunk)
                     size += len(chunk)
-                if size >= most or not chunk:
+                if size >= most or not chunk or clock.monotonic() - began >= WRITE_WITHIN:
                     full, moved, batch, size = batch, size, [], 0
                     await self._write(download, piece, full)
                     await self._rest(limits, moved)

@@ -410,3 +410,17 @@ async def test_a_range_to_the_end_that_is_all_of_a_file_without_a_length(scene):
     scene.origin.always("/file", Fault(chunked=True))
     async with scene.manager() as manager:
         assert await scene.finish(await scene.job(manager, [FileRange(0)])) == OLD
+
+
+async def test_what_comes_slowly_but_steadily_is_written_all_the_same(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a slow line shows no progress for minutes, and a kill takes all that came meanwhile."""
+    monkeypatch.setattr(transfer, "WRITE_BATCH", SIZE)
+    monkeypatch.setattr(transfer, "WRITE_WITHIN", 0.1)
+    scene.origin.fault("/file", Fault(rate=20_000))
+    async with scene.manager() as manager:
+        job = await manager.create_job("slow", priority=bits.JobPriority.FOREGROUND)
+        await job.add_file(scene.url, scene.out / "file")
+        await job.resume()
+        await until(lambda: job.progress.bytes_transferred)
+        assert job.progress.bytes_transferred < SIZE
+        await job.cancel()
