@@ -2,6 +2,16 @@
 
     path = await bits_async.download("https://host/file.iso", "file.iso")
 
+Where to begin:
+
+    download                   one file in one call, which continues where an earlier call was interrupted
+    BitsManager, Job           a durable queue; a job goes from create_job() and add_file() over resume() and wait() to complete()
+    Token, impersonate         who acts: the owner of a job, and the helper that TokenOptions sets on it
+    AuthCredentials, AuthRules what servers and proxies may be shown
+    BackgroundCopyCallback     to be told of a job's end, also of one that an earlier process began; BitsManager.events() to watch
+    BitsError                  what goes wrong: its code, whose and where, and what to do (advice)
+    testing                    how to test your own program without a network
+
 Names are loaded when they are first used; importing the package loads neither aiohttp nor spnego, aiosqlite, cryptography, typer or rich.
 
 The map of the package; imports point from a lower line to a higher one only:
