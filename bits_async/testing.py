@@ -310,7 +310,7 @@ class FakeNetwork:
             raise AuthFailed("the fake server wants somebody else", code=0x80190191, url=asked.url, identity=party.token.name)
         answer = _answer(asked, served)
         if party.heard is not None and isinstance(answer.headers, HeaderFields):
-            party.heard(answer.headers.items())
+            party.heard(tuple((name.encode("latin-1"), value.encode("utf-8", "surrogateescape")) for name, value in answer.headers.items()))
         verdict = judge(asked, answer)
         if isinstance(verdict, Restart):
             raise FileChanged(verdict.validator, verdict.reason, changed=verdict.changed, same=verdict.same)

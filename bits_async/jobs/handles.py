@@ -260,7 +260,8 @@ class JobFile:
         Servers write them: cookies may be among them, and nothing in them is to be believed. Where the helper acts on the network there
         are no cookies: they are its own login, which the owner has no part in.
         """
-        return self._entry.answers.get(self._index, ())
+        came = self._entry.answers.get(self._index, ())
+        return tuple((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in came)
 
     @property
     def ranges(self) -> Sequence[FileRange]:

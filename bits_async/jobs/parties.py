@@ -21,6 +21,7 @@ from ..auth.policy import (
 from ..errors import ErrorCode, ErrorContext, TokenRequired, make_error
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token
+from ..transport.answers import RawHeaders
 from ..transport.client_certificates import KeyPair, read_key_pair
 from ..transport.lane import Judge, Party
 from ..transport.options import TLS_FLAGS, ClientCertificate, SecurityFlags
@@ -54,7 +55,7 @@ def kept_from_proxies(grant: GrantRecord) -> GrantRecord:
     return replace(grant, origins=not_plain(grant.origins))
 
 
-_SESSIONS: Final = ("set-cookie", "set-cookie2")  # whoever has one is the user who logged on, until the server forgets him
+_SESSIONS: Final = (b"set-cookie", b"set-cookie2")  # whoever has one is the user who logged on, until the server forgets him
 
 
 def _helps(entry: Entry, token: Token) -> bool:
@@ -167,8 +168,8 @@ class Parties:
             raise callback_required()
         await entry.judge.ask(*self._handles(entry, file), host, port, certificate)
 
-    def _heard(self, entry: Entry, file: int, helped: bool, headers: Iterable[tuple[str, str]]) -> None:
-        entry.answers[file] = tuple(header for header in headers if not (helped and header[0].lower() in _SESSIONS))
+    def _heard(self, entry: Entry, file: int, helped: bool, headers: RawHeaders) -> None:
+        entry.answers[file] = tuple(header for header in headers if header[0].lower() not in _SESSIONS) if helped else headers
 
     def bind(self, entry: Entry) -> Sequence[GrantRecord]:
         """Grants without origins get those that the job names now (T19)."""

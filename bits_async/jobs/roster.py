@@ -23,6 +23,7 @@ from weakref import WeakValueDictionary
 from ..errors import BitsError
 from ..identity.tokens import Token, TokenPair
 from ..limits import Bucket
+from ..transport.answers import RawHeaders
 from .callbacks import Outbox
 from .certificates import CertificateJudge
 from .conditions import Hindrance
@@ -60,7 +61,7 @@ class Entry:
     restored: bool = False  # from the journal: a process that died may have left a part file that is not in it yet
     refused: bool = False  # a secret of it cannot be read, and the job has said so
     judge: CertificateJudge | None = None  # the application's own say about servers' certificates
-    answers: dict[int, tuple[tuple[str, str], ...]] = field(default_factory=dict, repr=False)  # last response headers, by file
+    answers: dict[int, RawHeaders] = field(default_factory=dict, repr=False)  # last response headers, by file
     outbox: Outbox = field(default_factory=Outbox)  # what it has to tell, and to whom
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ class Remnant:
     owner: Token | None = None  # where it is another instance than that of the owner's other jobs
     helper: Token | None = None
     judge: CertificateJudge | None = None
-    answers: Mapping[int, tuple[tuple[str, str], ...]] = field(default_factory=dict, repr=False)
+    answers: Mapping[int, RawHeaders] = field(default_factory=dict, repr=False)
     farthest: Mapping[int, int] = field(default_factory=dict)
     failing_since: float | None = None
     refused: bool = False

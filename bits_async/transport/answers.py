@@ -241,6 +241,10 @@ class Headers(Protocol):
     def getall(self, key: str, default: list[str], /) -> list[str]: ...
 
 
+RawHeaders = tuple[tuple[bytes, bytes], ...]
+"""Names and values of an answer's fields, as they came."""
+
+
 class HeaderFields:
     """The plain implementation of `Headers`, from pairs in the order they came."""
 

@@ -94,19 +94,23 @@ NO_DIGESTS: Final = Digests()
 
 def parse_digests(lines: Sequence[str]) -> Digests:
     """The lines of a `Repr-Digest` or a `Content-Digest` (a dictionary of byte sequences, RFC 9530, section 2 and 3)."""
+    if not lines:
+        return NO_DIGESTS
     text = ", ".join(lines)
     if not text or len(text) > MAX_FIELD or not text.isascii():
-        return Digests()
+        return NO_DIGESTS
     try:
         found = parse(text.encode("ascii"), tltype="dictionary")
     except ValueError:
-        return Digests()
+        return NO_DIGESTS
     members = cast("dict[str, tuple[object, object]]", found)  # a value and its parameters
     return _digests((name, value) for name, (value, _) in members.items())
 
 
 def parse_legacy_digests(lines: Sequence[str]) -> Digests:
     """The lines of a `Digest` (RFC 3230, section 4.3.2): names in any case, base64 without colons."""
+    if not lines:
+        return NO_DIGESTS
     text = ", ".join(lines)
     matches = [_LEGACY.fullmatch(each) for each in text.split(",")] if len(text) <= MAX_FIELD else []
     return _digests((match[1].lower(), _decoded(match[2])) for match in matches if match)

@@ -15,9 +15,10 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Final, Protocol
 
 import aiohttp
@@ -67,6 +68,7 @@ from .answers import (
     Challenged,
     Complete,
     FileChanged,
+    RawHeaders,
     Redirect,
     Redirected,
     Refuse,
@@ -114,7 +116,7 @@ class Party:
     options: HttpOptions = field(default_factory=HttpOptions)
     judge: "Judge | None" = None
     redirected: bool = False  # the application did not name this peer: nothing is delegated to it
-    heard: Callable[[Iterable[tuple[str, str]]], None] | None = None  # told the headers of each answer that is not a leg of a login
+    heard: Callable[[RawHeaders], None] | None = None  # told the headers of each answer that is not a leg of a login
 
 
 @dataclass(frozen=True)
@@ -456,7 +458,8 @@ class Lane:
             raise
 
     def _judge(self, asked: Asked, response: aiohttp.ClientResponse) -> Verdict:
-        if sum(len(name) + len(value) + 4 for name, value in response.raw_headers) > HEAD_LIMIT:
+        raw = response.raw_headers
+        if sum(map(len, chain.from_iterable(raw))) + 4 * len(raw) > HEAD_LIMIT:
             raise _bad_answer(asked.url, "its head is too large", ErrorCode.BG_E_TOO_LARGE)
         return judge(asked, Answer(response.status, response.headers, show_text(response.reason or "", 60)), now=time.time())
 
@@ -737,7 +740,7 @@ class Lanes:
         """(the body, anything), or (None, where to go on)."""
         verdict, response = await lane.ask(party, asked)
         if party.heard is not None:
-            party.heard((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in response.raw_headers)
+            party.heard(response.raw_headers)
         if isinstance(verdict, Accept):
             return LaneBody(lane, response, asked, verdict), Redirect("")
         page = await lane.settle(response, LEFTOVER_LIMIT, LEFTOVER_SECONDS)
@@ -779,13 +782,13 @@ class Lanes:
 
     def _key(self, party: Party, url: str) -> tuple[LaneKey, dict[Seat, Offers]]:
         """Without credentials it is the same for each file of a job: the last one is kept, with all that it was made of."""
-        origin, proxy = Origin.of(url), route(party.proxy, url)
         if party.grants:
-            return self._new_key(party, origin, proxy)
-        asking = (party.token, party.rules, party.tls, party.tls.key, party.judge and party.judge.key, party.redirected)
-        made_of = (*asking, origin, proxy)
+            return self._new_key(party, Origin.of(url), route(party.proxy, url))
+        server = url.split("/", 3)[:3]  # scheme and authority: origin and proxy are those of the server, whatever it is asked for
+        asking = (party.token, party.rules, party.tls, party.tls.key, party.judge and party.judge.key, party.redirected, party.proxy)
+        made_of = (*asking, *server)
         if self._last_key is None or self._last_key[0] != made_of:
-            self._last_key = made_of, self._new_key(party, origin, proxy)
+            self._last_key = made_of, self._new_key(party, Origin.of(url), route(party.proxy, url))
         return self._last_key[1]
 
     def _new_key(self, party: Party, origin: Origin, proxy: str | None) -> tuple[LaneKey, dict[Seat, Offers]]:
