@@ -852,7 +852,7 @@ class Attempt:
         limits = Chain(*levels)
         most = _batch(levels)
         try:
-            while (chunk := await _next(chunks, WRITE_AFTER if batch else None)) is not None:
+            while (chunk := await _next(chunks, WRITE_AFTER if batch and size != body.length else None)) is not None:
                 if chunk:
                     if piece.end is None:
                         self._refuse_too_large(download, download.count + size + len(chunk))

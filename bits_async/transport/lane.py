@@ -237,6 +237,57 @@ def _placed(url: str, identity: str) -> Iterator[None]:
         raise
 
 
+# -- silence ------------------------------------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Gives a peer up that is waited for too long.
+
+    One timer, which looks at the clock now and then: that costs less than one that is set for each wait, of which a small file has
+    several.
+    """
+
+    def __init__(self) -> None:
+        self.gave_up = False
+        """The wait that began last took too long."""
+        self._since = self._due = 0.0
+        self._give_up: Callable[[], None] | None = None  # None: nobody waits
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, seconds: float, give_up: Callable[[], None]) -> None:
+        """`give_up` is called when so much time has passed and `end` was not called. One wait at a time."""
+        self.gave_up, self._give_up = False, give_up
+        self._since = asyncio.get_running_loop().time()
+        self._due = self._since + seconds
+        if self._timer is None or self._timer.when() > self._due:
+            self._look_at(self._due)
+
+    def end(self) -> float:
+        """The seconds since the wait began."""
+        self._give_up = None
+        return asyncio.get_running_loop().time() - self._since
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look_at(self, moment: float) -> None:
+        """The timer carries nobody's identity: it outlives the request for which it was set."""
+        self.close()
+        self._timer = asyncio.get_running_loop().call_at(moment, self._look, context=contextvars.Context())
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._give_up is None:
+            return
+        if self._due <= asyncio.get_running_loop().time():
+            self.gave_up = True
+            self._give_up()
+        else:
+            self._look_at(self._due)
+
+
 # -- the body -----------------------------------------------------------------------------------------------------------------
 
 
@@ -257,9 +308,6 @@ class LaneBody:
         self._idle = lane.timeouts.idle
         self._pace = Pace(lane.timeouts)
         self._ended = False
-        self._silent = False
-        self._waiting_since: float | None = None
-        self._watch: asyncio.TimerHandle | None = None
 
     def __aiter__(self) -> "LaneBody":
         return self
@@ -285,33 +333,23 @@ class LaneBody:
             return chunk
 
     async def _read(self) -> bytes:
-        loop, content = asyncio.get_running_loop(), self._response.content
-        if self._watch is None:
-            self._watch = loop.call_later(self._idle, self._look)
+        content, watch = self._response.content, self._lane.watch
         with wire_errors(self.url, "receive the file"):
-            self._waiting_since = since = loop.time()
+            watch.begin(self._idle, self._give_up)
             try:
                 return await content.readany()
             except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError):
-                if self._silent:
+                if watch.gave_up:
                     raise TimeoutError from None
                 if chunk := rest_of(content):
                     return chunk
                 raise
             finally:
-                self._waiting_since = None
-                self._pace.waited(loop.time() - since)
+                self._pace.waited(watch.end())
 
-    def _look(self) -> None:
-        """The timer: one that looks at the clock now and then costs less than one that is set for each chunk."""
-        loop = asyncio.get_running_loop()
-        due = (loop.time() if self._waiting_since is None else self._waiting_since) + self._idle
-        if due <= loop.time():
-            self._silent = True
-            self._lane.drop()
-            self._response.close()
-        else:
-            self._watch = loop.call_later(due - loop.time(), self._look)
+    def _give_up(self) -> None:
+        self._lane.drop()
+        self._response.close()
 
     def _end(self) -> None:
         self._ended = True
@@ -349,8 +387,6 @@ class LaneBody:
 
     def close(self) -> None:
         """Read to its end: the connection may serve again. Left early: it goes."""
-        if self._watch is not None:
-            self._watch.cancel()
         if not self._response.content.at_eof() or self._left:
             self._lane.connector.take_back(whole=False)  # lent to nobody in the end
             self._lane.drop()
@@ -388,6 +424,8 @@ class Lane:
         self.key = key
         self.identity = party.token.name
         self.withdrawn = False
+        self.watch = _Watch()
+        """Of the request that is being made: one at a time."""
         self.failed = False
         """A request had no answer: whatever state its logins are in, they are not tried again."""
         self._offers = offers
@@ -537,10 +575,17 @@ class Lane:
         proxy = yarl.URL(self._route.proxy) if self._route.forwarded and self._route.proxy else None
         self.check(asked.url)  # while the headers were made, or while the connection was
         with wire_errors(asked.url, "get an answer"):
-            async with asyncio.timeout(self.timeouts.response):
+            self.watch.begin(self.timeouts.response, self.drop)
+            try:
                 return await self._session.request(
                     options.method, url, headers=headers, skip_auto_headers=["Content-Type"], proxy=proxy, allow_redirects=False
                 )
+            except (aiohttp.ClientError, OSError):
+                if self.watch.gave_up:
+                    raise TimeoutError from None
+                raise
+            finally:
+                self.watch.end()
 
     # -- after an answer
 
@@ -577,6 +622,7 @@ class Lane:
 
     async def aclose(self) -> None:
         self.drop()
+        self.watch.close()
         await self.connector.home()  # the farewell of TLS must not race its reader
         await self._session.close()
 
@@ -644,21 +690,22 @@ class _Host:
         self.users = 0
         self.turn = asyncio.Semaphore(limit)  # hands the turns out in the order they were asked for
         self.busy: set[Lane] = set()
-        self.idle: dict[Lane, asyncio.TimerHandle] = {}  # the longest unused first
+        self.idle: dict[Lane, float] = {}  # since when (of the loop's clock); the longest unused first
+        self.sweeper: asyncio.TimerHandle | None = None  # one for all of them
 
     def take(self, key: LaneKey) -> Lane | None:
         """A kept lane of exactly this key; one whose connection still stands, if there is one."""
         fitting = [lane for lane in self.idle if lane.key is key or lane.key == key]
         lane = next((lane for lane in reversed(fitting) if lane.connected), fitting[-1] if fitting else None)
         if lane is not None:
-            self.idle.pop(lane).cancel()
+            del self.idle[lane]
         return lane
 
     def oldest(self) -> Lane | None:
         """The lane that was not used for longest, no longer kept."""
         lane = next(iter(self.idle), None)
         if lane is not None:
-            self.idle.pop(lane).cancel()
+            del self.idle[lane]
         return lane
 
 
@@ -710,7 +757,7 @@ class Lanes:
         """See `Network.forget`. Requests that are being made on such lanes fail as if the connection had been cut."""
         for host in list(self._hosts.values()):
             for lane in [lane for lane in host.idle if lane.key.token is token]:
-                host.idle.pop(lane).cancel()
+                del host.idle[lane]
                 self._close_soon(lane)
             for lane in host.busy:
                 if lane.key.token is token:
@@ -818,17 +865,29 @@ class Lanes:
         if lane.withdrawn or lane.failed:
             self._close_soon(lane)
             return
-        loop = asyncio.get_running_loop()
-        host.idle[lane] = loop.call_later(self._idle_seconds, self._expire, host, lane, context=contextvars.Context())
+        now = asyncio.get_running_loop().time()
+        host.idle[lane] = now
+        if host.sweeper is None:
+            self._sweep_at(host, now + self._idle_seconds)
 
-    def _expire(self, host: _Host, lane: Lane) -> None:
-        if host.idle.pop(lane, None) is not None:
+    def _sweep_at(self, host: _Host, moment: float) -> None:
+        host.sweeper = asyncio.get_running_loop().call_at(moment, self._sweep, host, context=contextvars.Context())
+
+    def _sweep(self, host: _Host) -> None:
+        """Closes the lanes that nobody has used for too long."""
+        host.sweeper = None
+        now = asyncio.get_running_loop().time()
+        for lane in [lane for lane, since in host.idle.items() if since + self._idle_seconds <= now]:
+            del host.idle[lane]
             self._close_soon(lane)
+        if host.idle:
+            self._sweep_at(host, min(host.idle.values()) + self._idle_seconds)
         self._forget_empty_hosts()
 
     def _forget_empty_hosts(self) -> None:
         for name in [name for name, host in self._hosts.items() if not (host.users or host.idle)]:
-            del self._hosts[name]
+            if (sweeper := self._hosts.pop(name).sweeper) is not None:
+                sweeper.cancel()
         if not self._hosts:
             self._last_key = None  # nor is a token kept that nobody uses
 
