@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from ..errors import AccessDenied, InvalidArgument, error_from_os, scrub
+from ..errors import AccessDenied, InvalidArgument, error_from_os, make_error, scrub
 
 LARGEST: Final = 1 << 20  # bytes
 
@@ -26,7 +26,9 @@ def read_trusted(path: str | os.PathLike[str], what: str) -> str:
     except UnicodeDecodeError:
         raise InvalidArgument(f"{what} is not UTF-8", path=name) from None
     except OSError as exc:
-        raise error_from_os(exc, path=name, identity=None, doing="read") from scrub(exc)
+        error = error_from_os(exc, path=name, identity=None)
+        message, advice = f"cannot read {what}: {exc.strerror or type(exc).__name__}", "name a file that this user may read"
+        raise make_error(error.code, error.context, message, path=name, advice=advice) from scrub(exc)
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -74,20 +74,32 @@ def checked_absolute(what: str, path: StrPath) -> Path:
     return Path(text)
 
 
+def checked_destination(path: StrPath) -> str:
+    """A path that can be a file's. What ends with a slash is meant to be a directory, even if there is none yet.
+
+    Raises:
+        InvalidArgument: it can only be a directory's, or is not text.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise InvalidArgument("a path is text, not bytes")
+    if os.path.basename(text) in ("", ".", ".."):
+        raise InvalidArgument("a destination names a file, not a directory", path=text.replace("\0", "?"))
+    return text
+
+
 def checked_file(file: FileInfo) -> CheckedFile:
     """An absolute path, a URL that can be fetched, digests that can be some.
 
     Raises:
         InvalidArgument: which of them is not; BLAKE3 where nothing computes it (BG_E_INVALID_HASH_ALGORITHM).
     """
-    path = os.fspath(file.path)
-    if not isinstance(path, str):
-        raise InvalidArgument("a path is text, not bytes")
+    if not isinstance(file, FileInfo):
+        raise InvalidArgument(f"files are given as FileInfo, not {type(file).__name__}")
+    path = checked_destination(file.path)
     if "\0" in path or not os.path.isabs(path):
         raise InvalidArgument("a job's destination is an absolute path", path=path.replace("\0", "?"))
     destination = Path(path)
-    if destination.name in ("", ".", ".."):
-        raise InvalidArgument("a destination names a file", path=path)
     digests = Digests.checked(sha256=file.sha256, sha512=file.sha512, blake3=file.blake3)
     if digests.blake3 is not None and importlib.util.find_spec("blake3") is None:
         raise InvalidArgument(

@@ -677,7 +677,12 @@ class Job:
 
         A later proxy needs its credentials set again; so do servers over plain http once the job was resumed, because another proxy would
         see what is shown to them, and custom headers (T19).
+
+        Raises:
+            InvalidArgument: not `ProxySettings`.
         """
+        if not isinstance(settings, ProxySettings):
+            raise InvalidArgument(f"settings= takes ProxySettings, not {type(settings).__name__}: ProxySettings.override() names a proxy")
         engine, entry, proxy = self._desk.ready(), self._entry, resolve(settings, os.environ)
         async with engine.command(entry):
             if proxy != entry.job.proxy:

@@ -22,6 +22,7 @@ from .arguments import (
     FileInfo,
     checked_bandwidth,
     checked_connections,
+    checked_destination,
     checked_file,
     checked_helper_flags,
     checked_seconds,
@@ -86,7 +87,7 @@ class Order:
         if given is not None and not all(isinstance(item, AuthCredentials) for item in given):
             raise InvalidArgument("credentials= takes AuthCredentials")
         return cls(
-            file=checked_file(replace(file, path=os.path.abspath(os.fspath(file.path)))),
+            file=checked_file(replace(file, path=os.path.abspath(checked_destination(file.path)))),
             proxy=resolve(ProxySettings.of(proxy), os.environ),
             credentials=given,
             caller=current_token(),

@@ -287,7 +287,11 @@ PRAGMAS: Final = (
 
 _FAULTS: Final[Mapping[int, tuple[int, str, str | None]]] = MappingProxyType(  # by SQLite's primary result code
     {
-        sqlite3.SQLITE_FULL: (ErrorCode.ERROR_DISK_FULL, "the volume is full", "make room on the volume of the journal"),
+        sqlite3.SQLITE_FULL: (
+            ErrorCode.ERROR_DISK_FULL,
+            "the volume is full",
+            "make room on the volume of the journal, then open the manager again",
+        ),
         sqlite3.SQLITE_READONLY: (ErrorCode.ERROR_WRITE_FAULT, "it cannot be written", "make its file system writable"),
         sqlite3.SQLITE_CANTOPEN: (ErrorCode.ERROR_WRITE_FAULT, "it cannot be opened", "check its directory"),
         sqlite3.SQLITE_IOERR: (ErrorCode.ERROR_WRITE_FAULT, "reading or writing failed", "check the volume of the journal"),

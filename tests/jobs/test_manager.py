@@ -134,6 +134,36 @@ async def test_who_completes_too_early_hears_how_to_keep_what_is_finished(networ
             await job.complete()
 
 
+@pytest.mark.parametrize("name", ["new/", "new/.", "new/..", ""])
+async def test_what_can_only_be_a_directory_is_no_destination(network, store, out, name):
+    """`download(url, "downloads/")` made a file of that name where the directory was missing."""
+    network.serve(URL, BODY)
+    path = f"{out}/{name}"
+    with pytest.raises(bits.InvalidArgument, match="not a directory"):
+        await bits.download(URL, path, store=store)
+    async with bits.BitsManager(store=store) as manager:
+        job = await manager.create_job("where")
+        with pytest.raises(bits.InvalidArgument, match="not a directory"):
+            await job.add_file(URL, path)
+    assert list(out.iterdir()) == []
+
+
+async def test_text_in_the_place_of_a_value_is_refused_with_what_is_meant(network, store, out):
+    async with bits.BitsManager(store=store) as manager:
+        job = await manager.create_job("text")
+        with pytest.raises(bits.InvalidArgument, match=r"not str: ProxySettings\.override\(\)"):
+            await job.set_proxy_settings("http://proxy.test:8080")
+        with pytest.raises(bits.InvalidArgument, match="given as FileInfo, not tuple"):
+            await job.add_file_set([(URL, out / "f")])
+
+
+async def test_a_policy_that_is_not_there_is_called_by_its_name(store, tmp_path):
+    with pytest.raises(bits.LocalFileError, match="cannot read the group policy: No such file") as caught:
+        async with bits.BitsManager(store=store, policy=tmp_path / "policy.toml"):
+            pass
+    assert caught.value.advice == "name a file that this user may read"
+
+
 async def test_a_job_without_files_cannot_be_resumed_and_one_never_resumed_cannot_be_waited_for(network, store):
     async with bits.BitsManager(store=store) as manager:
         job = await manager.create_job("empty")
