@@ -624,6 +624,8 @@ class Attempt:
                 if done.total != download.piece.written:
                     await self._restart(download, "the file's size on the server is another one")
                 else:
+                    if download.opened is None and download.whole is None:
+                        await self._unpack(download)  # it is empty: a server refuses the first range of nothing
                     download.complete = True
             except BitsError as error:
                 if not await self._back_to_original(download, error):

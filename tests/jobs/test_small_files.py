@@ -196,6 +196,15 @@ async def test_large_empty_and_small_files_of_one_job_are_all_right(network, man
     assert {name for batch in batches for name in batch} == {"0", *(str(number) for number in range(3, len(bodies)))}
 
 
+async def test_an_empty_file_that_is_asked_for_in_a_range_is_empty_too(network, manager, out):
+    """Servers refuse the first range of nothing (416, `bytes */0`)."""
+    network.serve(f"{HOST}/2", b"")
+    job = await job_of(manager, out, segments=3)
+    await job.resume()
+    await complete(job, out, [*BODIES[:2], b"", *BODIES[3:]])
+    assert all(request.end for request in network.requests)
+
+
 # -- what is wrong with one of them
 
 
