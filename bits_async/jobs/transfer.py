@@ -159,6 +159,8 @@ class _Download:
     @property
     def count(self) -> int:
         """Bytes that are there."""
+        if not (self.segments or self.others):
+            return self.piece.written - self.piece.start
         return sum(each.written - each.start for each in self.pieces)
 
     @property
@@ -786,7 +788,7 @@ class Attempt:
             self._refuse_outside(download.record, body.total)
             named = body.url == download.record.url  # a redirect may lead elsewhere next time, and an ETag is of its own resource only
             served = body.validator if named else body.validator.at_another_url()
-            download.validator = replace(served, size=body.total)
+            download.validator = served if served.size == body.total else replace(served, size=body.total)
             if download.piece.end is None or not download.record.wanted:
                 download.piece.end = local_size(download.record.ranges, body.total)
             if not at_once:

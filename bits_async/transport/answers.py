@@ -633,7 +633,8 @@ def _described(headers: Headers, size: int | None, *, whole: bool) -> Validator:
         digests = digests.joined(parse_digests(headers.getall("Content-Digest", [])))
         digests = digests.joined(parse_legacy_digests(headers.getall("Digest", [])))
     media_type = (_once(headers, "Content-Type") or "").partition(";")[0].strip().lower()
-    return replace(validator_of(headers, size), digests=digests, media_type=media_type[:MAX_MEDIA_TYPE] or None)
+    found = validator_of(headers, size)
+    return Validator(found.etag, found.last_modified, size, digests, media_type[:MAX_MEDIA_TYPE] or None)
 
 
 def _framing(headers: Headers) -> tuple[int | None, bool]:

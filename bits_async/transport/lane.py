@@ -15,8 +15,8 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Final, Protocol
@@ -196,13 +196,27 @@ class Network(Protocol):
 # -- errors at this seam ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def wire_errors(url: str, doing: str) -> Iterator[None]:
-    """aiohttp's errors inside become ours; what it says of headers and URLs stays behind (T14)."""
-    try:
-        yield
-    except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError, EOFError) as exc:
-        throw(_wire_error(exc, url, doing), exc)
+_OF_THE_WIRE: Final = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError, EOFError)
+
+
+class _WireErrors:
+    """aiohttp's errors inside become ours; what it says of headers and URLs stays behind (T14).
+
+    A class, as `_Placed` is, because both are entered for each piece of a body: a generator costs several times as much.
+    """
+
+    __slots__ = ("_doing", "_url")
+
+    def __init__(self, url: str, doing: str) -> None:
+        self._url = url
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, _OF_THE_WIRE):
+            throw(_wire_error(error, self._url, self._doing), error)
 
 
 def _wire_error(exc: BaseException, url: str, doing: str) -> BitsError:
@@ -226,15 +240,22 @@ def _bad_redirect(url: str, why: str) -> BitsError:
     return make_error(ErrorCode.ERROR_WINHTTP_REDIRECT_FAILED, ErrorContext.REMOTE_FILE, f"the redirect is not followed: {why}", url=url)
 
 
-@contextmanager
-def _placed(url: str, identity: str) -> Iterator[None]:
+class _Placed:
     """Errors of ours that pass say where and as whom."""
-    try:
-        yield
-    except BitsError as error:
-        error.url = error.url or show_url(url)
-        error.identity = error.identity or identity
-        raise
+
+    __slots__ = ("_identity", "_url")
+
+    def __init__(self, url: str, identity: str) -> None:
+        self._url = url
+        self._identity = identity
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, BitsError):
+            error.url = error.url or show_url(self._url)
+            error.identity = error.identity or self._identity
 
 
 # -- silence ------------------------------------------------------------------------------------------------------------------
@@ -316,7 +337,7 @@ class LaneBody:
         """The next bytes, as they came: a copy or a cut would cost more than it brings."""
         if self._ended:
             raise StopAsyncIteration
-        with _placed(self.url, self._lane.identity):
+        with _Placed(self.url, self._lane.identity):
             self._lane.check(self.url)
             if self._pace.too_slow:
                 code = ErrorCode.ERROR_WINHTTP_TIMEOUT
@@ -334,7 +355,7 @@ class LaneBody:
 
     async def _read(self) -> bytes:
         content, watch = self._response.content, self._lane.watch
-        with wire_errors(self.url, "receive the file"):
+        with _WireErrors(self.url, "receive the file"):
             watch.begin(self._idle, self._give_up)
             try:
                 return await content.readany()
@@ -574,7 +595,7 @@ class Lane:
             headers.append(("Proxy-Connection", "keep-alive"))
         proxy = yarl.URL(self._route.proxy) if self._route.forwarded and self._route.proxy else None
         self.check(asked.url)  # while the headers were made, or while the connection was
-        with wire_errors(asked.url, "get an answer"):
+        with _WireErrors(asked.url, "get an answer"):
             self.watch.begin(self.timeouts.response, self.drop)
             try:
                 return await self._session.request(
@@ -742,7 +763,7 @@ class Lanes:
         been = {(party.options.method, url)}
         while True:
             async with self._lane_for(party, url) as lane:
-                with _placed(url, party.token.name):
+                with _Placed(url, party.token.name):
                     body, onward = await self._ask(lane, party, asked.at(url))
                 if body is not None:
                     try:
@@ -750,7 +771,7 @@ class Lanes:
                     finally:
                         body.close()
                     return
-            with _placed(url, party.token.name):
+            with _Placed(url, party.token.name):
                 party, url = _follow(party, url, onward, been)
 
     async def forget(self, token: Token) -> None:
@@ -808,7 +829,7 @@ class Lanes:
     @asynccontextmanager
     async def _lane_for(self, party: Party, url: str) -> AsyncIterator[Lane]:
         """A lane that may be used for this party and URL, for the time of the block; waits for its turn at the host."""
-        with _placed(url, party.token.name):
+        with _Placed(url, party.token.name):
             key, offers = self._key(party, url)
         host = self._hosts.setdefault(key.origin.host, _Host(self._limit))
         host.users += 1
