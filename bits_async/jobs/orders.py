@@ -15,7 +15,7 @@ from ..clock import Clock
 from ..errors import BitsError, InvalidArgument, InvalidState, ManagerClosed, ValidationFailed
 from ..identity.ambient import current_token
 from ..identity.tokens import HelperTokenFlags, Token
-from ..transport.options import ClientCertificate, checked_subject_name, checked_thumbprint
+from ..transport.options import ClientCertificate, HttpOptions, checked_subject_name, checked_thumbprint
 from ..transport.proxies import ProxySettings, resolve
 from .arguments import (
     CheckedFile,
@@ -140,6 +140,8 @@ async def _prepare(desk: Desk, order: Order) -> Entry:
         await engine.suspend(entry)
     await Job(desk, entry)._set_client_certificate(order.client_certificate)
     async with engine.command(entry):
+        if not _is_plain(entry):
+            raise InvalidState("the job was changed by somebody else while it was taken up", job_id=entry.job.id)
         stale = [token for token in (entry.owner, entry.helper) if token not in (order.owner, order.helper)]
         if entry.owner is None:
             await engine.owner_found(entry, order.owner)
@@ -191,11 +193,22 @@ async def _found(desk: Desk, order: Order) -> Entry | None:
         there = await engine.roster.with_destination(order.file.path, owner_sid=order.owner.sid)
     for entry in there:
         mine = entry.job.display_name == order.display_name and desk.door.is_owner(order.owner, entry.job.owner)
-        if mine and len(entry.files) == 1 and entry.files[0].path == order.file.path:
+        if mine and _is_plain(entry) and entry.files[0].path == order.file.path:
             if entry.files[0].original_url == order.file.url:
                 return entry
             await engine.cancel(entry)  # another file for that path: the old part goes
     return None
+
+
+def _is_plain(entry: Entry) -> bool:
+    """Whether it is a job as a call makes it: nothing is set on it that no call sets.
+
+    Whoever may open the job knows its name, and may have made it so, or changed it since: the helper of this call, which saw the call and
+    nothing else, would send his headers and believe the servers that he believes (T8).
+    """
+    job, files = entry.job, entry.files
+    unlike = job.dynamic_content or job.on_demand_mode or any(file.ranges or file.url != file.original_url for file in files)
+    return len(files) == 1 and not unlike and replace(job.http, client_certificate=None, certificate_origins=None) == HttpOptions()
 
 
 async def _see_through(desk: Desk, entry: Entry, order: Order) -> Path:
