@@ -845,6 +845,11 @@ class _Places:
         for each in self._places.values():
             native.sync_directory(each.directory)
 
+    def stand(self) -> bool:
+        """Whether the way that was asked for still leads to each of them: what was put into one that was moved away is not where it was
+        asked for (T15)."""
+        return all(_leads_to(path, each.found) for path, each in self._places.items())
+
 
 def _store_all(handles: _Handles, wholes: "Sequence[WholeFile]", guard: int | None, walker: int | None, token: "Token") -> list[PartRecord]:
     """What the journal is to keep of those, from the first on, that are durable now.
@@ -856,7 +861,7 @@ def _store_all(handles: _Handles, wholes: "Sequence[WholeFile]", guard: int | No
     with _Places(guard, walker) as places:
         try:
             for whole in wholes:
-                if time.monotonic() >= until or handles.released or not _store_one(whole, places, made, token):
+                if time.monotonic() >= until or not _store_one(handles, whole, places, made, token):
                     break
                 token.local.check()  # as in `_commit_all`
             for file, _ in made:
@@ -872,7 +877,7 @@ def _store_all(handles: _Handles, wholes: "Sequence[WholeFile]", guard: int | No
     return [record for _, record in made]
 
 
-def _store_one(whole: "WholeFile", places: _Places, made: list[tuple[int, PartRecord]], token: "Token") -> bool:
+def _store_one(handles: _Handles, whole: "WholeFile", places: _Places, made: list[tuple[int, PartRecord]], token: "Token") -> bool:
     """Whether it is in its part file, not yet durable. If not, nothing is left of it."""
     file, record = None, None
     try:
@@ -881,6 +886,8 @@ def _store_one(whole: "WholeFile", places: _Places, made: list[tuple[int, PartRe
         place = places.of(whole.destination)
         _replaceable(place.directory, whole.destination)
         name = _part_name(whole.destination.name, whole.job_id, whole.draft, place.longest)
+        if handles.released:
+            return False  # nobody waits any more: the name may be another's part file by now
         file = _create_in_place_of_stray(place.directory, name, _uid(token))
         record = _record_of(whole.destination, name, place.found, os.fstat(file), token)
         native.pwrite_all(file, whole.chunks, 0)
@@ -960,7 +967,7 @@ def _commit_all(handles: _Handles, parts: "Sequence[FinishedPart]", guard: int |
             places.sync()
         except OSError:
             return 0  # which of them are durable is not known
-    return done
+        return done if places.stand() else 0
 
 
 def _commit_one(handles: _Handles, part: "FinishedPart", places: _Places, umask: int) -> bool:
@@ -989,6 +996,14 @@ def _commit_one(handles: _Handles, part: "FinishedPart", places: _Places, umask:
 def _is_renamed(directory: Directory, destination: Path, record: PartRecord) -> bool:
     found = _find(directory, _destination_name(destination))
     return found is not None and record.is_file(found)
+
+
+def _leads_to(path: Path, directory: os.stat_result) -> bool:
+    try:
+        there = os.stat(path)
+    except OSError:
+        return False
+    return (there.st_dev, there.st_ino) == (directory.st_dev, directory.st_ino)
 
 
 def _refuse_moved(directory: Directory, destination: Path, record: PartRecord) -> None:

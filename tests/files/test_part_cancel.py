@@ -13,7 +13,7 @@ import pytest
 
 from bits_async import files as files_module
 from bits_async.errors import ImpersonationFailed, LocalFileError
-from bits_async.files import PartFile, PartRecord, committed_length, discard_part
+from bits_async.files import PartFile, PartRecord, WholeFile, committed_length, discard_part, new_draft, store_whole
 from bits_async.identity import native, threads
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
@@ -293,6 +293,31 @@ async def test_a_create_that_nobody_waits_for_any_more_removes_what_it_made(
     door.open.set()
     await until(lambda: door.passed == 1 and open_below(tmp_path) == [])
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("call", ["open_directory", "max_name", "stat_at"])
+async def test_t17_a_batch_that_nobody_waits_for_any_more_takes_no_part_file_from_the_one_who_goes_on(
+    token: Token, others: TokenExecutor, tmp_path: Path, gate: Callable[[str], Gate], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The name was journalled before the batch was begun, so whoever goes on with the file uses the same."""
+    files, draft = TokenExecutor(token), new_draft()
+    wholes = [WholeFile(tmp_path / "file", JOB, draft, [b"of the lost thread"])]
+    honest = getattr(native, call)
+    door = gate(call)
+    task = asyncio.ensure_future(store_whole(files, wholes))
+    await until(door.reached.is_set)
+    await cancelled(task)
+    gated = getattr(native, call)
+    monkeypatch.setattr(native, call, honest)
+    part = await PartFile.create(others, tmp_path / "file", JOB, draft=draft)
+    await write(part, 0, [b"of the one who goes on"])
+    monkeypatch.setattr(native, call, gated)
+    door.open.set()
+    await until(lambda: door.passed >= 1 and len(open_below(tmp_path)) == 2)
+    assert part.path.read_bytes() == b"of the one who goes on"
+    assert part.record.is_file(os.stat(part.path))
+    await part.close()
 
 
 @pytest.mark.usefixtures("impatient")

@@ -360,3 +360,24 @@ async def test_many_files_of_which_nobody_knows_whether_they_are_durable_do_not_
     parts = await finished(files, tmp_path / "0", tmp_path / "1")
     monkeypatch.setattr(native, "sync_directory", broken)
     assert await commit_parts(files, parts) == 0
+
+
+async def test_t15_files_that_went_into_a_directory_that_was_moved_away_meanwhile_are_not_said_to_be_where_they_were_asked_for(
+    files: TokenExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    parts = await finished(files, *(place / str(number) for number in range(3)))
+    rename, times = native.rename_at, list[str]()
+
+    def swapped(directory: int, old: str, new: str) -> None:
+        rename(directory, old, new)
+        times.append(new)
+        if len(times) == 1:
+            place.rename(tmp_path / "away")
+            place.mkdir()
+            (place / "1").write_bytes(b"somebody else's")
+
+    monkeypatch.setattr(native, "rename_at", swapped)
+    assert await commit_parts(files, parts) == 0
+    assert (place / "1").read_bytes() == b"somebody else's"
