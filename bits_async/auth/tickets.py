@@ -9,7 +9,8 @@ GSSAPI is never left to choose a credential by itself: the process's default cac
 Before a ticket ends it is renewed, where the realm lets it be, or another is got with the password or key. A cache that somebody
 else filled is never renewed in its place: it belongs to whoever runs kinit, and other programs read it. The renewed ticket is
 kept in a cache of our own, and used while it lasts longer than what is in the other one; when that is emptied or removed, as a
-log-off does, ours goes too. While a ticket is good nobody waits for its successor, and a KDC that does not answer harms nobody.
+log-off does, ours is used and renewed no more, and goes as soon as either is tried. While a ticket is good nobody waits for its
+successor, and a KDC that does not answer harms nobody.
 
 What blocks is plain functions, meant for the token's security threads. On Windows SSPI keeps tickets in the logon session, so
 credentials pass unchanged. This module also reads a ticket's target out of a token (T21); it knows neither HTTP nor challenges.
@@ -129,7 +130,11 @@ class Tickets:
         with entry.turn(0) as mine:
             if not mine:
                 return  # a KDC that does not answer still has that thread
-            name, life = self._longest(entry)
+            try:
+                name, life = self._longest(entry)
+            except BitsError:
+                self._drop(entry)  # whoever filled the other cache has given it up
+                raise
             if life.renew_at is not None and life.renew_at <= now:
                 self._keep(entry, kerberos(renew, name))
                 entry.wanted = False
@@ -146,6 +151,11 @@ class Tickets:
             entry = self._entries.pop(_mine(offer), None)
             if entry is not None:
                 entry.close()
+
+    def _drop(self, entry: "_Entry") -> None:
+        with self._lock:
+            for key in [key for key, each in self._entries.items() if each is entry]:
+                self._entries.pop(key).close()
 
     async def aclose(self) -> None:
         """Destroy all tickets. Each cache is destroyed with the handle it was made with: memory only, nothing that could wait."""
@@ -193,6 +203,8 @@ class Tickets:
         with self._lock:
             if self._closed:
                 raise unable("the manager is closing")
+            if _is_closed(offer.holder):  # in the middle of a login: whoever forgets the token's tickets may have done so already
+                raise TokenRequired("the token was closed", identity=show_text(offer.who, 80))
             self._clear_out(_mine(offer))
             entry = self._entries.setdefault(_mine(offer), _Entry())
             news, entry.wanted = not entry.wanted, True
@@ -202,7 +214,7 @@ class Tickets:
 
     def _clear_out(self, but: object = None) -> None:
         for key, entry in list(self._entries.items()):
-            alone = key[0] is not None and key[0]() is None  # nobody holds the token any more
+            alone = key[0] is not None and ((holder := key[0]()) is None or _is_closed(holder))  # nobody has the token any more
             if alone or (key != but and entry.ended(self._clock())):
                 self._entries.pop(key).close()
 
@@ -351,6 +363,10 @@ class Keeper(Protocol):
 
     def worn(self, offer: Offer) -> None:
         """The ticket of this offer nears its end: `Tickets.refresh` is due."""
+
+
+def _is_closed(holder: object) -> bool:
+    return bool(getattr(holder, "closed", False))
 
 
 def _mine(offer: Offer) -> tuple[_Holder, str]:

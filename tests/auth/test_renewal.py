@@ -15,7 +15,7 @@ from bits_async.auth import tickets as module
 from bits_async.auth.policy import AuthScheme, Offer, credential_fingerprint
 from bits_async.auth.renewal import LONGEST_SLEEP, Renewals
 from bits_async.auth.tickets import Tickets
-from bits_async.errors import AuthFailed
+from bits_async.errors import AuthFailed, TokenRequired
 from bits_async.identity.kerberos import Cache, Lifetime, silent_kdc
 from bits_async.identity.threads import TokenExecutors
 from bits_async.identity.tokens import Token
@@ -179,6 +179,31 @@ async def test_when_kinit_s_cache_is_emptied_ours_goes_with_it(place: Place) -> 
         await place.login(token)
     assert place.kdc.destroyed == ["ours-1"]
     assert place.tickets.renewals() == []
+
+
+async def test_t04_when_kinit_s_cache_is_removed_ours_goes_though_nobody_logs_on_any_more(place: Place) -> None:
+    now = place.kdc.now()
+    place.kdc.source = Lifetime(now, now + 10 * HOUR, now + 40 * HOUR)
+    place.kdc.until = now + 40 * HOUR
+    token = by_cache()
+    await place.login(token)
+    await place.passes(8 * HOUR)
+    assert await place.login(token) == "ours-1"
+    place.kdc.source = None  # kdestroy
+    await place.passes(8 * HOUR)
+    assert place.kdc.destroyed == ["ours-1"]
+    assert place.tickets.renewals() == []
+
+
+async def test_t25_a_login_under_way_leaves_no_tickets_of_a_token_that_is_closed_and_forgotten_meanwhile(place: Place) -> None:
+    """The thread has its offer, and the KDC is not asked yet."""
+    token = by_password()
+    offer = Offer(AuthScheme.NEGOTIATE, token.network, None, None, True, credential_fingerprint(token.network, b"k"), ALICE, token)
+    token.close()
+    place.tickets.forget(token)
+    with pytest.raises(TokenRequired):
+        await asyncio.to_thread(place.tickets.ready, offer)
+    assert (place.kdc.asked, repr(place.tickets)) == ([], "<Tickets: 0>")
 
 
 async def test_a_kdc_that_fails_costs_nothing_while_the_ticket_is_good_and_is_asked_again_a_bounded_number_of_times(
