@@ -574,7 +574,7 @@ def _implicit(origin: Origin, grant: Grant, token: "Token", rules: AuthRules) ->
     elif not process:
         return f"the token {token.name} has no network credentials"
     # Not built by the caller from a credential for somebody: whoever listens near by would get what the user is logged on with (T22).
-    lent = token.logged_on or (process and not token.has_credentials)
+    lent = token.logged_on or (process and kind_of(credential) is CredentialKind.AMBIENT)
     if lent and origin.needs_listing and not rules.listed(origin):
         whose = "the token's" if token.logged_on else "the process's own"
         return f"{whose} credentials are not sent to loopback and IP addresses unless the rule allow lists them ({origin.host})"

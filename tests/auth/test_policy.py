@@ -208,6 +208,17 @@ def test_t22_what_an_access_token_is_logged_on_with_goes_where_the_processs_own_
     assert choose_offers(Seat.ORIGIN, FILES, [implicit()], a_token(lent, is_process=False)) == ()  # no thread of it is logged on
 
 
+def test_t22_naming_what_the_process_is_logged_on_with_is_no_permission_for_loopback() -> None:
+    """A token built from a credential that says "whatever this program is logged on with" holds the process's own: on Windows NTLM too."""
+    there = Origin.of("http://127.0.0.1:8080")
+    for named in (spnego.CredentialCache(), spnego.CredentialCache("LAB\\alice")):
+        refused = choose_offers(Seat.ORIGIN, there, [implicit(origins=frozenset({there}))], a_token(named))
+        assert refused == ()
+        assert "the process's own credentials are not sent to loopback" in refused.withheld[0]
+        [offer] = choose_offers(Seat.ORIGIN, FILES, [implicit()], a_token(named))
+        assert offer.guarded, "nor to this machine by another name"
+
+
 def test_implicit_credentials_are_those_of_the_token_or_nobodys() -> None:
     refused = choose_offers(Seat.ORIGIN, FILES, [implicit()], a_token(is_process=False))
     assert refused == ()
