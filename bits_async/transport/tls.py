@@ -178,6 +178,7 @@ def _load_pair(context: ssl.SSLContext, pair: KeyPair) -> None:
     """`ssl` takes keys from files only; this one is memory without a name (T27)."""
     descriptor = os.memfd_create("client-certificate")
     try:
+        os.fchmod(descriptor, 0o600)  # it is made for everybody, and every thread of this process, whoever it wears, may name descriptors
         with open(descriptor, "wb", closefd=False) as file:
             file.write(pair.pem)
         context.load_cert_chain(f"/proc/self/fd/{descriptor}")

@@ -18,7 +18,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 
 import bits_async as bits
-from bits_async import ErrorCode, HelperTokenFlags, JobState, SecurityFlags, Token, impersonate
+from bits_async import ErrorCode, HelperTokenFlags, JobState, SecurityFlags, Token, impersonate, run_as
 from bits_async.testing import FakeNetwork, fake_token
 from bits_async.transport.client_certificates import MAX_FILE, read_key_pair
 from tests.certificates import Authority, ClientTls, ServerTls
@@ -437,6 +437,27 @@ async def test_t27_a_key_reaches_openssl_by_memory_without_a_name(place, authori
         await whole(job)
     assert handed
     assert all(name.startswith("/memfd:") for name in handed)
+
+
+@pytest.mark.privileged
+async def test_t27_no_thread_of_another_user_reads_a_key_on_its_way_to_openssl(place, authority, monkeypatch):
+    """A job names any path as its own certificate, descriptors of this process included: they are opened as that job's owner."""
+    stolen: list[bytes] = []
+    load, other = ssl.SSLContext.load_cert_chain, await Token.for_user("nobody")
+
+    def steal(context: ssl.SSLContext, file: str, *args: Any, **more: Any) -> None:
+        with suppress(PermissionError):
+            stolen.append(asyncio.run(run_as(other, Path(file).read_bytes)))
+        load(context, file, *args, **more)
+        stolen.append(b"")
+
+    asking = authority.asking()
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", steal)
+    async with Asking(asking) as origin, place.manager() as manager:
+        job = await place.job(manager, origin.serve("/file", BODY))
+        await job.set_client_certificate_by_file(place.write("me.p12", authority.issue_client(name="dora").pkcs12()))
+        await whole(job)
+    assert stolen == [b""]
 
 
 async def test_a_helper_on_the_network_and_a_certificate_of_an_owner_who_is_not_elevated_do_not_go_together(place, authority, alice):
