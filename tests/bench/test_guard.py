@@ -147,6 +147,12 @@ def test_a_small_file_of_a_job_needs_few_transactions_hops_and_rounds_of_the_loo
     assert per_small_file(small, "iterations") <= 9
 
 
+def test_another_small_file_sets_no_timer_and_needs_few_calls_in_the_thread_of_the_loop(counted):
+    more = {name: (counted["small files"][name] - counted[BASE][name]) / (SMALL - 1) for name in ("timers", "calls")}
+    assert more["timers"] <= 0.5
+    assert more["calls"] <= 630
+
+
 @pytest.mark.traced
 def test_a_small_file_of_a_job_needs_few_system_calls_and_few_syncs(calls):
     small = calls["small files"]

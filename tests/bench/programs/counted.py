@@ -4,6 +4,8 @@ An order names a journal, the authority's certificate, and phases: a name and th
 
     hops          calls into the event loop from other threads, one for each piece of work that a thread was given
     iterations    rounds of the event loop
+    timers        set by the loop's thread
+    calls         of Python's functions in the loop's thread; 0 unless the order says `trace`
     transactions  of the journal
     blocks        allocated blocks of Python's memory, more than before
     python_peak   most memory that Python's allocator had at once, more than before; 0 unless the order says `trace`
@@ -44,6 +46,15 @@ class CountingLoop(asyncio.SelectorEventLoop):
         COUNTS["hops"] += 1
         return super().call_soon_threadsafe(callback, *args, context=context)
 
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
+        COUNTS["timers"] += 1
+        return super().call_at(when, callback, *args, context=context)
+
+
+def _count_call(frame: object, event: str, argument: object) -> None:
+    if event == "call":
+        COUNTS["calls"] += 1
+
 
 def _count_transactions() -> None:
     connect = sqlite3.connect
@@ -74,9 +85,11 @@ async def main(wish: dict[str, Any]) -> None:
             blocks = sys.getallocatedblocks()
             COUNTS.clear()
             os.access(f"/phase/{name}", os.F_OK)
+            sys.setprofile(_count_call if wish.get("trace") else None)
             await _job(manager, files)
+            sys.setprofile(None)
             os.access("/phase/", os.F_OK)
-            counts = {each: COUNTS[each] for each in ("hops", "iterations", "transactions")}
+            counts = {each: COUNTS[each] for each in ("hops", "iterations", "timers", "calls", "transactions")}
             peak = tracemalloc.get_traced_memory()[1] if wish.get("trace") else 0
             tracemalloc.stop()
             gc.collect()
