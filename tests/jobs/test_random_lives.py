@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,7 @@ class Lives(RuleBasedStateMachine):
         life = next((life for life in self.lives if life.handle.id == event.job_id), None)
         if isinstance(event, bits.Retrying):
             self.network.clock.advance(event.delay)
+            self.met(life, event.error)
         elif life is None:
             assert isinstance(event, bits.JobChanged), event
             assert event.state is S.SUSPENDED, event
@@ -276,8 +278,7 @@ class Lives(RuleBasedStateMachine):
             return
         fates = self.fates.get(life, set())
         assert event.state in fates, f"{event.state} ({event.error}) instead of {fates}"
-        if event.error is not None and event.error.message == "told to fail":
-            life.unfinished[0].failures -= 1
+        self.met(life, event.error)
         if event.state is S.TRANSFERRED:
             assert not life.unfinished, "TRANSFERRED, and not every file is"
         if event.state is S.TRANSIENT_ERROR:
@@ -292,16 +293,23 @@ class Lives(RuleBasedStateMachine):
             assert life.retry_delay - 5 < delay <= life.retry_delay  # another job's broken connection may have moved the clock
             life.retry_due = self.network.clock.monotonic() + delay
 
+    def met(self, life: Life | None, error: bits.BitsError | None) -> None:
+        """A failure that the server had been told to make is spent."""
+        if life is not None and error is not None and error.message == "told to fail":
+            next(file for file in life.unfinished if file.failures).failures -= 1
+
     # -- what is foretold
 
     def foretell(self) -> None:
         """What the weather is now, it will be until everything has come to rest."""
-        cases = [(fresh, whole) for fresh in (False, True) for whole in (False, True)]
-        self.fates = {life: {self.fate(life, fresh=fresh, whole=whole) for fresh, whole in cases} for life in self.lives}
+        cases = [dict(zip(("fresh", "whole", "spared"), case, strict=True)) for case in product((False, True), repeat=3)]
+        self.fates = {life: {self.fate(life, **case) for case in cases} for life in self.lives}
         self.dues = {life: life.retry_due for life in self.lives if life.retry_due is not None}
 
-    def fate(self, life: Life, *, fresh: bool, whole: bool) -> object:
-        """What becomes of an attempt: a new one, or the one that is under way; with those files whole that may be so."""
+    def fate(self, life: Life, *, fresh: bool, whole: bool, spared: bool) -> object:
+        """What becomes of an attempt: a new one, or the one that is under way; with those files whole that may be so; and where another
+        file came before it, the first connection that breaks is made again.
+        """
         trouble = S.ERROR if life.fatal else S.TRANSIENT_ERROR
         for file in life.unfinished:
             if whole and file.maybe:
@@ -311,7 +319,7 @@ class Lives(RuleBasedStateMachine):
                 return trouble
             if self.silence == 0 or (flows and self.silence is not None):
                 return HELD
-            if not flows and file.failures:
+            if not flows and file.failures > spared:
                 return trouble
             if not flows and file.status != 200:
                 return S.ERROR if file.status == 404 else trouble
