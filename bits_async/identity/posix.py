@@ -51,6 +51,10 @@ class Account:
     capabilities: int = 0  # of the running process; an account has none
 
 
+POWERS_ARE_THE_TOKENS: Final = False
+"""The powers of a user are those of all his tokens."""
+
+
 def is_elevated(account: Account) -> bool:
     """The one place that decides it.
 

@@ -57,6 +57,10 @@ def is_elevated(account: Account) -> bool:
     return account.elevated and account.integrity >= win32.HIGH_INTEGRITY
 
 
+POWERS_ARE_THE_TOKENS: Final = True
+"""One administrator has two tokens under UAC, with his powers and without."""
+
+
 def _account(facts: win32.Facts) -> Account:
     kind = win32.ELEVATION_TYPES.get(facts.elevation_type, "default")
     return Account(facts.name, facts.sid, facts.elevated, facts.integrity, kind, facts.session)

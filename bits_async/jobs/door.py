@@ -8,6 +8,7 @@ from typing import final
 
 from ..auth.policy import credential_fingerprint
 from ..errors import AccessDenied, ImpersonationFailed, InvalidArgument, TokenRequired
+from ..identity import native
 from ..identity.ambient import current_token, impersonation
 from ..identity.logon import NetworkOnly
 from ..identity.tokens import ImpersonationLevel, Token
@@ -151,6 +152,12 @@ class Door:
     def is_owner(self, token: Token, key: OwnerKey) -> bool:
         """Exactly the identity that made the job: the same local user, the same principal, proved by the same secret."""
         return self.identity(token) == identity_of(key)
+
+    def may_stand_for(self, token: Token, key: OwnerKey) -> bool:
+        """The owner himself, with no powers that he did not make the job with: where a user has tokens with and without them (UAC), whoever
+        has the lesser one opens the job, and would have it carried out by the other (T10)."""
+        more = native.POWERS_ARE_THE_TOKENS and token.elevated and not key.elevated
+        return self.is_owner(token, key) and not more
 
     def is_same(self, token: Token, other: Token) -> bool:
         """One identity: the same local user, the same principal, proved by the same secret."""

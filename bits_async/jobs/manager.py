@@ -354,10 +354,10 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         if entry is None:
             raise NotFound(job_id=key)
         desk.door.admit(caller, entry.job)
-        if entry.owner is None and desk.door.is_owner(caller, entry.job.owner):
+        if entry.owner is None and desk.door.may_stand_for(caller, entry.job.owner):
             await desk.engine.owner_found(entry, desk.door.usable(caller))
         setter = entry.job.notify_setter
-        if setter is not None and commander(entry) is None and desk.door.is_owner(caller, setter):
+        if setter is not None and commander(entry) is None and desk.door.may_stand_for(caller, setter):
             desk.engine.setter_found(setter, desk.door.usable(caller))
         return Job(desk, entry)
 
@@ -422,7 +422,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         token = await self._logon(Job(desk, entry))
         if token is None:
             return None
-        if not desk.door.is_owner(desk.door.usable(token), entry.job.owner):
+        if not desk.door.may_stand_for(desk.door.usable(token), entry.job.owner):
             raise AccessDenied(f"logon() gave a token of {token.name}, not the owner's", identity=token.name, job_id=entry.job.id)
         return token
 

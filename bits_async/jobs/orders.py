@@ -192,7 +192,8 @@ async def _found(desk: Desk, order: Order) -> Entry | None:
     async with engine.reading():
         there = await engine.roster.with_destination(order.file.path, owner_sid=order.owner.sid)
     for entry in there:
-        mine = entry.job.display_name == order.display_name and desk.door.is_owner(order.owner, entry.job.owner)
+        theirs = desk.door.may_stand_for(order.owner, entry.job.owner) and desk.door.high_enough(order.owner, entry.job)
+        mine = entry.job.display_name == order.display_name and theirs
         if mine and _is_plain(entry) and entry.files[0].path == order.file.path:
             if entry.files[0].original_url == order.file.url:
                 return entry
