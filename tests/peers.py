@@ -156,6 +156,11 @@ class Cut(Exception):
     """The connection ends here, on purpose."""
 
 
+def _abort(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(AttributeError):  # CPython 3.11 stumbles over a TLS connection that was closed twice before
+        writer.transport.abort()
+
+
 @dataclass
 class Connection:
     number: int
@@ -172,13 +177,13 @@ class Connection:
     async def close(self) -> None:
         """What was written still goes out, unless the client does not take it."""
         for _, writer in self.ways.values():
-            writer.transport.abort()
+            _abort(writer)
         self.writer.close()
         try:
             async with asyncio.timeout(1):
                 await self.writer.wait_closed()
         except (OSError, TimeoutError):
-            self.writer.transport.abort()
+            _abort(self.writer)
 
     def end(self, *, reset: bool) -> None:
         """Close without flushing by RST, or after what was written by FIN."""
@@ -186,7 +191,7 @@ class Connection:
             sock = self.writer.get_extra_info("socket")
             with contextlib.suppress(OSError):  # the client was quicker
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-            self.writer.transport.abort()
+            _abort(self.writer)
         else:
             self.writer.close()
 
@@ -259,7 +264,7 @@ class Server:
             connection.end(reset=True)
         finally:
             for _, writer in connection.ways.values():
-                writer.transport.abort()
+                _abort(writer)
             if connection.guard is not None:
                 connection.guard.close()
 
@@ -504,7 +509,7 @@ class Proxy(Server):
         for fresh in (not self.session_based, True):
             if fresh and port in connection.ways:
                 _, stale = connection.ways.pop(port)
-                stale.transport.abort()
+                _abort(stale)
             try:
                 reader, writer = await connection.way(port)
                 writer.write(request)
