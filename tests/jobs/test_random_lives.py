@@ -204,8 +204,8 @@ class Lives(RuleBasedStateMachine):
             life.state, life.picked = life.handle.state, self.network.clock.monotonic()
             if life.retry_due is not None:
                 life.retry_due = min(life.retry_due, life.picked + life.retry_delay)
-            elif life.state is S.TRANSIENT_ERROR:
-                life.retry_due = life.picked  # it waited for the network, and looks whether that is there now
+            elif life.state is S.TRANSIENT_ERROR and self.connected:
+                life.retry_due = life.picked  # it waited for the network, which may have come back meanwhile
         self.listener = asyncio.ensure_future(self.listen(stream))
 
     async def close_queue(self) -> None:
