@@ -53,7 +53,7 @@ class Judged:
 
 
 def _shown(value: float, unit: str) -> str:
-    return f"{value:.0f} {unit}" if unit == "MiB" else f"{value:.2f} {unit}".strip()
+    return f"{round(value)} {unit}" if unit == "MiB" else f"{value:.2f} {unit}".strip()
 
 
 def figures(outcome: Outcome) -> list[Figures]:
