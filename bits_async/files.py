@@ -19,6 +19,10 @@ later call fails, and this process does not reopen the file meanwhile. So the ca
 through `TokenExecutor.run`. aiofiles, on the executor's own pool, carries the one that only looks (`length`): it returns
 from a cancel at once, and what it leaves behind does no harm. Its file objects are not used: their position is state between two
 hops, and `async with` closes them on another thread.
+
+**Many at once.** Files that came whole need no part file while they are fetched: `store_whole` makes, writes and syncs a batch of them in
+one hop, and `commit_parts` renames one, each directory opened, looked at and synced once. They keep every promise above for each file, and
+stop at the first that is not as it should be: what is wrong with it is said when it is tried alone.
 """
 
 import asyncio

@@ -477,17 +477,17 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
         order = Order.checked(
             file,
-            proxy,
-            credentials,
-            owner,
-            helper,
-            helper_flags,
-            progress,
-            priority,
-            retry_for,
-            maximum_bandwidth,
-            segments,
-            client_certificate,
+            proxy=proxy,
+            credentials=credentials,
+            owner=owner,
+            helper=helper,
+            helper_flags=helper_flags,
+            progress=progress,
+            priority=priority,
+            retry_for=retry_for,
+            maximum_bandwidth=maximum_bandwidth,
+            segments=segments,
+            client_certificate=client_certificate,
         )
         return self._download(order)
 
@@ -558,17 +558,17 @@ async def download(
     file = FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3)
     order = Order.checked(
         file,
-        proxy,
-        credentials,
-        owner,
-        helper,
-        helper_flags,
-        progress,
-        priority,
-        retry_for,
-        maximum_bandwidth,
-        segments,
-        client_certificate,
+        proxy=proxy,
+        credentials=credentials,
+        owner=owner,
+        helper=helper,
+        helper_flags=helper_flags,
+        progress=progress,
+        priority=priority,
+        retry_for=retry_for,
+        maximum_bandwidth=maximum_bandwidth,
+        segments=segments,
+        client_certificate=client_certificate,
     )
     manager = BitsManager(store=private_store(order.owner, order.file.path) if store is None else store, ssl=ssl, auth_rules=auth_rules)
     manager._one_shot = OneShot(order.file.path, None if store is None else manager._path)

@@ -60,6 +60,7 @@ class Order:
     def checked(
         cls,
         file: FileInfo,
+        *,
         proxy: ProxySettings | str | None,
         credentials: Iterable[AuthCredentials] | None,
         owner: Token | None,
