@@ -10,7 +10,7 @@
 #
 #   make soak    the tests that take minutes: 200 kills of a running queue, 5,000 random schedules of faults, and the like
 #   make bench-integrity    how often curl, wget, wget2 and aria2c mix two versions of a file, and how often we do: a table
-#   make bench   speed, processor time and memory beside curl, wget, aria2 and others: about eight minutes, a table and a picture
+#   make bench   speed, processor time and memory beside curl, wget, aria2 and others: about nine minutes, a table and a picture
 #
 # And one for those who change the states of a job:
 #

@@ -1,8 +1,9 @@
 """`python -m tests.bench`: the benchmark. It measures and reports; it passes no judgement by its exit code.
 
---only plain,tls    some rows (plain, disk, tls, small, jobs, memory, queue, line, limit-1, limit-100, kerberos, identities)
+--only plain,tls    some rows (plain, disk, tls, small, jobs, memory, queue, line, limit-1, limit-100, kerberos, identities; and
+                    plain-peers, tls-peers, small-peers: everybody, with less to do)
 --rounds 3          how often (7)
---seconds 420       about how long: the amount of bytes is chosen for it
+--seconds 500       about how long: the amount of bytes is chosen for it
 --full              the whole amounts, however long it takes
 --readme            no new measurement: write the last one into README.md and docs/
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from tests.bench import plot, report
 from tests.bench.machine import describe
-from tests.bench.rows import ROWS, Row
+from tests.bench.rows import PEERS, ROWS, Row
 from tests.bench.runner import Outcome, play
 from tests.bench.stage import Stage
 
@@ -39,7 +40,7 @@ def chosen(only: str | None) -> list[Row]:
 
 
 def picture(outcomes: list[Outcome], rounds: int, date: str) -> str:
-    drawn = [each for each in outcomes if each.row.key in ("plain", "tls", "small")]
+    drawn = [each for each in outcomes if each.row in PEERS]
     return plot.draw(drawn, f"bits_async and others on loopback, medians of {rounds} rounds, {date}")
 
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="The benchmark.")
     parser.add_argument("--only", metavar="ROW,ROW")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=420)
+    parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--readme", action="store_true")
     options = parser.parse_args()

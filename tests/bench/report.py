@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from tests.bench.machine import GIB, MIB
-from tests.bench.rows import ROWS, Goal, Row, Sample
+from tests.bench.rows import PEERS, ROWS, Goal, Row, Sample
 from tests.bench.runner import Outcome
 
 FORMAT = 1
@@ -134,14 +134,18 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     )
 
 
-def _amounts(outcomes: Sequence[Outcome]) -> str:
-    return "; ".join(f"{each.row.key}: {each.row.said(each.amount)}" for each in outcomes)
+def _amounts(outcomes: Sequence[Outcome], rounds: int) -> str:
+    """How much each row had, and in how many rounds where it was not in all."""
+    found = [(each, len(each.whole_rounds())) for each in outcomes]
+    return "; ".join(
+        f"{each.row.key}: {each.row.said(each.amount)}" + (f" in {played} rounds" if played != rounds else "") for each, played in found
+    )
 
 
 def text(outcomes: Sequence[Outcome], machine: Mapping[str, Any], rounds: int, date: str) -> str:
     """The whole report, as Markdown."""
     parts = [
-        f"Measured {date}, medians of {rounds} interleaved rounds ({_amounts(outcomes)}). {machine_line(machine)}",
+        f"Measured {date}, medians of {rounds} interleaved rounds ({_amounts(outcomes, rounds)}). {machine_line(machine)}",
         goals_table(judge(outcomes)),
     ]
     for outcome in outcomes:
@@ -199,10 +203,10 @@ def of_json(written: str) -> tuple[list[Outcome], dict[str, Any], int, str]:
 
 
 def readme_part(outcomes: Sequence[Outcome], machine: Mapping[str, Any], rounds: int, date: str, picture: str) -> str:
-    shown = [each for each in outcomes if each.row.key in ("plain", "tls", "small")]
+    shown = [each for each in outcomes if each.row in PEERS]
     parts = [
         BEGIN,
-        f"Medians of {rounds} interleaved rounds on {date} ({_amounts(outcomes)}). {machine_line(machine)}",
+        f"Medians of {rounds} interleaved rounds on {date} ({_amounts(outcomes, rounds)}). {machine_line(machine)}",
         '"In-proc" is the transfer alone, in a program that is running already; of programs it is the whole process.',
         goals_table(judge(outcomes)),
         f"![Throughput, processor time and memory]({picture})",

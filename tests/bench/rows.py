@@ -78,7 +78,10 @@ def cpu_ratio(ours: str, other: str) -> Callable[[Round], float]:
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of work. `full` is its whole amount of bytes (or files); a run may have less of it."""
+    """One kind of work. `full` is its whole amount of bytes (or files); a run has less of it where it `scales` and time is short.
+
+    It is played in every round, or in `every` second, third ... one.
+    """
 
     key: str
     title: str
@@ -87,6 +90,7 @@ class Row:
     baseline: str
     goals: tuple[Goal, ...]
     scales: bool = True
+    every: int = 1
 
     def missing(self) -> str | None:
         """Why this machine cannot play it."""
@@ -261,15 +265,50 @@ def _resident(found: Round) -> float:
     return inside["resident"] / MIB
 
 
+# Everybody side by side, with less to do: the slow ones would take the time that the goals need.
+PEERS: tuple[Row, ...] = (
+    OneFile(
+        "plain-peers",
+        "a file of 64 MiB, plain HTTP, into memory",
+        64 * MIB,
+        (
+            *(SPLICE, Limit("read"), CURL, OURS, OurCommand(), Wget2(), Wget(), Aria2(), REQUESTS, HTTPX, HTTPX_ASYNC),
+            *(NAIVE, NAIVE_SMALL, PYPDL, PYPDL_4),
+        ),
+        TO_CURL,
+        (),
+        scales=False,
+        every=2,
+    ),
+    OneFile(
+        "tls-peers",
+        "a file of 64 MiB, TLS, into memory",
+        64 * MIB,
+        (CURL, OURS, OurCommand(), Wget2(), Wget(), Aria2(), REQUESTS, HTTPX, NAIVE, NAIVE_SMALL),
+        TO_CURL,
+        (),
+        scales=False,
+        every=2,
+        tls=True,
+    ),
+    SmallFiles(
+        "small-peers",
+        "200 files of 64 KiB, one job",
+        200,
+        (ARIA_16, OURS, AT_ONCE, Curl(), Curl(at_once=16), Wget2(at_once=16), NAIVE_16),
+        ARIA_16.name,
+        (),
+        scales=False,
+        every=2,
+    ),
+)
+
 ROWS: tuple[Row, ...] = (
     OneFile(
         "plain",
         "one large file, plain HTTP, into memory",
         GIB,
-        (
-            *(SPLICE, Limit("read"), CURL, OURS, OurCommand(), Wget2(), Wget(), Aria2(), REQUESTS, HTTPX, HTTPX_ASYNC),
-            *(NAIVE, NAIVE_SMALL, PYPDL, PYPDL_4),
-        ),
+        (SPLICE, CURL, OURS),
         TO_CURL,
         (
             Goal("wall, to curl", 0.75, wall_ratio(BITS, TO_CURL)),
@@ -291,7 +330,7 @@ ROWS: tuple[Row, ...] = (
         "tls",
         "one large file, TLS, into memory",
         GIB,
-        (CURL, OURS, OurCommand(), Wget2(), Wget(), Aria2(), REQUESTS, HTTPX, NAIVE, NAIVE_SMALL),
+        (CURL, OURS),
         TO_CURL,
         (Goal("wall, to curl", 0.95, wall_ratio(BITS, TO_CURL)), Goal("CPU, to curl", 0.95, cpu_ratio(BITS, TO_CURL))),
         tls=True,
@@ -300,7 +339,7 @@ ROWS: tuple[Row, ...] = (
         "small",
         "many files of 64 KiB, one job",
         2000,
-        (ARIA_16, OURS, AT_ONCE, Curl(), Curl(at_once=16), Wget2(at_once=16), NAIVE_16),
+        (ARIA_16, OURS, AT_ONCE),
         ARIA_16.name,
         (
             Goal("wall, to aria2c -j16, with the journal", 1.0, wall_ratio(BITS, ARIA_16.name)),
@@ -314,6 +353,7 @@ ROWS: tuple[Row, ...] = (
         (ARIA_16, replace(OURS, work="many_jobs")),
         ARIA_16.name,
         (),
+        every=2,
     ),
     Memory(
         "memory",
@@ -322,6 +362,7 @@ ROWS: tuple[Row, ...] = (
         (LARGE, SMALL),
         SMALL.name,
         (Goal("peak of memory, more than of 10 MiB", 8, _grown, "MiB"),),
+        every=3,
     ),
     Queue(
         "queue",
@@ -351,6 +392,8 @@ ROWS: tuple[Row, ...] = (
             (SLOWED,),
             SLOWED.name,
             (Goal("off the limit", 5, _off_the_limit, "%"),),
+            scales=False,
+            every=3,
         )
         for megabytes in (1, 100)
     ),
@@ -370,6 +413,7 @@ ROWS: tuple[Row, ...] = (
         ONE.name,
         (Goal("wall, to one identity", 1.01, wall_ratio(ANOTHER.name, ONE.name)),),
     ),
+    *PEERS,
 )
 
 

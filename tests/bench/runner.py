@@ -94,12 +94,13 @@ def play(
     costs = [_warm_up(stage, outcome, say) for outcome in outcomes]
     part = 1.0 if full else _part(costs, rounds, end - time.monotonic())
     for outcome in outcomes:
-        outcome.amount = outcome.row.amount(part)
+        outcome.amount = outcome.row.amount(part if outcome.row.scales else 1.0)
     made = 0
     for number in range(rounds):
         begin = time.monotonic()
         for outcome in outcomes:
-            _play_round(stage, outcome, number, say)
+            if number % outcome.row.every == 0:
+                _play_round(stage, outcome, number // outcome.row.every, say)
         made += 1
         took = time.monotonic() - begin
         say(f"round {made} of {rounds}: {took:.0f} s")
@@ -113,10 +114,11 @@ def _warm_up(stage: Stage, outcome: Outcome, say: Callable[[str], object]) -> tu
     """A first small run of everybody, which also says who cannot take part.
 
     Returns:
-        Seconds of a round that grow with the bytes (of the whole amount), and those that do not.
+        Seconds of a round that grow with the bytes (of the whole amount), and those that do not; of a row that is not in every
+        round its share.
     """
     growing = fixed = 0.0
-    row, amount = outcome.row, outcome.row.amount(WARM_UP)
+    row, amount = outcome.row, outcome.row.amount(WARM_UP if outcome.row.scales else 1.0)
     grow = row.full / amount if row.scales else 1.0
     for contender in list(outcome.contenders):
         begin = time.monotonic()
@@ -127,10 +129,11 @@ def _warm_up(stage: Stage, outcome: Outcome, say: Callable[[str], object]) -> tu
             outcome.failures[contender.name] = str(error)
             outcome.contenders.remove(contender)
             continue
-        growing += sample.own_wall * grow
-        fixed += time.monotonic() - begin - sample.own_wall
+        took = time.monotonic() - begin
+        growing += sample.own_wall * grow if row.scales else 0.0
+        fixed += took - sample.own_wall if row.scales else took
         outcome.samples[contender.name] = []
-    return growing, fixed
+    return growing / row.every, fixed / row.every
 
 
 def _part(costs: Sequence[tuple[float, float]], rounds: int, seconds: float) -> float:
