@@ -118,7 +118,8 @@ class _Report:
 
     def _show(self, file: FileRecord) -> None:
         entry = self._entry
-        before, entry.files[file.index] = entry.files[file.index], file
+        before = entry.files[file.index]
+        entry.put(file)
         if entry.job.on_demand_mode:
             self._engine.notifier.arrived(entry, file.index, without(durable(file.slices), durable(before.slices)))
         if file.transferred and not before.transferred:
@@ -138,7 +139,7 @@ class _Report:
         if position > entry.farthest.get(index, 0):
             entry.failing_since = None
             entry.farthest[index] = position
-        entry.positions[index] = position
+        entry.reach(index, position)
 
     def restarted(self, index: int, reason: str, *, changed: bool) -> None:
         if changed:
@@ -369,7 +370,7 @@ class Engine:
         if JobState.TRANSIENT_ERROR in (before.state, entry.job.state):
             self._moments_stale = True
         for file in files:
-            entry.files[file.index : file.index + 1] = [file]
+            entry.put(file)
         if entry.bucket is not None:
             if "maximum_bandwidth" in fields:
                 entry.bucket.set_rate(entry.job.maximum_bandwidth)
@@ -393,7 +394,7 @@ class Engine:
                 if index is None:
                     entry.job = replace(entry.job, owed=NOTHING)
                 else:
-                    entry.files[index] = replace(entry.files[index], owed=False)
+                    entry.put(replace(entry.files[index], owed=False))
 
             await self.save(replace(entry.job, owed=NOTHING) if index is None else replace(entry.files[index], owed=False), then=show)
 
@@ -608,7 +609,7 @@ class Engine:
         error = make_error(ErrorCode.BG_E_VALIDATION_FAILED, ErrorContext.REMOTE_FILE, message, **where)
         state = job.state if job.state is JobState.ERROR else advance(job.state, Outcome.FAILED)
         entry.failing_since = None
-        entry.positions[index] = 0
+        entry.reach(index, 0)
         entry.farthest.pop(index, None)
         fields: dict[str, Any] = {"error": error, "error_file": index, "error_count": job.error_count + 1, "retry_at": None}
         await self.change(entry, files=[dropped], state=state, **fields)

@@ -34,16 +34,33 @@ AHEAD: Final = 64  # jobs of each priority that are in memory before their turn
 PAGE: Final = 64  # jobs that are read from the journal at once
 
 
+@dataclass(slots=True)
+class _Tally:
+    """What a job's files are together, kept as they change: asked for with each piece that arrives, they are not looked through."""
+
+    size: int = 0  # of the files whose size is known
+    sized: int = 0  # so many
+    transferred: int = 0
+    bytes_transferred: int = 0
+
+    def count(self, file: FileRecord, sign: int) -> None:
+        """It is one of the files (1), or is no more (-1)."""
+        if file.size is not None:
+            self.size += sign * file.size
+            self.sized += sign
+        self.transferred += sign * file.transferred
+
+
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Entry:
     """One job in memory: its records, its tokens and its running attempt."""
 
     job: JobRecord
-    files: list[FileRecord]
+    files: list[FileRecord]  # by index; changed by `put` alone
     grants: list[GrantRecord]
     owner: Token | None = None
     helper: Token | None = None
-    positions: dict[int, int] = field(default_factory=dict)  # bytes written, by file
+    positions: dict[int, int] = field(default_factory=dict)  # bytes written, by file; changed by `reach` alone
     farthest: dict[int, int] = field(default_factory=dict)  # of the same version: what counts as progress is beyond
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)  # each change of the record begins with what the last one left
@@ -63,12 +80,26 @@ class Entry:
     judge: CertificateJudge | None = None  # the application's own say about servers' certificates
     answers: dict[int, RawHeaders] = field(default_factory=dict, repr=False)  # last response headers, by file
     outbox: Outbox = field(default_factory=Outbox)  # what it has to tell, and to whom
+    _tally: _Tally = field(default_factory=_Tally, init=False)
 
     def __post_init__(self) -> None:
         for file in self.files:
+            self._tally.count(file, 1)
             position = sum(piece.durable - piece.start for piece in file.slices)
-            self.positions.setdefault(file.index, position)
+            self.reach(file.index, position)
             self.farthest.setdefault(file.index, position)
+
+    def put(self, file: FileRecord) -> None:
+        """The record of a file is now this one; with the next index it is a new file."""
+        if file.index < len(self.files):
+            self._tally.count(self.files[file.index], -1)
+        self._tally.count(file, 1)
+        self.files[file.index : file.index + 1] = [file]
+
+    def reach(self, index: int, position: int) -> None:
+        """So many bytes of that file are written."""
+        self._tally.bytes_transferred += position - self.positions.get(index, 0)
+        self.positions[index] = position
 
     def stop(self) -> None:
         """Tell the running attempt to stop at a durable point."""
@@ -84,10 +115,9 @@ class Entry:
     @property
     def progress(self) -> JobProgress:
         """Over all files."""
-        sizes = [file.size for file in self.files]
-        total = None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)
-        done = sum(1 for file in self.files if file.transferred)
-        return JobProgress(total, sum(self.positions.get(file.index, 0) for file in self.files), len(self.files), done)
+        tally = self._tally
+        total = tally.size if tally.sized == len(self.files) else None
+        return JobProgress(total, tally.bytes_transferred, len(self.files), tally.transferred)
 
     @property
     def next_url(self) -> str | None:

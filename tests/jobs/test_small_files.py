@@ -17,6 +17,7 @@ import bits_async as bits
 from bits_async import ErrorCode, JobState, files
 from bits_async.identity import native
 from bits_async.jobs import transfer
+from bits_async.jobs.model import FileRecord
 from bits_async.testing import JUMP_AFTER, FakeNetwork
 from tests.waiting import until
 
@@ -304,3 +305,29 @@ async def test_a_slow_disk_is_not_taken_for_a_wait_when_time_is_fake(network, ma
     await job.resume()
     with pytest.raises(bits.RemoteFileError):
         await job.wait()
+
+
+async def test_a_listener_of_a_job_of_many_files_costs_no_look_at_all_of_them_at_each_event(network, manager, out, monkeypatch):
+    count, looks, size = 100, 0, FileRecord.size.fget
+
+    def counted(file: FileRecord) -> int | None:
+        nonlocal looks
+        looks += 1
+        return size(file)
+
+    monkeypatch.setattr(transfer, "SHELF_FILES", 4)
+    for number in range(count):
+        network.serve(f"{HOST}/{number}", b"x" * (number + 1))
+    job = await manager.create_job("many")
+    await job.add_file_set([bits.FileInfo(f"{HOST}/{number}", out / str(number)) for number in range(count)])
+    monkeypatch.setattr(FileRecord, "size", property(counted))
+    async with job.events() as events:
+        await job.resume()
+        await job.wait()
+        await job.complete()
+        told = [event async for event in events]
+    assert sum(isinstance(event, bits.Progress) for event in told) > 1
+    assert looks <= 12 * count
+    assert isinstance(told[-1], bits.JobChanged)
+    last = told[-1].progress
+    assert (last.files_transferred, last.bytes_transferred, last.bytes_total) == (count, 5050, 5050)
