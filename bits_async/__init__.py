@@ -59,7 +59,18 @@ The map of the package; imports point from a lower line to a higher one only:
       network.py        network lost and back
       connector.py      opens a lane's connection: TCP, CONNECT legs, TLS
       lane.py           requests on that connection, auth included; the pool of lanes
-    files.py            KEEP: part file, positional writes by the file token's threads, digests while writing, commit
+    files/              KEEP
+      records.py        what the journal keeps of a part file
+      directories.py    where a file may go: who could swap it there, whose links lead there
+      hashes.py         digests while writing
+      reservation.py    space taken ahead of the bytes
+      hops.py           one hop to a thread of the file token: its descriptors, its errors, its loss
+      names.py          the part file's name: nobody's promise
+      intake.py         a socket's bytes into a file, by one thread
+      rename.py         the final name: mode, access list, time
+      part.py           PartFile: made or reopened, positional writes by the file token's threads, commit
+      batches.py        many small files at once
+      leftovers.py      part files of the dead: found again, deleted
     jobs/               DECIDE
       model.py          what a job is; the transition table
       secrets.py        secrets at rest
@@ -85,7 +96,7 @@ The map of the package; imports point from a lower line to a higher one only:
     testing.py          what applications need to test against us without a network
     cli/                app, download, progress: the command line, over the same API
 
-Two lines run straight through it. A byte: socket -> connector -> lane -> transfer -> files. A token: impersonate() ->
+Two lines run straight through it. A byte: socket -> connector -> lane -> transfer -> files.part. A token: impersonate() ->
 TokenOptions.set_helper_token() -> TokenPair.acting_for() -> TokenExecutor -> a security context or a file.
 """
 

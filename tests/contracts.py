@@ -16,7 +16,7 @@ import pytest
 
 from bits_async.auth.policy import AuthScheme, AuthTarget, Origin
 from bits_async.errors import BitsError, ErrorCode, ErrorContext, InvalidState, NotFound, StoreError, make_error
-from bits_async.files import PartRecord
+from bits_async.files.records import PartRecord
 from bits_async.identity.tokens import HelperTokenFlags
 from bits_async.jobs.model import (
     CostFlags,

@@ -41,7 +41,11 @@ from ..errors import (
     show_text,
     show_url,
 )
-from ..files import FinishedPart, PartFile, PartRecord, commit_parts, committed_length, discard_draft, discard_part, new_draft
+from ..files.batches import FinishedPart, commit_parts
+from ..files.leftovers import committed_length, discard_draft, discard_part
+from ..files.names import new_draft
+from ..files.part import PartFile
+from ..files.records import PartRecord
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token
 from ..limits import Bucket

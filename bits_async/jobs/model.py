@@ -23,7 +23,7 @@ from ..transport.proxies import ProxySettings
 from ..transport.ranges import FileRange, Slice, Validator, complete, filled, local_size, missing
 
 if TYPE_CHECKING:
-    from ..files import PartRecord
+    from ..files.records import PartRecord
 
 RETRY_DELAY: Final = 600.0  # seconds between a transient error and the next attempt
 RETRY_DELAY_FLOOR: Final = 5.0

@@ -59,7 +59,7 @@ from ..errors import (
     scrub,
     show_text,
 )
-from ..files import PartRecord
+from ..files.records import PartRecord
 from ..identity.tokens import HelperTokenFlags
 from ..transport.digests import Digests
 from ..transport.options import ClientCertificate, HttpOptions, SecurityFlags, headers_of_text, headers_text

@@ -20,7 +20,11 @@ from typing import Any, Final, Protocol
 
 from ..clock import Clock
 from ..errors import BitsError, ErrorCode, ErrorContext, LocalFileError, NetworkError, ValidationFailed, make_error, show_url
-from ..files import PartFile, PartRecord, WholeFile, discard_part, new_draft, store_whole
+from ..files.batches import WholeFile, store_whole
+from ..files.leftovers import discard_part
+from ..files.names import new_draft
+from ..files.part import PartFile
+from ..files.records import PartRecord
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token, TokenPair
 from ..limits import Bucket, Chain, limiter

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bits_async.files import PartFile
+from bits_async.files.part import PartFile
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
 from tests.files.putting import JOB, Put, put_by_receive, put_by_write

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Protocol
 from uuid import UUID
 
-from bits_async.files import Limiter, PartFile, Stop
+from bits_async.files.intake import Limiter, Stop
+from bits_async.files.part import PartFile
 from bits_async.transport.ranges import Detached, Slice
 
 JOB = UUID("00112233-4455-6677-8899-aabbccddeeff")

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from bits_async import files as files_module
 from bits_async.errors import ErrorCode, ErrorContext, InvalidArgument, InvalidState, LocalFileError, NetworkError
-from bits_async.files import RESERVE_AHEAD, PartFile
+from bits_async.files import reservation
+from bits_async.files.part import PartFile
+from bits_async.files.reservation import RESERVE_AHEAD
 from bits_async.identity import kernel, native
 from bits_async.identity.threads import TokenExecutor
 from bits_async.transport.ranges import Detached, Slice
@@ -406,8 +407,8 @@ async def test_t18_preallocation_never_runs_64_mib_ahead_of_what_was_received(pa
 async def test_the_file_is_preallocated_step_by_step_to_its_end_and_not_beyond(
     part: PartFile, allocations: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files_module, "RESERVE_STEP", 1 << 20)
-    monkeypatch.setattr(files_module, "RESERVE_AHEAD", 2 << 20)
+    monkeypatch.setattr(reservation, "RESERVE_STEP", 1 << 20)
+    monkeypatch.setattr(reservation, "RESERVE_AHEAD", 2 << 20)
     size, piece = len(DATA) + 100_000, Slice.fresh(0, len(DATA) + 100_000)
     with plugged(DATA + b"e" * 100_000) as ours:
         assert await part.receive(Detached(ours, b"", size), piece, None, None) == size

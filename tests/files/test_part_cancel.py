@@ -11,9 +11,14 @@ from uuid import uuid4
 
 import pytest
 
-from bits_async import files as files_module
 from bits_async.errors import ImpersonationFailed, LocalFileError
-from bits_async.files import PartFile, PartRecord, WholeFile, committed_length, discard_part, new_draft, store_whole
+from bits_async.files import part as part_module
+from bits_async.files.batches import WholeFile, store_whole
+from bits_async.files.hops import Closed
+from bits_async.files.leftovers import committed_length, discard_part
+from bits_async.files.names import new_draft
+from bits_async.files.part import PartFile
+from bits_async.files.records import PartRecord
 from bits_async.identity import native, threads
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
@@ -58,7 +63,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Gate]]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cancel waits 0.1 s for a thread."""
     monkeypatch.setattr(threads, "CANCEL_PATIENCE", 0.1)
-    monkeypatch.setattr(files_module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(part_module, "_PATIENCE", 0.1)
 
 
 async def cancelled(task: "asyncio.Future[object]") -> None:
@@ -236,7 +241,7 @@ async def test_a_call_whose_thread_begins_after_the_cancel_does_nothing(
         task = asyncio.ensure_future(write(part, 0, [b"a byte too late"]))
         await asyncio.sleep(0)
         await cancelled(task)
-    with pytest.raises(files_module._Closed):
+    with pytest.raises(Closed):
         late.kept()
     assert await part.length() == 0
     await late.aclose()

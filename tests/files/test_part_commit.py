@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from bits_async.errors import ErrorCode, ErrorContext, LocalFileError
-from bits_async.files import FinishedPart, PartFile, commit_parts
+from bits_async.files.batches import FinishedPart, commit_parts
+from bits_async.files.part import PartFile
 from bits_async.identity import native
 from bits_async.identity.threads import TokenExecutor
 from tests.files.putting import JOB, open_below, write
@@ -285,7 +286,8 @@ async def test_t15_a_link_to_the_part_file_at_the_destination_is_replaced_like_a
 async def test_a_process_that_dies_in_commit_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     program = """
 import asyncio, os, pathlib, sys, uuid
-from bits_async.files import FinishedPart, PartFile, commit_parts
+from bits_async.files.batches import FinishedPart, commit_parts
+from bits_async.files.part import PartFile
 from bits_async.identity import native
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token

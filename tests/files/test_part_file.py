@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from bits_async.errors import ErrorCode, ErrorContext, InvalidState, LocalFileError
-from bits_async.files import PartFile, PartRecord, committed_length, discard_part
+from bits_async.files.leftovers import committed_length, discard_part
+from bits_async.files.part import PartFile
+from bits_async.files.records import PartRecord
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
 from tests.files.putting import JOB, open_below, write
@@ -323,7 +325,7 @@ async def test_t17_no_finalizer_touches_a_path(tmp_path: Path) -> None:
     """Neither garbage collection nor the end of the interpreter deletes or renames anything."""
     program = """
 import asyncio, gc, pathlib, sys, uuid
-from bits_async.files import PartFile
+from bits_async.files.part import PartFile
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
 from bits_async.transport.ranges import Slice

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bits_async.errors import ErrorCode, ErrorContext, LocalFileError
-from bits_async.files import PartFile, discard_part
+from bits_async.files.leftovers import discard_part
+from bits_async.files.part import PartFile
 from bits_async.identity import native
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token

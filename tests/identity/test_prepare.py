@@ -16,7 +16,7 @@ from tests.local_users import LocalUser
 from tests.realms import MitKdc
 
 MAIN_PATH = """
-import aiofiles, aiofiles.os, bits_async.files, bits_async.auth.schemes, bits_async.auth.tickets
+import aiofiles, aiofiles.os, bits_async.files.part, bits_async.auth.schemes, bits_async.auth.tickets
 import spnego
 
 user, home, cache, private = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]

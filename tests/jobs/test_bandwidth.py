@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import bits_async as bits
-from bits_async import InvalidArgument, JobPriority, JobState, files, testing
+from bits_async import InvalidArgument, JobPriority, JobState, testing
+from bits_async.identity import native
 from bits_async.limits import Bucket
 from bits_async.testing import FakeClock, FakeNetwork
 
@@ -92,8 +93,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[Bucket, int]:
 
 @pytest.fixture
 def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.native, "pwrite_all", lambda *_: None)
-    monkeypatch.setattr(files.native, "room", lambda _: None)  # nobody knows how much
+    monkeypatch.setattr(native, "pwrite_all", lambda *_: None)
+    monkeypatch.setattr(native, "room", lambda _: None)  # nobody knows how much
     monkeypatch.setattr(testing, "PIECE", 1 << 20)
 
 

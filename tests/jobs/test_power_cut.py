@@ -23,7 +23,7 @@ import pytest
 
 import bits_async as bits
 from bits_async import JobState
-from bits_async.files import PartRecord
+from bits_async.files.records import PartRecord
 from bits_async.identity import native
 from bits_async.jobs import transfer
 from bits_async.jobs.model import FileRecord, StoredJob

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import bits_async as bits
-from bits_async import ErrorCode, InvalidState, JobPriority, JobState, files
+from bits_async import ErrorCode, InvalidState, JobPriority, JobState
+from bits_async.files.part import PartFile
 from bits_async.jobs import engine
 from bits_async.jobs.model import NEXT
 from bits_async.testing import FakeNetwork
@@ -662,7 +663,7 @@ def no_power(manager: bits.BitsManager) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manager._store, "save", dead_journal)
         for name in ("create", "append", "sync", "truncate", "commit", "discard"):
-            patch.setattr(files.PartFile, name, dead_file)
+            patch.setattr(PartFile, name, dead_file)
         patch.setattr(engine, "discard_part", dead_file)
         yield
 

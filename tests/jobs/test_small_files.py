@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import bits_async as bits
-from bits_async import ErrorCode, JobState, files
+from bits_async import ErrorCode, JobState
+from bits_async.files.batches import WholeFile, store_whole
 from bits_async.identity import native
 from bits_async.jobs import transfer
 from bits_async.jobs.model import FileRecord
@@ -37,13 +38,12 @@ def network() -> Iterator[FakeNetwork]:
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The names of the files of each batch that was written."""
     seen: list[list[str]] = []
-    honest = files.store_whole
 
-    async def store_whole(executor: Any, wholes: Sequence[files.WholeFile], **more: Any) -> Any:
+    async def noted(executor: Any, wholes: Sequence[WholeFile], **more: Any) -> Any:
         seen.append([each.destination.name for each in wholes])
-        return await honest(executor, wholes, **more)
+        return await store_whole(executor, wholes, **more)
 
-    monkeypatch.setattr(transfer, "store_whole", store_whole)
+    monkeypatch.setattr(transfer, "store_whole", noted)
     return seen
 
 
@@ -114,11 +114,11 @@ async def test_there_are_as_many_batches_as_it_takes_and_the_next_is_fetched_mea
 async def test_while_a_batch_is_written_no_more_than_another_is_gathered(network, job, out, monkeypatch):
     """So memory is bounded, however slow the disk is."""
     monkeypatch.setattr(transfer, "SHELF_FILES", 2)
-    honest, go_on = transfer.store_whole, asyncio.Event()
+    go_on = asyncio.Event()
 
     async def slow(*args: Any, **more: Any) -> Any:
         await go_on.wait()
-        return await honest(*args, **more)
+        return await store_whole(*args, **more)
 
     monkeypatch.setattr(transfer, "store_whole", slow)
     await job.resume()
@@ -292,14 +292,14 @@ async def test_a_job_that_is_suspended_at_once_leaves_nothing_behind_and_goes_on
 
 async def test_a_slow_disk_is_not_taken_for_a_wait_when_time_is_fake(network, manager, out, monkeypatch):
     """Else the clock of an application's test jumps three months, to the job's maximum download time, while files are written."""
-    honest, slow = files.store_whole, asyncio.Event()
+    slow = asyncio.Event()
 
-    async def store_whole(executor: Any, wholes: Sequence[files.WholeFile], **more: Any) -> Any:
+    async def slowly(executor: Any, wholes: Sequence[WholeFile], **more: Any) -> Any:
         asyncio.get_running_loop().call_later(5 * JUMP_AFTER, slow.set)
         await slow.wait()
-        return await honest(executor, wholes, **more)
+        return await store_whole(executor, wholes, **more)
 
-    monkeypatch.setattr(transfer, "store_whole", store_whole)
+    monkeypatch.setattr(transfer, "store_whole", slowly)
     network.serve(f"{HOST}/9", b"", status=404)
     job = await job_of(manager, out)
     await job.resume()

@@ -22,7 +22,7 @@ import pytest
 
 from bits_async.auth.policy import AuthScheme, AuthTarget, Origin
 from bits_async.errors import ErrorCode, ErrorContext, InvalidState, NotFound, StoreError, make_error
-from bits_async.files import PartRecord
+from bits_async.files.records import PartRecord
 from bits_async.identity.tokens import HelperTokenFlags
 from bits_async.jobs import store as store_module
 from bits_async.jobs.model import FileRecord, GrantRemoved, JobPriority, JobRecord, JobRemoved, JobState, OwnerKey, StoredJob

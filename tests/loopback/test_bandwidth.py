@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import bits_async as bits
-from bits_async.files import PartFile
+from bits_async.files.part import PartFile
 from bits_async.identity import native
 from bits_async.limits import Bucket
 from bits_async.transport import lane

@@ -23,7 +23,8 @@ import pytest
 import spnego
 
 import bits_async as bits
-from bits_async import AuthCredentials, AuthScheme, AuthTarget, JobState, files
+from bits_async import AuthCredentials, AuthScheme, AuthTarget, JobState
+from bits_async.files import part as part_module
 from bits_async.identity import native, threads
 from bits_async.jobs import store as journal
 from bits_async.jobs import transfer
@@ -713,7 +714,7 @@ async def test_a_job_made_while_the_manager_closes_is_made_or_refused(no_leaks, 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "CANCEL_PATIENCE", 0.2)
     monkeypatch.setattr(threads, "CLOSE_PATIENCE", 0.2)
-    monkeypatch.setattr(files, "_PATIENCE", 0.2)
+    monkeypatch.setattr(part_module, "_PATIENCE", 0.2)
 
 
 @every({name: MOVING[name] for name in ("making the part file", "in a write", "in fsync", "in a splice")})

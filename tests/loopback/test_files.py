@@ -14,7 +14,7 @@ import pytest
 
 import bits_async as bits
 from bits_async import ErrorCode, FileRange
-from bits_async.files import PartFile
+from bits_async.files.part import PartFile
 from bits_async.jobs import transfer
 from tests.peers import Fault, Hold, Origin, answer, redirect
 

@@ -19,7 +19,7 @@ import pytest
 import uvloop
 
 import bits_async as bits
-from bits_async.files import PartFile
+from bits_async.files.part import PartFile
 from bits_async.identity import native
 from bits_async.jobs import transfer
 from bits_async.limits import Bucket

@@ -10,7 +10,7 @@ import pytest
 
 import bits_async as bits
 from bits_async import ErrorCode, JobPriority, JobState, LocalFileError, Token
-from bits_async.files import PartFile
+from bits_async.files.part import PartFile
 from bits_async.identity.threads import TokenExecutor
 from bits_async.transport.ranges import Slice
 from tests.windows.stage import stage
