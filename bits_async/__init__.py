@@ -75,7 +75,12 @@ The map of the package; imports point from a lower line to a higher one only:
       model.py          what a job is; the transition table
       secrets.py        secrets at rest
       keys.py           where their key comes from: a file, a keyring, systemd
-      store.py          durable job journal: SQLite
+      schema.py         the journal's tables, version by version
+      columns.py        how the journal keeps a value
+      statements.py     its SQL: asked of all jobs, by index
+      rows.py           records to rows and back, sealed where they must be
+      journal_files.py  its files: private, locked, set aside when damaged
+      store.py          durable job journal: SQLite; one thread, one transaction for the saves that come together
       policies.py       bandwidth schedules, cost, group policy (TOML)
       scheduler.py      who runs next, and when a failed job tries again
       certificates.py   the application's own say about servers' certificates

@@ -43,7 +43,9 @@ RANKS_WITHIN: dict[str, tuple[set[str], ...]] = {
     ),
     "jobs": (
         {"model"},
-        {"store", "keys", "secrets", "policies"},
+        {"keys", "secrets", "policies", "schema", "columns"},
+        {"statements", "rows", "journal_files"},
+        {"store"},
         {"scheduler"},
         {"transfer", "notify", "certificates", "conditions", "callbacks"},
         {"roster"},

@@ -24,10 +24,12 @@ from bits_async.auth.policy import AuthScheme, AuthTarget, Origin
 from bits_async.errors import ErrorCode, ErrorContext, InvalidState, NotFound, StoreError, make_error
 from bits_async.files.records import PartRecord
 from bits_async.identity.tokens import HelperTokenFlags
+from bits_async.jobs import statements
 from bits_async.jobs import store as store_module
 from bits_async.jobs.model import FileRecord, GrantRemoved, JobPriority, JobRecord, JobRemoved, JobState, OwnerKey, StoredJob
+from bits_async.jobs.schema import APPLICATION_ID, SCHEMA
 from bits_async.jobs.secrets import make_private
-from bits_async.jobs.store import APPLICATION_ID, SCHEMA, SqliteStore, Store
+from bits_async.jobs.store import SqliteStore, Store
 from bits_async.transport.digests import Digests
 from bits_async.transport.options import HttpOptions
 from bits_async.transport.proxies import ProxySettings
@@ -169,10 +171,10 @@ async def test_t13_nothing_is_opened_or_made_before_the_directory_was_checked(pa
 
 async def test_t13_what_the_schema_names_is_not_trusted_and_what_is_removed_is_overwritten(path: Path) -> None:
     async with opened(path) as store:
-        values = {name: await store_module._pragma(store._db, name) for name in ("trusted_schema", "secure_delete", "foreign_keys")}
+        values = {name: await statements.pragma(store._db, name) for name in ("trusted_schema", "secure_delete", "foreign_keys")}
         assert values == {"trusted_schema": 0, "secure_delete": 1, "foreign_keys": 1}
-        assert await store_module._pragma(store._db, "journal_mode") == "wal"
-        assert await store_module._pragma(store._db, "synchronous") == 2  # FULL
+        assert await statements.pragma(store._db, "journal_mode") == "wal"
+        assert await statements.pragma(store._db, "synchronous") == 2  # FULL
 
 
 @pytest.mark.parametrize("column", ["password_secret", "url_secret"])
@@ -451,7 +453,7 @@ async def test_a_journal_of_every_released_schema_is_read(path: Path, version: i
     async with opened(path) as store:
         assert [look(stored) for stored in await store.load()] == [look(stored) for stored in released_jobs()]
         assert store.lost_secrets == frozenset()
-        assert await store_module._pragma(store._db, "user_version") == len(SCHEMA)
+        assert await statements.pragma(store._db, "user_version") == len(SCHEMA)
         assert (await store.load())[1].job.owner.session == ("c2" if version >= 4 else None)
 
 
@@ -492,7 +494,7 @@ async def test_a_migration_adds_to_what_is_there(path: Path, monkeypatch: pytest
     monkeypatch.setattr(store_module, "SCHEMA", (*SCHEMA, "ALTER TABLE jobs ADD COLUMN extra TEXT;"))
     async with opened(path) as store:
         assert len(await store.load()) == 2
-        assert await store_module._pragma(store._db, "user_version") == len(SCHEMA) + 1
+        assert await statements.pragma(store._db, "user_version") == len(SCHEMA) + 1
 
 
 @pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
@@ -644,7 +646,7 @@ async def test_jobs_are_changed_last_in_the_order_of_their_changes(path: Path) -
 async def test_what_is_asked_of_all_jobs_is_answered_by_an_index_without_sorting(path: Path) -> None:
     plans: dict[str, str] = {}
     async with opened(path) as store:
-        honest = store_module._fetch
+        honest = statements.fetch
 
         async def explained(db: Any, sql: str, values: Any = ()) -> Any:
             plans[sql] = "; ".join(row["detail"] for row in await honest(db, f"EXPLAIN QUERY PLAN {sql}", values))
@@ -652,7 +654,7 @@ async def test_what_is_asked_of_all_jobs_is_answered_by_an_index_without_sorting
 
         now = a_job().created
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(store_module, "_fetch", explained)
+            patch.setattr(statements, "fetch", explained)
             await store.in_line(JobPriority.NORMAL, dynamic=False, absent=[ALICE], count=64)
             await store.last_turn()
             await store.is_busy()
@@ -682,7 +684,7 @@ async def test_what_is_asked_of_all_jobs_is_answered_by_an_index_without_sorting
 
 async def fill(store: SqliteStore) -> None:
     """From now on the volume is full."""
-    pages = await store_module._pragma(store._db, "page_count")
+    pages = await statements.pragma(store._db, "page_count")
     await store._db.execute_fetchall(f"PRAGMA max_page_count={pages}")
 
 
@@ -836,7 +838,7 @@ async def test_a_fault_that_was_not_the_disks_sets_nothing_aside(path: Path, mon
         raise error
 
     with monkeypatch.context() as patch, pytest.raises(StoreError, match="damaged"):
-        patch.setattr(store_module, "_fetch", broken)
+        patch.setattr(statements, "fetch", broken)
         await store.load()
     await store.close()
     assert store.set_aside is None
@@ -858,7 +860,7 @@ async def test_t13_the_copy_of_a_key_is_never_readable_for_others(path: Path, mo
         pass
     garbage(0)(path)
     monkeypatch.setattr(os, "link", no_links)
-    monkeypatch.setattr(store_module.shutil, "copyfile", watched)
+    monkeypatch.setattr(shutil, "copyfile", watched)
     before = os.umask(0)
     try:
         async with opened(path) as store:
@@ -1038,14 +1040,14 @@ async def test_one_save_takes_as_many_statements_for_two_thousand_files_as_for_t
         for number in (2, 2000):
             job = a_job()
             calls: list[str] = []
-            put = store_module._each
+            put = statements.each
 
             def counted(db: Any, sql: str, rows: Any, calls: list[str] = calls, put: Any = put) -> None:
                 calls.append(sql)
                 put(db, sql, rows)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(store_module, "_each", counted)
+                patch.setattr(statements, "each", counted)
                 await store.save(job, *(a_file(job, index) for index in range(number)))
             counts.append(len(calls))
     assert counts[0] == counts[1]
