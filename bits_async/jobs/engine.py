@@ -195,7 +195,7 @@ class Engine:
         adopt: Callable[[OwnerKey, Collection[str]], Awaitable[Token | None]],
         hold: bool = False,
     ) -> None:
-        self.roster = Roster(store, adopt=adopt, restored=self._restored, hold=hold)
+        self.roster = Roster(store, adopt=adopt, restored=self._restored, hold=hold, places=limits.background_jobs)
         self.clock: Clock = shop.clock
         self.failure: BitsError | None = None
         self.closed = False
@@ -1084,11 +1084,14 @@ class Engine:
         now = self.clock.monotonic()
         # a job that a command holds, or whose last attempt is being wound up, is not started; while it runs, it has its place
         looked_at = {e.job.id: e for e in self.roster.candidates if e.job.state.is_active or not (e.held or e.supervisor)}
-        choice = choose([self._candidate(entry, now) for entry in looked_at.values()], self._limits)
+        candidates = [self._candidate(entry, now) for entry in looked_at.values()]
+        choice = choose(candidates, self._limits)
         for job_id in choice.yield_:
             looked_at[job_id].stop()
         for job_id in choice.start:
             self._start(looked_at[job_id])
+        if self.roster.look_further({each.priority for each in candidates if each.ready}):
+            self._wake.set()
 
     def _candidate(self, entry: Entry, now: float) -> Candidate:
         job = entry.job

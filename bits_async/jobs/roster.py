@@ -4,8 +4,9 @@ An `Entry` is one job in memory, and there is at most one of a job, so that two 
 (a handle, a command, an attempt, the line); then it goes, and comes back from the journal when it is asked for. What the journal does not
 keep of it (tokens, callbacks, the last answers) is kept here meanwhile, in a `Remnant`.
 
-The line holds the next `AHEAD` jobs of each priority that could run, so that the next one to start is always at hand. Jobs of owners whose
-token is not here are passed over by the query itself: any number of them may stand before one that can run.
+The line holds the next jobs of each priority, so that the next one to start is always at hand: `AHEAD` of those that all run at once, and
+of the others, which wait for a place, one for each place and `SPARE` more. Where none of these can start, it grows to `AHEAD` too. Jobs of
+owners whose token is not here are passed over by the query itself: any number of them may stand before one that can run.
 
 Race this module answers: a job that is read from the journal while somebody else reads and changes it (one reads at a time, and what is in
 memory by then counts; nobody changes a job that is not in memory).
@@ -30,7 +31,8 @@ from .conditions import Hindrance
 from .model import FileRecord, GrantRecord, JobPriority, JobProgress, JobRecord, JobState, OwnerKey
 from .store import Store
 
-AHEAD: Final = 64  # jobs of each priority that are in memory before their turn
+AHEAD: Final = 64  # jobs of each priority that are in memory before their turn, at most
+SPARE: Final = 3  # jobs that wait for a place, and are in memory besides the next ones to have it: to read one costs half a millisecond
 PAGE: Final = 64  # jobs that are read from the journal at once
 
 
@@ -177,6 +179,7 @@ class Roster:
             himself.
         restored: called with each job that was read, before anybody else has it.
         hold: nothing is in line: only jobs that were asked for are in memory, and they stay.
+        places: so many jobs below FOREGROUND run at once.
     """
 
     def __init__(
@@ -186,6 +189,7 @@ class Roster:
         adopt: Callable[[OwnerKey, Collection[str]], Awaitable[Token | None]],
         restored: Callable[[Entry], Awaitable[None]],
         hold: bool,
+        places: int,
     ) -> None:
         self._store = store
         self._adopt = adopt
@@ -195,6 +199,9 @@ class Roster:
         self._running: dict[UUID, Entry] = {}
         self._line: dict[JobPriority, list[Entry]] = {}
         self._stale = set(JobPriority)  # whose line may have become another
+        self._first = {each: AHEAD if each is JobPriority.FOREGROUND else min(places + SPARE, AHEAD) for each in JobPriority}
+        self._length = dict(self._first)  # of the line, at most
+        self._cut: set[JobPriority] = set()  # more jobs may stand behind the line
         self._remnants: dict[UUID, Remnant] = {}
         self._owners: dict[OwnerKey, Token | None] = {}
         self._adopted: dict[OwnerKey, Token | None] = {}
@@ -293,6 +300,7 @@ class Roster:
         """The job has an attempt."""
         self._running[entry.job.id] = entry
         self._stale.add(entry.job.priority)
+        self._length[entry.job.priority] = self._first[entry.job.priority]
 
     def end(self, entry: Entry) -> None:
         """It has none any more."""
@@ -321,6 +329,7 @@ class Roster:
         for priority in without:
             self._line[priority] = []
             self._stale.add(priority)
+            self._cut.discard(priority)
         while stale := self._stale.difference(without):
             priority = stale.pop()
             self._stale.discard(priority)
@@ -329,17 +338,32 @@ class Roster:
             entries = await self._next_in(priority)
             lost = {entry.job.owner: entry for entry in entries if entry.owner is None and entry.job.state is JobState.QUEUED}
             met += lost.values()
+            self._line[priority] = [entry for entry in entries if entry.owner is not None]
             if lost.keys() - self._absent:
                 self._absent |= lost.keys()
                 self._stale.add(priority)  # without them others come up
-            self._line[priority] = [entry for entry in entries if entry.owner is not None]
+                if not self._line[priority]:
+                    self._lengthen(priority)  # there may be many of them
         return met if self._stay is None else self._without_owner()
+
+    def look_further(self, ready: Collection[JobPriority]) -> bool:
+        """Where none in line can start, of all priorities but these, those behind them may: whether there is more to look at."""
+        stuck = [priority for priority in self._cut.difference(ready) if self._length[priority] < AHEAD]
+        for priority in stuck:
+            self._lengthen(priority)
+            self._stale.add(priority)
+        return bool(stuck)
+
+    def _lengthen(self, priority: JobPriority) -> None:
+        self._length[priority] = min(2 * self._length[priority], AHEAD)
 
     async def _next_in(self, priority: JobPriority) -> list[Entry]:
         running = set(self._running)  # the journal has them in the queue
-        dynamic = priority is JobPriority.FOREGROUND
-        ids = await self._store.in_line(priority, dynamic=dynamic, absent=self._absent, count=AHEAD + len(running))
-        return await self.find_all([job_id for job_id in ids if job_id not in running][:AHEAD])
+        length, dynamic = self._length[priority], priority is JobPriority.FOREGROUND
+        ids = await self._store.in_line(priority, dynamic=dynamic, absent=self._absent, count=length + len(running))
+        waiting = [job_id for job_id in ids if job_id not in running][:length]
+        (self._cut.add if len(waiting) == length else self._cut.discard)(priority)
+        return await self.find_all(waiting)
 
     def _without_owner(self) -> list[Entry]:
         stay = self._stay or {}

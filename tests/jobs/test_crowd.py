@@ -6,7 +6,7 @@ With 100,000 jobs things are counted; with few, and a line that is as long as tw
 import asyncio
 import gc
 import shutil
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 
 import bits_async as bits
-from bits_async import ErrorCode, JobPriority, JobState, WaitingReason
+from bits_async import CostFlags, ErrorCode, JobPriority, JobState, WaitingReason
 from bits_async.jobs import engine as engine_module
 from bits_async.jobs import roster as roster_module
 from bits_async.jobs.policies import DAYS, GroupPolicy
-from bits_async.jobs.roster import AHEAD, Roster
+from bits_async.jobs.roster import AHEAD, SPARE, Roster
 from bits_async.jobs.store import SqliteStore
 from bits_async.testing import FakeNetwork, fake_token
 from tests.jobs.crowd import copy_of, make_crowd
 
 CROWD = 100_000
+NEXT = 1 + SPARE  # jobs in line where one runs at a time
 URL = "https://crowd.test/"
 BODY = b"some bytes" * 1000
 S = JobState
@@ -120,8 +121,8 @@ async def test_of_100_000_queued_jobs_only_the_next_ones_are_read(network: FakeN
     network.pause()
     async with bits.BitsManager(store=crowded) as manager:
         await until(lambda: network.requests)
-        await until(lambda: len(in_memory(manager)) == AHEAD + 1)  # the place of the one that runs was taken by another
-        assert loaded == [AHEAD, 1]
+        await until(lambda: len(in_memory(manager)) == NEXT + 1)  # the place of the one that runs was taken by another
+        assert loaded == [NEXT, 1]
         assert network.requests[0].url == URL
 
 
@@ -258,6 +259,29 @@ async def test_dynamic_content_that_may_not_run_keeps_nobody_back(
         await plain.wait()
         assert dynamic.waiting is not None
         assert dynamic.waiting.reason is WaitingReason.NOT_FOREGROUND
+
+
+@pytest.mark.parametrize("careful", [1, NEXT, 3 * NEXT])
+async def test_jobs_that_wait_for_the_cost_of_the_connection_keep_nobody_back(
+    network: FakeNetwork, store: Path, tmp_path: Path, careful: int
+) -> None:
+    """However many stand before the one that can run: nobody has said yet what the connection costs."""
+
+    class Silent:
+        async def watch(self) -> AsyncIterator[CostFlags]:
+            await asyncio.Event().wait()
+            yield CostFlags.UNRESTRICTED
+
+    async with bits.BitsManager(store=store, run=False) as manager:
+        for number in range(careful):
+            job = await a_job(manager, tmp_path / f"{number}")
+            await job.set_cost_flags(CostFlags.TRANSFER_NOT_ROAMING)
+            await job.resume()
+        plain = await a_job(manager, tmp_path / "plain")
+        await plain.resume()
+    async with bits.BitsManager(store=store, cost_source=Silent()) as manager:
+        await (await manager.get_job(plain.id)).wait()
+        assert len(network.requests) == 1
 
 
 async def test_jobs_of_several_absent_owners_are_passed_over_and_go_on_when_theirs_comes(
