@@ -43,6 +43,8 @@ if sys.platform == "win32":  # under Wine, on a machine that has more to do
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LeftOut(), "left-out")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell did so that started the tests with `&`, and what they start inherits it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform != "win32":  # where it is not installed
         from hypothesis import settings
 
