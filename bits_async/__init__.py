@@ -93,7 +93,10 @@ The map of the package; imports point from a lower line to a higher one only:
       arguments.py      what callers hand in, checked
       door.py           who may: the access check
       parties.py        a job's network side: credentials, TLS, the origins they are bound to
-      handles.py        Job, JobFile, TokenOptions, and the callback that a job takes
+      desk.py           what the handles of one open manager work with; limits on what they may ask for
+      consent.py        what a helper saw before it set its token, and what a change of it does
+      token_options.py  TokenOptions: who acts for a job
+      handles.py        Job, JobFile, and the callback that a job takes
       places.py         where a user's transfers keep their state
       logoff.py         what a log-off does to jobs
       orders.py         one file from create to complete
@@ -155,7 +158,6 @@ if TYPE_CHECKING:
     from .jobs.handles import BackgroundCopyCallback as BackgroundCopyCallback
     from .jobs.handles import Job as Job
     from .jobs.handles import JobFile as JobFile
-    from .jobs.handles import TokenOptions as TokenOptions
     from .jobs.keys import KeySource as KeySource
     from .jobs.manager import BitsManager as BitsManager
     from .jobs.manager import download as download
@@ -182,6 +184,7 @@ if TYPE_CHECKING:
     from .jobs.policies import CostSource as CostSource
     from .jobs.policies import GroupPolicy as GroupPolicy
     from .jobs.scheduler import Limits as Limits
+    from .jobs.token_options import TokenOptions as TokenOptions
     from .transport.options import ClientCertificate as ClientCertificate
     from .transport.options import SecurityFlags as SecurityFlags
     from .transport.proxies import ProxySettings as ProxySettings
@@ -216,7 +219,7 @@ _HOMES: Final = {
     "identity.threads": ("run_as",),
     "identity.tokens": ("DelegationTarget", "LocalUser", "HelperTokenFlags", "ImpersonationLevel", "Token"),
     "jobs.arguments": ("FileInfo",),
-    "jobs.handles": ("BackgroundCopyCallback", "Job", "JobFile", "TokenOptions"),
+    "jobs.handles": ("BackgroundCopyCallback", "Job", "JobFile"),
     "jobs.manager": ("BitsManager", "download"),
     "jobs.keys": ("KeySource",),
     "jobs.model": (
@@ -245,6 +248,7 @@ _HOMES: Final = {
     ),
     "jobs.policies": ("CostSource", "GroupPolicy"),
     "jobs.scheduler": ("Limits",),
+    "jobs.token_options": ("TokenOptions",),
     "transport.options": ("ClientCertificate", "SecurityFlags"),
     "transport.proxies": ("ProxySettings", "ProxyUsage"),
     "transport.ranges": ("FileRange",),

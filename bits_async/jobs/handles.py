@@ -1,20 +1,17 @@
-"""The handles: `Job`, `JobFile` and `TokenOptions`.
+"""The handles: `Job` and `JobFile`.
 
 A handle is a capability: the access check was made when it was obtained (`door`), and afterwards the ambient identity no longer matters.
 The ambient identity is read at the call itself, by the functions that say so and by no others.
 """
 
-import asyncio
 import contextvars
-import functools
-import logging
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, final
-from uuid import UUID, uuid4
+from typing import TYPE_CHECKING, Any, Final, final
+from uuid import UUID
 
 from ..auth.policy import AuthCredentials, AuthScheme, AuthTarget
 from ..errors import (
@@ -22,16 +19,14 @@ from ..errors import (
     BitsError,
     ErrorCode,
     ErrorContext,
-    ImpersonationFailed,
     InvalidArgument,
     InvalidState,
     JobCancelled,
     make_error,
-    show_text,
 )
-from ..identity.ambient import current_token, impersonation
+from ..identity.ambient import current_token
 from ..identity.processes import command_arguments
-from ..identity.tokens import HelperTokenFlags, Token
+from ..identity.tokens import Token
 from ..transport.answers import check_url
 from ..transport.options import (
     ClientCertificate,
@@ -54,7 +49,6 @@ from .arguments import (
     checked_connections,
     checked_cost_flags,
     checked_file,
-    checked_helper_flags,
     checked_notify_flags,
     checked_seconds,
     checked_text,
@@ -63,8 +57,8 @@ from .arguments import (
 )
 from .callbacks import Listener
 from .certificates import CertificateJudge
-from .door import Door, calling
-from .engine import Engine
+from .consent import change_what_the_helper_saw, seen_by_the_helper
+from .desk import DISPLAY_NAME_LENGTH, Desk
 from .model import (
     RETRY_DELAY_FLOOR,
     Cancellation,
@@ -83,141 +77,16 @@ from .model import (
     Waiting,
 )
 from .notify import EventStream
-from .parties import Parties, kept_from_proxies, named_origins, not_plain
+from .parties import kept_from_proxies, named_origins, not_plain
 from .roster import Entry
-from .scheduler import Limits
+from .token_options import TokenOptions
 
 if TYPE_CHECKING:
     from yarl import URL
 
-log = logging.getLogger("bits_async.jobs")
-
-DISPLAY_NAME_LENGTH: Final = 256
 DESCRIPTION_LENGTH: Final = 1024
 STORED: Final = (AuthTarget.PROXY, AuthScheme.NEGOTIATE)  # the grant that BITS_JOB_PROPERTY_USE_STORED_CREDENTIALS stands for
 MAX_NOTIFICATION_INTERVAL: Final = (2**32 - 1) / 1000
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Desk:
-    """What the handles of one open manager work with."""
-
-    engine: Engine
-    loop: asyncio.AbstractEventLoop
-    door: Door
-    parties: Parties
-    limits: Limits
-    require_impersonation: bool = False
-
-    def caller(self) -> Token:
-        """The identity that makes the call.
-
-        Raises:
-            AccessDenied: it is not impersonated, and must be.
-        """
-        return calling(impersonated=self.require_impersonation)
-
-    def ready(self) -> Engine:
-        """The engine, for a call of its loop while the manager is open.
-
-        Raises:
-            RuntimeError: another event loop. ManagerClosed, StoreError: it works no more.
-        """
-        if asyncio.get_running_loop() is not self.loop:
-            raise RuntimeError("a BitsManager and its jobs belong to the event loop in which it was entered")
-        self.engine.check()
-        return self.engine
-
-    async def new_record(self, display_name: str, priority: JobPriority, owner: Token) -> JobRecord:
-        """A job as it begins, if the limits leave room for it."""
-        if not isinstance(display_name, str) or not 1 <= len(display_name) <= DISPLAY_NAME_LENGTH:
-            raise InvalidArgument(f"a display name has 1 to {DISPLAY_NAME_LENGTH} characters")
-        if not isinstance(priority, JobPriority):
-            raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
-        engine = self.ready()
-        key = self.door.owner_key(self.door.usable(owner))
-        most = self.limits.jobs_per_user
-        if most is not None and not owner.elevated and await engine.count(key.sid, most) >= most:
-            message = f"{key.name} has {most} unfinished jobs"
-            raise make_error(ErrorCode.BG_E_TOO_MANY_JOBS_PER_USER, ErrorContext.GENERAL_QUEUE_MANAGER, message, identity=key.name)
-        most = self.limits.jobs_per_machine
-        if most is not None and not owner.elevated and await engine.count(None, most) >= most:
-            code = ErrorCode.BG_E_TOO_MANY_JOBS_PER_MACHINE
-            raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"the queue has {most} unfinished jobs", identity=key.name)
-        now, proxy = engine.clock.now(), resolve(ProxySettings.preconfig(), os.environ)
-        return JobRecord(id=uuid4(), display_name=display_name, owner=key, created=now, modified=now, priority=priority, proxy=proxy)
-
-    def check_limits(self, entry: Entry, files: Sequence[CheckedFile]) -> None:
-        """Whether the job may have these files too."""
-        limits, job = self.limits, entry.job
-        if not job.owner.elevated:
-            most = limits.files_per_job
-            if most is not None and len(entry.files) + len(files) > most:
-                code = ErrorCode.BG_E_TOO_MANY_FILES_IN_JOB
-                raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"a job may have {most} files", job_id=job.id)
-            most = limits.ranges_per_file
-            if most is not None and any(len(file.ranges) > most for file in files):
-                code = ErrorCode.BG_E_TOO_MANY_RANGES_IN_FILE
-                raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"a file may have {most} ranges", job_id=job.id)
-        for file in files:
-            self.check_lengths(job, file.url, file.path)
-
-    def check_lengths(self, job: JobRecord, url: str, path: Path | None = None) -> None:
-        """Whether names are as short as `Limits.name_length` wants them."""
-        most = self.limits.name_length
-        if most is None or job.owner.elevated:
-            return
-        segments = url.partition("?")[0].split("/")[3:]
-        if len(str(path or "")) > most or any(len(each) > most for each in segments):
-            message = f"a local name, and a segment of a URL, may have {most} characters"
-            raise InvalidArgument(message, code=ErrorCode.BG_E_STRING_TOO_LONG, job_id=job.id, path=path)
-
-
-class _Handle(Protocol):
-    """What setters belong to."""
-
-    def _called_by(self, changer: Token | None) -> Self: ...
-
-
-H = TypeVar("H", bound=_Handle)
-P = ParamSpec("P")
-T = TypeVar("T")
-Setter = Callable[Concatenate[H, P], Coroutine[Any, Any, T]]
-
-
-def _seen_by_the_helper(setter: Setter[H, P, T]) -> Setter[H, P, T]:
-    """Marks a setter of something that a helper saw before it set its token (T8), and that reads or writes otherwise as the helper.
-
-    Who calls is found at the call itself (T11): the enclosing `impersonate()`. Without one it is nobody: a service whose code forgot it,
-    or that holds a handle which somebody else opened, does not speak for its own token.
-    """
-
-    @functools.wraps(setter)
-    def call(self: H, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
-        return setter(self._called_by(_impersonated()), *args, **kwargs)
-
-    return call
-
-
-def _impersonated() -> Token | None:
-    """The token of the enclosing `impersonate()`; None: there is none, or it does not flow here."""
-    try:
-        return impersonation()
-    except ImpersonationFailed:
-        return None
-
-
-async def _change_what_the_helper_saw(desk: Desk, entry: Entry, changer: Token | None, what: str) -> None:
-    """For a command that changes what a job reads, sends and writes. The helper agreed to what it saw: a change that it does not make
-    itself, under its own identity, takes its token from the job (T8: else the owner drives the helper)."""
-    helper = entry.helper
-    if helper is None or (changer is not None and desk.door.is_same(changer, helper)):
-        return
-    log.warning(
-        "job %s: %s changed, and the helper token of %s is dropped: it was set before that", entry.job.id, what, show_text(helper.name)
-    )
-    await desk.engine.replace_helper(entry, None)
 
 
 @final
@@ -326,7 +195,7 @@ class JobFile:
         """False: there are no peers, every byte comes from the origin."""
         return False
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_remote_name(self, url: "str | URL") -> None:
         """Fetch the file from another URL, from now on; durable when it returns.
 
@@ -340,7 +209,7 @@ class JobFile:
         engine, name = self._desk.ready(), check_url(str(url))
         async with engine.command(self._entry):
             self._desk.check_lengths(self._entry.job, name)
-            await _change_what_the_helper_saw(self._desk, self._entry, self._changer, "a remote name")
+            await change_what_the_helper_saw(self._desk, self._entry, self._changer, "a remote name")
             await engine.rename(self._entry, {self._index: name})
 
     async def set_validation_state(self, valid: bool) -> None:
@@ -584,7 +453,7 @@ class Job:
 
     # -- files and properties -------------------------------------------------------------------------------------------------------------
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def add_file(
         self, url: "str | URL", path: StrPath, *, sha256: str | None = None, sha512: str | None = None, blake3: str | None = None
     ) -> JobFile:
@@ -597,7 +466,7 @@ class Job:
         (file,) = await self._add([checked_file(FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3))])
         return file
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def add_file_set(self, files: Iterable[FileInfo]) -> Sequence[JobFile]:
         """Add files, all or none, in one transaction.
 
@@ -607,7 +476,7 @@ class Job:
         self._desk.ready()
         return await self._add([checked_file(file) for file in files])
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def add_file_with_ranges(
         self,
         url: "str | URL",
@@ -642,14 +511,14 @@ class Job:
                 raise self._unfit("dynamic content, and a file that is fetched on demand, is not made of ranges")
             first = len(entry.files)
             records = [file_record(self.id, first + n, file) for n, file in enumerate(files)]
-            await _change_what_the_helper_saw(self._desk, entry, self._changer, "its files")
+            await change_what_the_helper_saw(self._desk, entry, self._changer, "its files")
             await engine.add_files(entry, records)
         return tuple(JobFile(self._desk, entry, record.index) for record in records)
 
     def _unfit(self, message: str, code: ErrorCode = ErrorCode.BG_E_UNSUPPORTED_JOB_CONFIGURATION) -> BitsError:
         return make_error(code, ErrorContext.NONE, message, job_id=self.id)
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def replace_remote_prefix(self, old_prefix: str, new_prefix: str) -> bool:
         """Put another beginning on the URLs of all files that begin with `old_prefix`, letter by letter; all or none of them.
 
@@ -667,11 +536,11 @@ class Job:
             for url in urls.values():
                 self._desk.check_lengths(entry.job, url)
             if urls:
-                await _change_what_the_helper_saw(self._desk, entry, self._changer, "remote names")
+                await change_what_the_helper_saw(self._desk, entry, self._changer, "remote names")
                 await engine.rename(entry, urls)
             return bool(urls)
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_proxy_settings(self, settings: ProxySettings) -> None:
         """How the job reaches its servers, from the next attempt on.
 
@@ -686,7 +555,7 @@ class Job:
         engine, entry, proxy = self._desk.ready(), self._entry, resolve(settings, os.environ)
         async with engine.command(entry):
             if proxy != entry.job.proxy:
-                await _change_what_the_helper_saw(self._desk, entry, self._changer, "its proxy")
+                await change_what_the_helper_saw(self._desk, entry, self._changer, "its proxy")
             exposed = entry.job.resumed and proxy != entry.job.proxy
             grants = [kept_from_proxies(grant) if exposed else grant for grant in entry.grants]
             http = entry.job.http
@@ -746,7 +615,7 @@ class Job:
         overridden = self._desk.engine.overridden(self._entry)
         return ErrorCode.BG_S_OVERRIDDEN_BY_POLICY if overridden else ErrorCode.S_OK
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_maximum_download_size(self, size: int | None) -> None:
         """Bytes that the files of the job may have together, before the first resume. A job that would get more fails.
 
@@ -761,7 +630,7 @@ class Job:
             before = self._entry.job.maximum_download_size
             self._check_early("maximum_download_size")
             if before is not None and (size is None or size > before):
-                await _change_what_the_helper_saw(self._desk, self._entry, self._changer, "how much it may fetch")
+                await change_what_the_helper_saw(self._desk, self._entry, self._changer, "how much it may fetch")
             await self._desk.ready().change(self._entry, maximum_download_size=size)
 
     async def set_dynamic_content(self, dynamic: bool) -> None:
@@ -884,7 +753,7 @@ class Job:
         async with engine.command(self._entry):
             await engine.change(self._entry, **fields)
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_custom_headers(self, headers: Sequence[tuple[str, str]] | str | None) -> None:
         """Headers to send with every request of the job, in place of those set before; None: none. Kept encrypted.
 
@@ -902,7 +771,7 @@ class Job:
         async with self._desk.ready().command(entry):
             origins = named_origins(entry, AuthTarget.SERVER) if checked and entry.job.resumed else None
             if (checked, origins) != (entry.job.http.headers, entry.job.http.header_origins):
-                await _change_what_the_helper_saw(self._desk, entry, self._changer, "its custom headers")
+                await change_what_the_helper_saw(self._desk, entry, self._changer, "its custom headers")
             await self._change_http(stop=entry.job.http.headers != (), headers=checked, header_origins=origins)
 
     async def make_custom_headers_write_only(self) -> None:
@@ -910,7 +779,7 @@ class Job:
         async with self._desk.ready().command(self._entry):
             await self._change_http(headers_write_only=True)
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_http_method(self, method: str) -> None:
         """The method of every request, sent without a body; before the first resume only. Anything but GET makes the job FOREGROUND.
 
@@ -931,11 +800,11 @@ class Job:
             self._check_early("http_method")
             http = replace(entry.job.http, method=checked)
             self._check_fit(replace(entry.job, http=http))
-            await _change_what_the_helper_saw(self._desk, entry, self._changer, "its HTTP method")
+            await change_what_the_helper_saw(self._desk, entry, self._changer, "its HTTP method")
             priority = entry.job.priority if checked == "GET" else JobPriority.FOREGROUND
             await self._desk.ready().change(entry, http=http, priority=priority)
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_security_flags(self, flags: SecurityFlags) -> None:
         """What the job allows a server, in place of what was allowed before. An attempt that is running begins again under them; with
         SSL_ENABLE_CRL_CHECK newly set, files that are not whole are fetched anew.
@@ -951,14 +820,14 @@ class Job:
             before = entry.job.http.flags
             if checked == before:
                 return
-            await _change_what_the_helper_saw(desk, entry, self._changer, "its security flags")
+            await change_what_the_helper_saw(desk, entry, self._changer, "its security flags")
             await engine.halt(entry)
             newly_checked = SecurityFlags.SSL_ENABLE_CRL_CHECK in checked & ~before
             untrusted = [file for file in entry.files if newly_checked and not file.transferred and not file.committed]
             files = [replace(file, validator=None, slices=()) for file in untrusted]
             await engine.change(entry, files=files, http=replace(entry.job.http, flags=checked))
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_crl_source(self, source: StrPath | None) -> None:
         """Where the certificate revocation lists for SSL_ENABLE_CRL_CHECK are: a file, or a directory of files (PEM or DER).
 
@@ -970,10 +839,10 @@ class Job:
         checked, entry = None if source is None else checked_absolute("a file of revocation lists", source), self._entry
         async with self._desk.ready().command(entry):
             if checked != entry.job.http.crl_source:
-                await _change_what_the_helper_saw(self._desk, entry, self._changer, "its revocation lists")
+                await change_what_the_helper_saw(self._desk, entry, self._changer, "its revocation lists")
                 await self._change_http(stop=SecurityFlags.SSL_ENABLE_CRL_CHECK in entry.job.http.flags, crl_source=checked)
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_client_certificate_by_file(
         self, file: StrPath, *, key: StrPath | None = None, password_file: StrPath | None = None
     ) -> None:
@@ -1001,7 +870,7 @@ class Job:
         )
         await self._set_client_certificate(given)
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_client_certificate_by_id(self, store: StrPath, thumbprint: bytes | str) -> None:
         """As `set_client_certificate_by_file`, with the certificate in a directory that has this thumbprint.
 
@@ -1017,7 +886,7 @@ class Job:
         directory = checked_absolute("a certificate store", store)
         await self._set_client_certificate(ClientCertificate(source=directory, thumbprint=checked_thumbprint(thumbprint)))
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_client_certificate_by_name(self, store: StrPath, subject_name: str) -> None:
         """As `set_client_certificate_by_id`, with the first certificate for clients whose subject has this in its name.
 
@@ -1033,7 +902,7 @@ class Job:
         directory = checked_absolute("a certificate store", store)
         await self._set_client_certificate(ClientCertificate(source=directory, subject_name=checked_subject_name(subject_name)))
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def remove_client_certificate(self) -> bool:
         """Show none any more; connections made with it are closed at once. False: none was set."""
         return await self._set_client_certificate(None)
@@ -1048,14 +917,14 @@ class Job:
             if given is None and before is None:
                 return False
             if given != before:
-                await _change_what_the_helper_saw(desk, entry, self._changer, "its client certificate")
+                await change_what_the_helper_saw(desk, entry, self._changer, "its client certificate")
             origins = named_origins(entry, AuthTarget.SERVER) if given is not None and entry.job.resumed else None
             if before is not None:
                 await desk.parties.forget_network(engine, entry)
             await self._change_http(stop=before is not None, client_certificate=given, certificate_origins=origins)
             return True
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_server_certificate_validation(self, callback: "Callable[[Job, JobFile, bytes], bool | Awaitable[bool]] | None") -> None:
         """Let the application look at each server's certificate, after TLS verified it (under the security flags) and before anything is
         requested; None: no longer.
@@ -1078,7 +947,7 @@ class Job:
             if not (entry.job.state.is_settled or entry.job.state is JobState.SUSPENDED):
                 raise self._unfit(f"the job is {entry.job.state.name}", ErrorCode.BG_E_READ_ONLY_WHEN_JOB_ACTIVE)
             if judge is not None or entry.job.http.validates_certificates:
-                await _change_what_the_helper_saw(self._desk, entry, self._changer, "who judges its servers' certificates")
+                await change_what_the_helper_saw(self._desk, entry, self._changer, "who judges its servers' certificates")
             await self._change_http(validates_certificates=judge is not None)
             entry.judge = judge
 
@@ -1162,7 +1031,7 @@ class Job:
             await engine.halt(entry)
         await engine.change(entry, http=replace(entry.job.http, **fields))
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_credentials(self, target: AuthTarget, scheme: AuthScheme, user_name: str | None, password: str | None) -> None:
         """What the job may answer a challenge with; None, None: the acting token's own credentials (NTLM and NEGOTIATE only).
 
@@ -1179,7 +1048,7 @@ class Job:
         engine = desk.ready()
         async with engine.command(entry):
             if desk.parties.grant_of(entry, given) not in entry.grants:
-                await _change_what_the_helper_saw(desk, entry, self._changer, "its credentials")
+                await change_what_the_helper_saw(desk, entry, self._changer, "its credentials")
             await desk.parties.save_grants(engine, entry, [given])
 
     @property
@@ -1188,7 +1057,7 @@ class Job:
         own = (grant for grant in self._entry.grants if (grant.target, grant.scheme) == STORED and grant.user_name is None)
         return AuthTarget.PROXY if any(own) else None
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def set_use_stored_credentials(self, target: AuthTarget | None) -> None:
         """Answer the proxy with the own credentials of the owner's token, or of the helper's where it acts on the network; None: no longer.
 
@@ -1207,7 +1076,7 @@ class Job:
             raise InvalidArgument("stored credentials are used for the proxy only", code=code)
         await self._set_credentials(AuthCredentials(*STORED, None, None))
 
-    @_seen_by_the_helper
+    @seen_by_the_helper
     async def remove_credentials(self, target: AuthTarget, scheme: AuthScheme) -> bool:
         """Forget what was set; its connections are closed at once. False: nothing was set."""
         return await self._remove_credentials(target, scheme)
@@ -1218,7 +1087,7 @@ class Job:
             rest = [grant for grant in entry.grants if (grant.target, grant.scheme) != (target, scheme)]
             if len(rest) == len(entry.grants):
                 return False
-            await _change_what_the_helper_saw(self._desk, entry, self._changer, "its credentials")
+            await change_what_the_helper_saw(self._desk, entry, self._changer, "its credentials")
             await self._desk.parties.forget_network(engine, entry)  # first: cancelled in between, at worst a connection is made again
             await engine.save(GrantRemoved(self.id, target, scheme), then=partial(entry.grants.__setitem__, slice(None), rest))
             return True
@@ -1242,7 +1111,7 @@ class Job:
         async with engine.command(entry):
             self._entry = await engine.take_over(entry, desk.door.owner_key(caller), caller)
 
-    def token_options(self) -> "Coroutine[Any, Any, TokenOptions]":
+    def token_options(self) -> Coroutine[Any, Any, TokenOptions]:
         """The helper token of the job. The access check happens here, once, for the identity that calls (COM: QueryInterface).
 
         Raises:
@@ -1250,7 +1119,7 @@ class Job:
         """
         return self._token_options(self._desk.caller())
 
-    async def _token_options(self, caller: Token) -> "TokenOptions":
+    async def _token_options(self, caller: Token) -> TokenOptions:
         self._desk.ready()
         self._desk.door.admit(caller, self._entry.job)
         return TokenOptions(self._desk, self._entry, caller)
@@ -1362,78 +1231,3 @@ class BackgroundCopyCallback:
     def file_ranges_transferred(self, job: Job, file: JobFile, ranges: Sequence[FileRange]) -> Awaitable[None] | None:
         """In on-demand mode: these bytes of the file are there for good, in the order of the file; told once."""
         return None
-
-
-@final
-class TokenOptions:
-    """The helper token of a job (IBitsTokenOptions). Works under any ambient identity: the access check was made when it was obtained."""
-
-    def __init__(self, desk: Desk, entry: Entry, caller: Token) -> None:
-        self._desk = desk
-        self._entry = entry
-        self._caller = caller
-
-    @property
-    def helper_token_flags(self) -> HelperTokenFlags:
-        """Where the helper acts."""
-        return self._entry.job.helper_flags
-
-    @property
-    def helper_token_sid(self) -> str | None:
-        """Whose token it is; None: no helper."""
-        return None if self._entry.helper is None else self._entry.helper.sid
-
-    def set_helper_token(self) -> Coroutine[Any, Any, None]:
-        """Take the token of the enclosing `impersonate()` as the job's helper, in place of any other.
-
-        An attempt that is running ends first, and begins again with the new token; the connections of the old one are closed. What fails or
-        is cancelled before that leaves the old token.
-
-        The token is bound to what the job is now: its files, where they come from and go to, what is sent and shown to servers, the proxy,
-        the security flags. Who changes one of them later, and is not the helper itself (`impersonate()`), takes the token from the job,
-        which then stops with BG_E_TOKEN_REQUIRED. Where the helper acts is part of it: see `set_helper_token_flags`.
-
-        Raises:
-            ImpersonationFailed: there is no enclosing `impersonate()`, or its token's level is below IMPERSONATE.
-            AccessDenied: the token is elevated and the caller of `token_options()` was not.
-            TokenRequired: the token was closed.
-        """
-        return self._set_helper(impersonation())
-
-    async def _set_helper(self, token: Token | None) -> None:
-        engine = self._desk.ready()
-        if token is None:
-            message = "set_helper_token() takes the token of an enclosing impersonate(); there is none"
-            raise ImpersonationFailed(message, job_id=self._entry.job.id)
-        self._desk.door.check_helper(token, self._caller)
-        async with engine.command(self._entry):
-            await engine.replace_helper(self._entry, token)
-
-    def set_helper_token_flags(self, flags: HelperTokenFlags) -> Coroutine[Any, Any, None]:
-        """Where the helper acts, from the next attempt on. Kept on the job, with or without a token; NONE: the owner does everything.
-
-        While there is a helper token, flags are taken back by everybody who has these options, and added by the helper itself only
-        (`impersonate()`, as BITS's own programs do), or where the caller of `token_options()` was elevated, was the helper, or was the
-        process itself, which made the token. An owner who set them before the helper set its token has shown them to it (T8).
-
-        Raises:
-            InvalidArgument: not a HelperTokenFlags.
-            AccessDenied: the helper is elevated and the caller of `token_options()` was not; or the helper did not agree to more.
-        """
-        return self._set_flags(flags, _impersonated())
-
-    async def _set_flags(self, flags: HelperTokenFlags, changer: Token | None) -> None:
-        engine, entry, door = self._desk.ready(), self._entry, self._desk.door
-        checked = checked_helper_flags(flags)
-        async with engine.command(entry):
-            if entry.helper is not None:
-                door.check_helper(entry.helper, self._caller)
-                if checked & ~entry.job.helper_flags:
-                    door.check_widening(entry.helper, self._caller, changer)
-            await engine.change(entry, helper_flags=checked)
-
-    async def clear_helper_token(self) -> None:
-        """Drop the helper token; the flags stay."""
-        engine = self._desk.ready()
-        async with engine.command(self._entry):
-            await engine.replace_helper(self._entry, None)

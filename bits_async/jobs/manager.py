@@ -33,9 +33,10 @@ from ..transport.tls import TlsSettings
 from .arguments import FileInfo, StrPath, checked_bandwidth, checked_connections
 from .callbacks import RunCommand, commander
 from .conditions import Conditions
+from .desk import Desk
 from .door import Door, calling, identity_of
 from .engine import Engine
-from .handles import Desk, Job, JobFile
+from .handles import Job, JobFile
 from .keys import KeySource
 from .logoff import LogOffs
 from .model import JobPriority, OwnerKey

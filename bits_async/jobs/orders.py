@@ -28,8 +28,9 @@ from .arguments import (
     checked_seconds,
     file_record,
 )
+from .desk import DISPLAY_NAME_LENGTH, Desk
 from .engine import Engine
-from .handles import DISPLAY_NAME_LENGTH, Desk, Job
+from .handles import Job
 from .model import RETRY_DELAY_FLOOR, GrantRemoved, JobPriority, JobState
 from .notify import JobChanged, Progress
 from .roster import Entry
