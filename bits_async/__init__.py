@@ -89,6 +89,7 @@ The map of the package; imports point from a lower line to a higher one only:
       notify.py         what happened: events and the streams that carry them
       callbacks.py      telling the application: callbacks and notification commands, at least once
       roster.py         which jobs are in memory: those at work, those that are held, the next in line
+      part_files.py     a job's part files at its end: named or deleted, as the token that made them
       engine.py         commands on jobs, the loop that starts and ends attempts
       arguments.py      what callers hand in, checked
       door.py           who may: the access check

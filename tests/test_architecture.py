@@ -49,6 +49,7 @@ RANKS_WITHIN: dict[str, tuple[set[str], ...]] = {
         {"scheduler"},
         {"transfer", "notify", "certificates", "conditions", "callbacks"},
         {"roster"},
+        {"part_files"},
         {"engine"},
         {"arguments", "door", "logoff", "parties", "places"},
         {"desk"},
@@ -197,14 +198,11 @@ def test_no_two_modules_need_each_other_to_be_loaded() -> None:
         pytest.fail(f"modules import in a circle: {' -> '.join(error.args[1])}")
 
 
-def test_nothing_below_or_beside_the_transfer_knows_both_a_lane_and_a_file() -> None:
-    above = {"jobs.transfer", "jobs.engine", *(f"jobs.{name}" for name in ("parties", "handles", "orders", "manager"))}
+def test_only_the_transfer_knows_both_a_lane_and_a_file() -> None:
     for module in MODULES:
-        if module.name in above or module.room in ("", "testing", "cli", "service"):
-            continue
         targets = {found.target for found in module.imports if found.ours}
-        knows_files = any(target.partition(".")[0] == "files" for target in targets)
-        assert not ("transport.lane" in targets and knows_files), f"{module.name} knows a lane and a file"
+        both = "transport.lane" in targets and any(target.partition(".")[0] == "files" for target in targets)
+        assert both == (module.name == "jobs.transfer"), module.name
 
 
 def test_nothing_below_jobs_knows_what_a_job_is() -> None:

@@ -32,7 +32,6 @@ from ..errors import (
     ErrorContext,
     ImpersonationFailed,
     InvalidState,
-    LocalFileError,
     ManagerClosed,
     NetworkError,
     TokenRequired,
@@ -41,17 +40,13 @@ from ..errors import (
     show_text,
     show_url,
 )
-from ..files.batches import FinishedPart, commit_parts
-from ..files.leftovers import committed_length, discard_draft, discard_part
-from ..files.names import new_draft
-from ..files.part import PartFile
-from ..files.records import PartRecord
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token
 from ..limits import Bucket
 from ..transport.lane import Party
 from ..transport.options import SecurityFlags
 from ..transport.ranges import durable, without
+from . import part_files
 from .callbacks import Notifier, RunCommand, commander
 from .conditions import Conditions, Hindrance, network_lost
 from .model import (
@@ -573,7 +568,7 @@ class Engine:
 
     async def add(self, job: JobRecord, owner: Token, files: Sequence[FileRecord] = (), grants: Sequence[GrantRecord] = ()) -> Entry:
         """Put a new job into the journal."""
-        files = [_drafted(file) for file in files]
+        files = [part_files.drafted(file) for file in files]
         entry = Entry(job, files, list(grants), owner=owner)
         await self.save(job, *files, *grants, then=partial(self._enter, entry))
         return entry
@@ -586,7 +581,7 @@ class Engine:
 
     async def add_files(self, entry: Entry, files: Sequence[FileRecord]) -> None:
         """Append files in one transaction."""
-        await self.change(entry, files=[_drafted(file) for file in files])
+        await self.change(entry, files=[part_files.drafted(file) for file in files])
 
     async def rename(self, entry: Entry, urls: Mapping[int, str]) -> None:
         """Other URLs for files, by index; an attempt that uses the old ones ends. What was fetched is kept."""
@@ -689,62 +684,32 @@ class Engine:
                 acting = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
                 entry.pair.check_today(acting, await self.executors.refresh(acting))
             while waiting := [file for file in entry.files if file.transferred and not file.committed]:
-                if not await self._commit_some(entry, waiting[:COMMIT_AT_ONCE]):
+                done = await part_files.commit_some(self.executors, entry, waiting[:COMMIT_AT_ONCE])
+                if not done:
                     await self._commit(entry, waiting[0])
+                    done = 1
+                await self.change(entry, files=[replace(file, committed=True, validated=True) for file in waiting[:done]])
             dropped = [file for file in entry.files if not file.transferred]
             left = await self._discard_parts(entry, dropped)
             await self._leave(entry, state)
             return Completion([file.path for file in entry.files if file.committed], left, partial=bool(dropped))
 
-    async def _commit_some(self, entry: Entry, files: Sequence[FileRecord]) -> int:
-        """How many of them have their names now, from the first on; the next one is to be tried alone."""
-        with self.executors.lease(entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE), "files") as executor:
-            done = await commit_parts(executor, [_finished(file) for file in files])
-        if done:
-            await self.change(entry, files=[replace(file, committed=True, validated=True) for file in files[:done]])
-        return done
-
     async def _commit(self, entry: Entry, file: FileRecord) -> None:
-        token = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
-        assert file.part is not None
-        with self.executors.lease(token, "files") as files:
-            part = await PartFile.reopen(files, file.path, file.part)
-            if part is None:
-                if await committed_length(files, file.path, file.part) != file.size:
-                    others = [each for each in entry.files if each.index > file.index and await _is_lost(files, each)]
-                    # the records stay: if a file is another identity's, the next attempt still has to remove it
-                    await self.change(entry, files=[_uncounted(each) for each in (file, *others)])
-                    more = f" ({len(others)} more of the job's files too)" if others else ""
-                    message = f"the part file was changed or removed, or another identity made it{more}; resume fetches what is lost anew"
-                    code = ErrorCode.BG_E_LOCAL_FILE_CHANGED
-                    raise make_error(code, ErrorContext.LOCAL_FILE, message, path=file.path, identity=token.name, job_id=entry.job.id)
-            else:
-                try:
-                    await part.commit(mtime=_mtime(file))
-                finally:
-                    await part.close()
-        await self.change(entry, files=[replace(file, committed=True, validated=True)])
+        who = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE).name
+        lost = await part_files.commit(self.executors, entry, file)
+        if not lost:
+            return
+        # the records stay: if a file is another identity's, the next attempt still has to remove it
+        await self.change(entry, files=[_uncounted(each) for each in lost])
+        more = f" ({len(lost) - 1} more of the job's files too)" if len(lost) > 1 else ""
+        message = f"the part file was changed or removed, or another identity made it{more}; resume fetches what is lost anew"
+        code = ErrorCode.BG_E_LOCAL_FILE_CHANGED
+        raise make_error(code, ErrorContext.LOCAL_FILE, message, path=file.path, identity=who, job_id=entry.job.id)
 
     async def _discard_parts(self, entry: Entry, files: Sequence[FileRecord]) -> list[Path]:
-        """Delete part files as the token that made them; without it they stay, and are named (BG_S_UNABLE_TO_DELETE_FILES)."""
+        """Named are those that are left, because the token that made them is gone (BG_S_UNABLE_TO_DELETE_FILES)."""
         await self._uncount(entry, [file for file in files if file.transferred and file.part])
-        left_behind: list[Path] = []
-        for file in files:
-            if entry.restored and entry.job.resumed:
-                await self._discard_draft(entry, file)
-            if file.part is None:
-                continue
-            left = file.part.path
-            try:
-                with self.executors.lease(self._maker(entry, file.part), "files") as executor:
-                    gone = await discard_part(executor, file.path, file.part)
-            except BitsError as error:
-                log.warning("job %s: BG_S_UNABLE_TO_DELETE_FILES %s: %s", entry.job.id, left, error)
-                left_behind.append(left)
-            else:
-                if not gone:
-                    log.warning("job %s: %s is not the job's part file any more and was left alone", entry.job.id, left)
-        return left_behind
+        return await part_files.discard(self.executors, entry, files)
 
     async def _uncount(self, entry: Entry, files: Sequence[FileRecord]) -> None:
         """Before finished bytes are deleted the journal stops counting on them: of a process that dies in between it keeps a job that can
@@ -754,22 +719,6 @@ class Engine:
         async with entry.changing:
             state = JobState.SUSPENDED if entry.job.state is JobState.TRANSFERRED else entry.job.state
             await self.save(replace(entry.job, state=state), *(_uncounted(file) for file in files))
-
-    def _maker(self, entry: Entry, part: PartRecord) -> Token:
-        """The token that made the part file (T17); if the job has it no more, the one that acts on local files, to say so."""
-        tokens = (entry.owner, entry.helper)
-        made = next((token for token in tokens if token is not None and part.was_made_by(token)), None)
-        return made or entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
-
-    async def _discard_draft(self, entry: Entry, file: FileRecord) -> None:
-        if not file.draft:
-            return
-        try:
-            token = entry.pair.acting_for(HelperTokenFlags.LOCAL_FILE)
-            with self.executors.lease(token, "files") as executor:
-                await discard_draft(executor, file.path, entry.job.id, file.draft)
-        except BitsError as error:
-            log.info("job %s: no look for what a process that died may have left beside %s: %s", entry.job.id, file.path, error)
 
     async def take_over(self, entry: Entry, key: OwnerKey, owner: Token) -> Entry:
         """Another owner; what the old one entrusted to the job is dropped (BITS: TakeOwnership).
@@ -1247,25 +1196,6 @@ class Engine:
                 await self._shop.network.forget(token)
 
 
-def _drafted(file: FileRecord) -> FileRecord:
-    """With a name for its part file, which the journal then knows before the file is made."""
-    return file if file.draft else replace(file, draft=new_draft())
-
-
-async def _is_lost(files: TokenExecutor, file: FileRecord) -> bool:
-    """Whether the journal counts on a part file that is not as it was left, and that no process that died gave its name."""
-    if file.part is None or not file.transferred or file.committed:
-        return False
-    try:
-        part = await PartFile.reopen(files, file.path, file.part)
-        if part is None:
-            return await committed_length(files, file.path, file.part) != file.size
-    except LocalFileError:
-        return False  # nothing is known of it: its own turn says what is wrong
-    await part.close()
-    return False
-
-
 def _uncounted(file: FileRecord) -> FileRecord:
     """Nothing of it counts as fetched; its part file is still known, to be removed."""
     return replace(file, transferred=False, validated=False, slices=(), validator=None, boot_id=None)
@@ -1316,17 +1246,6 @@ def _offset(monotonic: float, wall: datetime) -> datetime:
 
 def _later(moment: datetime | None, by: timedelta) -> datetime | None:
     return None if moment is None else moment + by
-
-
-def _finished(file: FileRecord) -> FinishedPart:
-    assert file.part is not None, "it was transferred into one"
-    return FinishedPart(file.path, file.part, _mtime(file))
-
-
-def _mtime(file: FileRecord) -> float | None:
-    """When the server says that the file was changed."""
-    modified = file.validator.modified if file.validator else None
-    return modified.timestamp() if modified else None
 
 
 def _short(error: BitsError | None) -> str:

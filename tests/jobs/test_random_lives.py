@@ -27,7 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 import bits_async as bits
 from bits_async import ErrorCode, InvalidState, JobPriority, JobState
 from bits_async.files.part import PartFile
-from bits_async.jobs import engine
+from bits_async.jobs import part_files
 from bits_async.jobs.model import NEXT
 from bits_async.testing import FakeNetwork
 from bits_async.transport.answers import Asked
@@ -664,7 +664,7 @@ def no_power(manager: bits.BitsManager) -> Iterator[None]:
         patch.setattr(manager._store, "save", dead_journal)
         for name in ("create", "append", "sync", "truncate", "commit", "discard"):
             patch.setattr(PartFile, name, dead_file)
-        patch.setattr(engine, "discard_part", dead_file)
+        patch.setattr(part_files, "discard_part", dead_file)
         yield
 
 
