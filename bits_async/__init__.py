@@ -83,6 +83,7 @@ The map of the package; imports point from a lower line to a higher one only:
       store.py          durable job journal: SQLite; one thread, one transaction for the saves that come together
       policies.py       bandwidth schedules, cost, group policy (TOML)
       scheduler.py      who runs next, and when a failed job tries again
+      faults.py         a journal that cannot be used for now
       certificates.py   the application's own say about servers' certificates
       conditions.py     what must be so for a job to run: the network, its price, the administrator
       transfer.py       one attempt at one job: the only place where a lane meets a file

@@ -46,7 +46,7 @@ RANKS_WITHIN: dict[str, tuple[set[str], ...]] = {
         {"keys", "secrets", "policies", "schema", "columns"},
         {"statements", "rows", "journal_files"},
         {"store"},
-        {"scheduler"},
+        {"scheduler", "faults"},
         {"transfer", "notify", "certificates", "conditions", "callbacks"},
         {"roster"},
         {"part_files"},
@@ -62,7 +62,7 @@ RANKS_WITHIN: dict[str, tuple[set[str], ...]] = {
 }
 
 PURE = {
-    *("errors", "identity.tokens", "auth.challenge", "auth.policy", "jobs.model", "jobs.policies", "jobs.scheduler"),
+    *("errors", "identity.tokens", "auth.challenge", "auth.policy", "jobs.model", "jobs.policies", "jobs.scheduler", "jobs.faults"),
     *(f"transport.{name}" for name in ("ranges", "answers", "digests", "options", "proxies", "timeouts")),
 }
 IMPURE_LIBRARIES = {"asyncio", "aiohttp", "aiofiles", "os", "sqlite3", "aiosqlite", "subprocess", "threading"}

@@ -49,7 +49,7 @@ OF_COMMANDS: Final = (
     ("the job tries again by itself", "run the same command again later"),
     ("and the trusted authorities", "and the trusted authorities (--cacert)"),
     (", or name its principal", ""),
-    ("then open the manager again", "then run the same command again"),
+    ("then try again", "then run the same command again"),
     ("or act as the user who owns it", "or write as the user who owns it (--user)"),
 )
 # And what it says of arguments, of options.

@@ -8,6 +8,10 @@ Races this module answers: a command and the end of an attempt (commands wait fo
 two commands on one job (`Entry.lock`); two changes of one job's record, by a command and by the end of an attempt (`Entry.changing`); a
 cancelled caller (what is in the journal is in memory too: `save` does both, or has not begun); a command that is under way when the manager
 closes (`stop` waits for it).
+
+A journal that cannot be used for now (a full volume) pauses everything: attempts end, commands are refused, and nothing is journalled or
+told until a write goes through again. A job whose attempt ended meanwhile is QUEUED, as after a restart, whatever the attempt's outcome
+was: the next attempt finds it again.
 """
 
 import asyncio
@@ -34,6 +38,7 @@ from ..errors import (
     InvalidState,
     ManagerClosed,
     NetworkError,
+    StoreError,
     TokenRequired,
     code_name,
     make_error,
@@ -49,6 +54,7 @@ from ..transport.ranges import durable, without
 from . import part_files
 from .callbacks import Notifier, RunCommand, commander
 from .conditions import Conditions, Hindrance, network_lost
+from .faults import JournalFault
 from .model import (
     NOTHING,
     Cancellation,
@@ -194,6 +200,7 @@ class Engine:
         self.clock: Clock = shop.clock
         self.failure: BitsError | None = None
         self.closed = False
+        self._fault = JournalFault()
         self._store = store
         self._shop = shop
         self._limits = limits
@@ -259,12 +266,12 @@ class Engine:
 
     async def _refuse(self, entry: Entry) -> None:
         """A secret of the job is lost: it says so once, and then it is for whoever resumes it."""
-        entry.refused = True
         job, code = entry.job, ErrorCode.BG_E_INVALID_CREDENTIALS
         message = "the journal's key file was lost or replaced, and a secret of this job cannot be read"
         error = make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=job.id)
         fields: dict[str, Any] = {"error": error, "error_count": job.error_count + 1, "retry_at": None}
         await self.change(entry, state=JobState.ERROR, **fields)
+        entry.refused = True
         self.roster.keep(entry)
 
     async def stop(self, grace: float) -> None:
@@ -290,10 +297,15 @@ class Engine:
                 each.cancel()
         await self._conditions.aclose()
         await asyncio.wait({telling})
+        if self.journal_fault is not None and not await self._is_usable():
+            self.failure = self.failure or self.journal_fault
         self._stopped = True
-        for stream in list(self._streams):
-            stream.finish(self.failure)
+        self._end_streams()
         self._tell_waiters()
+
+    def _end_streams(self) -> None:
+        for stream in list(self._streams):
+            stream.finish(None if self.failure is None else self.failure.located())
 
     def fail(self, error: BitsError) -> None:
         """The journal broke: nothing more is transferred, and everybody who waits hears of it."""
@@ -303,8 +315,78 @@ class Engine:
             self.notifier.halt()
             for entry in self.roster.running:
                 entry.stop()
+            self._end_streams()
         self._wake.set()
         self._tell_waiters()
+
+    # -- a journal that cannot be used for now ----------------------------------------------------------------------------------------
+
+    @property
+    def journal_fault(self) -> StoreError | None:
+        """Why the journal cannot be used for now, and with it nothing be changed or transferred; None: it can."""
+        return self._fault.error
+
+    def _broke(self, error: BitsError) -> None:
+        """The journal could not be used: for now, or for good."""
+        if not isinstance(error, StoreError) or not error.transient:
+            self.fail(error)
+        elif self.failure is None and self.journal_fault is None:
+            self._pause(error)
+
+    def _pause(self, error: StoreError) -> None:
+        self._fault.begin(error, self.clock.monotonic())
+        if self._is_too_long():
+            self.fail(error)
+            return
+        log.error("%s; all transfers are paused, and go on as soon as the journal can be used again", error)
+        self.notifier.halt()
+        for entry in self.roster.running:
+            entry.stop()
+        self._show_all()
+
+    def _show_all(self) -> None:
+        for entry in self.roster:
+            self.announce(entry)
+        self._wake.set()
+        self._tell_waiters()
+
+    def _is_too_long(self) -> bool:
+        """A manager of one call waits for its journal as long as the call says that errors are tried again."""
+        patience = max((entry.job.no_progress_timeout for entry in self.roster), default=0.0)
+        return self._hold and self.clock.monotonic() - self._fault.since >= patience
+
+    async def _outlast(self) -> None:
+        """Try the journal again and again, with pauses that grow, until it can be used. Then everything goes on."""
+        while self.failure is None and self.journal_fault is not None:
+            await self._timer(self._fault.next_try)
+            if await self._is_usable():
+                self._go_on()
+
+    async def _is_usable(self) -> bool:
+        try:
+            await self._store.probe()
+        except BitsError as error:
+            if not isinstance(error, StoreError) or not error.transient:
+                self.fail(error)
+            elif self._fault.again(error, self.clock.monotonic()):
+                log.error("%s; all transfers have been paused for %.0f s", error, self.clock.monotonic() - self._fault.since)
+            if self._is_too_long():
+                self.fail(error)
+            return False
+        return True
+
+    def _go_on(self) -> None:
+        """What was read of the journal before the fault may not have been followed to its end: it is read anew."""
+        now = self.clock.monotonic()
+        log.warning("the journal %s can be used again after %.0f s; transfers go on", self._store.path, now - self._fault.since)
+        self._fault.end(now)
+        self.roster.look_anew()
+        self._moment, self._moments_stale = None, True
+        self._looked_through = self._owing_from = 0
+        self._idle_moments.clear()
+        self._blocked.clear()
+        self.notifier.go_on()
+        self._show_all()
 
     def _fail_by_defect(self, error: Exception) -> None:
         """A task that jobs depend on died: those who wait hear of it, instead of waiting for ever."""
@@ -313,7 +395,8 @@ class Engine:
         self.fail(make_error(ErrorCode.E_FAIL, ErrorContext.GENERAL_QUEUE_MANAGER, message))
 
     def check(self) -> None:
-        """Raise what every call must hear first: the engine failed, or is closed."""
+        """Raise what every call must hear first: the engine failed, or is closed. (It is not for now that the journal cannot be used:
+        it may be read all the same, and who waits goes on waiting.)"""
         if self.failure is not None:
             raise self.failure.located()
         if self.closed:
@@ -329,9 +412,9 @@ class Engine:
         """One durable transaction, and `then` what it means in memory; a cancelled caller has both.
 
         Raises:
-            StoreError: neither; the engine has stopped. ManagerClosed: neither; it came too late.
+            StoreError: neither; the engine has stopped, or is paused. ManagerClosed: neither; it came too late.
         """
-        self.check_failure()
+        self.check_journal()
         await finish(self._save(changes, then))
 
     async def _save(self, changes: Sequence[Change], then: Callable[[], object]) -> None:
@@ -341,14 +424,15 @@ class Engine:
         except BitsError as error:
             if self._stopped:
                 raise ManagerClosed from None
-            self.fail(error)
+            self._broke(error)
             raise
         then()
 
-    def check_failure(self) -> None:
-        """Raise the engine's failure, if it has failed."""
-        if self.failure is not None:
-            raise self.failure.located()
+    def check_journal(self) -> None:
+        """Raise why nothing can be changed, for good or for now."""
+        trouble = self.failure or self.journal_fault
+        if trouble is not None:
+            raise trouble.located()
 
     async def change(self, entry: Entry, *, files: Sequence[FileRecord] = (), **fields: Any) -> None:
         """Journal new values of a job (and of files of it), then show them."""
@@ -456,6 +540,10 @@ class Engine:
     def waiting(self, entry: Entry) -> Waiting | None:
         """Why nothing moves."""
         job = entry.job
+        fault = self.journal_fault
+        if fault is not None and not job.state.is_settled and job.state is not JobState.SUSPENDED:
+            seconds = self._fault.next_try - self.clock.monotonic()
+            return Waiting(WaitingReason.JOURNAL, self.clock.now() + timedelta(seconds=seconds), f"{fault.message}; file {fault.path}")
         if job.state is JobState.TRANSIENT_ERROR:
             if (reason := _awaited(job)) is not None:
                 return self._waiting_for(reason, job)
@@ -502,9 +590,18 @@ class Engine:
         """
         while True:
             async with self._next_change() as changed, self.reading():
-                if not await self._store.is_busy():
+                if not await self._is_busy():
                     return
                 await changed
+
+    async def _is_busy(self) -> bool:
+        try:
+            return await self._store.is_busy()
+        except StoreError as error:
+            if not error.transient or self.closed:
+                raise
+            self._broke(error)
+            return True  # as far as anybody knows
 
     @contextlib.asynccontextmanager
     async def _next_change(self) -> AsyncIterator[asyncio.Future[None]]:
@@ -539,14 +636,20 @@ class Engine:
     # -- commands ---------------------------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def command(self, entry: Entry) -> Any:
-        """Hold the job: one command at a time, and the scheduler leaves it alone."""
+    async def command(self, entry: Entry, *, even_paused: bool = False) -> Any:
+        """Hold the job: one command at a time, and the scheduler leaves it alone.
+
+        Args:
+            even_paused: what it does before it changes the job is worth doing, though the journal cannot be used.
+        """
         self.check()
         async with entry.lock:
             entry.held += 1
             self._commands.add(ended := asyncio.get_running_loop().create_future())
             try:
                 self.check()
+                if not even_paused:
+                    self.check_journal()
                 if entry.job.state.is_final:
                     raise InvalidState(f"the job is {entry.job.state.name} and has left the queue", job_id=entry.job.id)
                 yield
@@ -712,13 +815,21 @@ class Engine:
         return await part_files.discard(self.executors, entry, files)
 
     async def _uncount(self, entry: Entry, files: Sequence[FileRecord]) -> None:
-        """Before finished bytes are deleted the journal stops counting on them: of a process that dies in between it keeps a job that can
-        be resumed or cancelled again, not a TRANSFERRED one without files. In memory the command that does it says what becomes of it."""
+        """Before finished bytes are deleted nothing counts on them any more: of a process that dies in between, and of a journal that then
+        cannot be written, there is a job that can be resumed or cancelled again, not a TRANSFERRED one without files. The command that
+        does it says what becomes of it."""
         if not files:
             return
         async with entry.changing:
             state = JobState.SUSPENDED if entry.job.state is JobState.TRANSFERRED else entry.job.state
-            await self.save(replace(entry.job, state=state), *(_uncounted(file) for file in files))
+            fewer = [_uncounted(file) for file in files]
+
+            def show() -> None:
+                entry.job = replace(entry.job, state=state)
+                for file in fewer:
+                    entry.put(file)
+
+            await self.save(replace(entry.job, state=state), *fewer, then=show)
 
     async def take_over(self, entry: Entry, key: OwnerKey, owner: Token) -> Entry:
         """Another owner; what the old one entrusted to the job is dropped (BITS: TakeOwnership).
@@ -770,28 +881,35 @@ class Engine:
 
     async def _loop(self) -> None:
         """Start, end and retry attempts until cancelled. Woken by every change, else by the next deadline."""
-        try:
-            while self.failure is None:
-                self._wake.clear()
-                self._looked = self.clock.monotonic(), self.clock.now()
-                await self._follow_the_clock()
-                if self._conditions.refresh():
-                    self._blocked.clear()
-                    self._conditions_changed()
-                await self._come_due()
-                await self._expire()
-                await self._let_go()
-                await self._run_commands()
-                # where group policy lets none run, the first ones say so, and the others need not be touched
-                for entry in await self.roster.look_ahead(without={each for each, count in self._blocked.items() if count >= AHEAD}):
-                    self._search_owner(entry)
-                await self._hold_up()
-                self._schedule()
-                await self._sleep_until_woken(await self._next_deadline())
-        except BitsError as error:
-            self.fail(error)
-        except Exception as error:
-            self._fail_by_defect(error)
+        while self.failure is None:
+            try:
+                await self._outlast()
+                await self._round()
+            except BitsError as error:
+                self._broke(error)
+            except Exception as error:
+                self._fail_by_defect(error)
+
+    async def _round(self) -> None:
+        self._wake.clear()
+        if self.failure is not None:
+            return
+        self._looked = self.clock.monotonic(), self.clock.now()
+        await self._follow_the_clock()
+        if self._conditions.refresh():
+            self._blocked.clear()
+            self._conditions_changed()
+        await self._come_due()
+        await self._expire()
+        await self._let_go()
+        await self._run_commands()
+        # where group policy lets none run, the first ones say so, and the others need not be touched
+        for entry in await self.roster.look_ahead(without={each for each, count in self._blocked.items() if count >= AHEAD}):
+            self._search_owner(entry)
+        await self._hold_up()
+        if self.journal_fault is None:
+            self._schedule()
+            await self._sleep_until_woken(await self._next_deadline())
 
     async def _sleep_until_woken(self, deadline: float | None) -> None:
         if deadline is None:
@@ -815,21 +933,29 @@ class Engine:
         step, before = offset - self._offset, self._offset
         if abs(step) < CLOCK_STEP:
             return
-        self._offset = offset
-        log.info("the wall clock was changed by %g s", step.total_seconds())
         waiting = {entry: entry.job for entry in self.roster if entry.job.state is JobState.TRANSIENT_ERROR}
-        await self._store.shift_retries(offset - before)
+        self._offset = offset
+        try:
+            await self._store.shift_retries(offset - before)
+        except BitsError:
+            self._offset -= step  # it is still to be done
+            raise
+        log.info("the wall clock was changed by %g s", step.total_seconds())
         self._moments_stale = True
-        for entry, job in waiting.items():
-            if (entry.job.retry_at, entry.job.gives_up_at) == (job.retry_at, job.gives_up_at):
-                await self.change(entry, retry_at=_later(job.retry_at, step), gives_up_at=_later(job.gives_up_at, step))
+        same = [entry for entry, job in waiting.items() if (entry.job.retry_at, entry.job.gives_up_at) == (job.retry_at, job.gives_up_at)]
+        for entry in same:  # at once: the journal has it
+            job = entry.job
+            entry.job = replace(job, retry_at=_later(job.retry_at, step), gives_up_at=_later(job.gives_up_at, step))
+        for entry in same:  # and again, because a change that was under way may have written the old ones
+            if entry.job.state is JobState.TRANSIENT_ERROR:
+                await self.change(entry, retry_at=entry.job.retry_at, gives_up_at=entry.job.gives_up_at)
 
     async def _come_due(self) -> None:
         """Queue jobs again whose retry delay is over, and give up those that waited too long for an event: a page of them each round."""
         _, now = self._looked
         if self._network_returned:
-            self._network_returned = False
             await self._hasten(now)
+            self._network_returned = False
         if not self._moments_stale and (self._moment is None or self._moment > now):
             return
         await _together(self._end_waiting(entry, now) for entry in await self.roster.due(now))
@@ -991,10 +1117,13 @@ class Engine:
             self.roster.owner_refused(entry.job.owner, reason)
             self.announce(entry)
             return
-        if token is not None:
-            await self.owner_found(entry, token)
-        else:
+        if token is None:
             self.announce(entry)
+            return
+        try:
+            await self.owner_found(entry, token)
+        except BitsError as error:  # he is here all the same; which session he is in is not journalled
+            log.info("job %s: %s", entry.job.id, error)
 
     async def owner_found(self, entry: Entry, token: Token) -> None:
         """A token that matches the owner key: every job of that very owner has its owner again, and the journal knows the logon session
@@ -1083,7 +1212,8 @@ class Engine:
             with self.clock.working():
                 await self._settle(entry, work)
         except BitsError as error:
-            self.fail(error)
+            self._broke(error)
+            self._yielded(entry)
         except Exception as error:
             self._fail_by_defect(error)
         finally:
@@ -1091,12 +1221,20 @@ class Engine:
             self.roster.end(entry)
             self._wake.set()
 
+    def _yielded(self, entry: Entry) -> None:
+        """What the attempt has come to cannot be journalled now."""
+        if self.failure is None and entry.job.state.is_active:
+            entry.job = replace(entry.job, active=entry.job.active + self.clock.monotonic() - entry.started)
+            self.move_in_memory(entry, Outcome.YIELDED)
+
     async def _settle(self, entry: Entry, work: asyncio.Task[None]) -> None:
         active = entry.job.active + self.clock.monotonic() - entry.started
         failure = None if work.cancelled() else work.exception()
         _empty_frames(failure)
         if self.failure is not None:
             return
+        if isinstance(failure, StoreError) and failure.transient:
+            raise failure
         if failure is not None:
             await self._failed(entry, self._understand(entry, failure), active)
         elif not entry.unfinished:  # perhaps it was told to stop at that moment
@@ -1168,10 +1306,10 @@ class Engine:
 
     async def _give_up(self, entry: Entry, error: BitsError, active: float) -> None:
         job = entry.job
-        entry.failing_since = None
         fields: dict[str, Any] = {"error_count": job.error_count + 1, "retry_at": None, "stalled": 0.0, "active": active}
         log.info("%s", error.located(job_id=job.id))
         await self.change(entry, state=advance(job.state, Outcome.FAILED), error=error, **fields)
+        entry.failing_since = None
 
     # -- tokens -----------------------------------------------------------------------------------------------------------------------
 

@@ -162,7 +162,7 @@ class LogOffs:
     ) -> None:
         """One job parts with the tokens, and goes on when they are closed: none does before all have parted with them."""
         try:
-            async with self._engine.command(entry):
+            async with self._engine.command(entry, even_paused=True):  # tokens are given up whatever can be journalled
                 await self._part(entry, gone, owners)
                 parted.set()
                 await closed.wait()

@@ -17,7 +17,7 @@ from ..auth.policy import AuthCredentials, AuthRules, Refusals
 from ..auth.renewal import Renewals
 from ..auth.tickets import Tickets
 from ..clock import Clock, SystemClock
-from ..errors import AccessDenied, BitsError, InvalidArgument, NotFound
+from ..errors import AccessDenied, BitsError, InvalidArgument, NotFound, StoreError
 from ..identity import native
 from ..identity.processes import run_command
 from ..identity.sessions import WatchSessions, watch_sessions
@@ -214,6 +214,15 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         """Where the journal is that was found damaged when this manager opened it, or is found so until it is closed. It was replaced by a
         new one, and the log says so at ERROR; its files (the key too) are kept for recovery with sqlite3. None: no damage was found."""
         return None if self._store is None else self._store.set_aside
+
+    @property
+    def journal_fault(self) -> StoreError | None:
+        """Why the journal cannot be used for now (its volume is full, another program holds it), and at which path; None: it can.
+
+        While it lasts all transfers are paused (`Job.waiting` says so), whatever would change a job raises this error and changes nothing,
+        and the journal is tried again after 1 s, 2 s and so on up to every minute. Then everything goes on by itself.
+        """
+        return None if self._desk is None else self._desk.engine.journal_fault
 
     async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         await self.aclose()

@@ -143,6 +143,7 @@ class WaitingReason(enum.Enum):
     POLICY = "held up by group policy"
     COST = "held up by the cost of the connection"
     MANAGER_CLOSED = "the manager runs no transfers"
+    JOURNAL = "waiting for the journal"
     NOTIFICATION = "a notification is owed"
 
 

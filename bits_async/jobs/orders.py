@@ -12,7 +12,7 @@ from typing import Final
 
 from ..auth.policy import AuthCredentials, AuthScheme, AuthTarget
 from ..clock import Clock
-from ..errors import BitsError, InvalidArgument, InvalidState, ManagerClosed, ValidationFailed
+from ..errors import BitsError, InvalidArgument, InvalidState, ManagerClosed, StoreError, ValidationFailed
 from ..identity.ambient import current_token
 from ..identity.tokens import HelperTokenFlags, Token
 from ..transport.options import ClientCertificate, HttpOptions, checked_subject_name, checked_thumbprint
@@ -223,7 +223,8 @@ async def _see_through(desk: Desk, entry: Entry, order: Order) -> Path:
         await job.wait()
         (path,) = await job.complete()
     except BitsError as error:
-        if not entry.job.state.is_final and engine.failure is None and not engine.closed and _nothing_to_keep(entry, error):
+        usable = engine.failure is None and engine.journal_fault is None and not engine.closed
+        if not entry.job.state.is_final and usable and not isinstance(error, StoreError) and _nothing_to_keep(entry, error):
             await engine.cancel(entry)
         raise
     except BaseException:
@@ -234,8 +235,21 @@ async def _see_through(desk: Desk, entry: Entry, order: Order) -> Path:
 
 
 async def _leave_suspended(engine: Engine, entry: Entry) -> None:
-    with contextlib.suppress(InvalidState, ManagerClosed):  # finished, or closed, in the meantime
+    """Or, where that cannot be journalled now, as soon as it can: nobody waits for that."""
+    try:
         await engine.suspend(entry)
+    except (InvalidState, ManagerClosed):
+        pass  # finished, or closed, in the meantime
+    except StoreError as error:
+        if not error.transient:
+            raise
+        engine.task(_suspend_later(engine, entry), "bits-suspend-later")
+
+
+async def _suspend_later(engine: Engine, entry: Entry) -> None:
+    with contextlib.suppress(BitsError):  # the engine has ended, and says why itself
+        await engine.until(lambda: engine.journal_fault is None)
+        await _leave_suspended(engine, entry)
 
 
 def _nothing_to_keep(entry: Entry, error: BitsError) -> bool:

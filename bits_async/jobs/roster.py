@@ -289,6 +289,10 @@ class Roster:
         if before is None or _place(before) != _place(after):
             self._stale.update(job.priority for job in (before, after) if job is not None and job.state is JobState.QUEUED)
 
+    def look_anew(self) -> None:
+        """A look at the journal may have broken off."""
+        self._stale = set(JobPriority)
+
     # -- at work ------------------------------------------------------------------------------------------------------------------------
 
     @property

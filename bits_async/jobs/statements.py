@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 from uuid import UUID
 
@@ -24,6 +24,19 @@ async def pragma(db: aiosqlite.Connection, name: str) -> Any:
 def each(db: sqlite3.Connection, sql: str, rows: Sequence[Values]) -> None:
     if rows:
         db.executemany(sql, rows)
+
+
+@contextmanager
+def all_or_nothing(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """As `transaction`, for those who are in the store's thread."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield db
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:  # else SQLite rolled back by itself, or the commit got there first
+            db.execute("ROLLBACK")
+        raise
 
 
 @asynccontextmanager
@@ -100,6 +113,8 @@ IN_LINE: Final = """
             NOT IN (SELECT value FROM json_each(:absent))
         ORDER BY turn, number LIMIT :count)
     ORDER BY turn, number"""
+PROBE: Final = "INSERT OR REPLACE INTO settings VALUES ('probe', zeroblob(:size))"
+PROBED: Final = "DELETE FROM settings WHERE name = 'probe'"
 LAST_TURN: Final = "SELECT ifnull(max(turn), 0) AS turn FROM jobs WHERE turn > 0"
 IS_BUSY: Final = "SELECT EXISTS (SELECT * FROM jobs WHERE state IN (0, 1, 2, 5)) AS busy"
 DUE: Final = """

@@ -76,17 +76,27 @@ _FAULTS: Final[Mapping[int, tuple[int, str, str | None]]] = MappingProxyType(  #
         sqlite3.SQLITE_FULL: (
             ErrorCode.ERROR_DISK_FULL,
             "the volume is full",
-            "make room on the volume of the journal, then open the manager again",
+            "make room on the volume of the journal, then try again",
         ),
-        sqlite3.SQLITE_READONLY: (ErrorCode.ERROR_WRITE_FAULT, "it cannot be written", "make its file system writable"),
-        sqlite3.SQLITE_CANTOPEN: (ErrorCode.ERROR_WRITE_FAULT, "it cannot be opened", "check its directory"),
-        sqlite3.SQLITE_IOERR: (ErrorCode.ERROR_WRITE_FAULT, "reading or writing failed", "check the volume of the journal"),
-        sqlite3.SQLITE_BUSY: (ErrorCode.ERROR_SHARING_VIOLATION, "another program holds it", "end that program"),
-        sqlite3.SQLITE_LOCKED: (ErrorCode.ERROR_SHARING_VIOLATION, "another program holds it", "end that program"),
+        sqlite3.SQLITE_READONLY: (ErrorCode.ERROR_WRITE_FAULT, "it cannot be written", "make its file system writable, then try again"),
+        sqlite3.SQLITE_CANTOPEN: (ErrorCode.ERROR_WRITE_FAULT, "it cannot be opened", "check its directory, then try again"),
+        sqlite3.SQLITE_IOERR: (
+            ErrorCode.ERROR_WRITE_FAULT,
+            "reading or writing failed",
+            "check the volume of the journal and its quota, then try again",
+        ),
+        sqlite3.SQLITE_BUSY: (ErrorCode.ERROR_SHARING_VIOLATION, "another program holds it", "end that program, then try again"),
+        sqlite3.SQLITE_LOCKED: (ErrorCode.ERROR_SHARING_VIOLATION, "another program holds it", "end that program, then try again"),
         sqlite3.SQLITE_CORRUPT: (ErrorCode.BG_E_DATABASE_CORRUPT, "it is damaged", None),
         sqlite3.SQLITE_NOTADB: (ErrorCode.BG_E_DATABASE_CORRUPT, "it is no database", None),
     }
 )
+
+
+# What may be over without anybody's looking at the journal itself.
+_TRANSIENT: Final = frozenset(_FAULTS) - {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+PROBE_BYTES: Final = 64 << 10  # bytes; more than any single change of a job takes
 
 
 class Store(Protocol):
@@ -187,6 +197,13 @@ class Store(Protocol):
         Raises:
             NotFound: a file or a grant of a job that is not in the journal.
             StoreError: nothing was saved.
+        """
+
+    async def probe(self) -> None:
+        """Writes and removes `PROBE_BYTES`.
+
+        Raises:
+            StoreError: that could not be done; `transient`: it may be possible later.
         """
 
     async def close(self) -> None:
@@ -316,7 +333,9 @@ class SqliteStore:
 
     async def _load_key(self, db: aiosqlite.Connection) -> bytes:
         """From the place that the journal remembers; a new journal, and one of a version that did not, is told now."""
-        settings = {row["name"]: row["value"] for row in await statements.fetch(db, "SELECT name, value FROM settings")}
+        settings = {
+            row["name"]: row["value"] for row in await statements.fetch(db, "SELECT name, value FROM settings WHERE name <> 'probe'")
+        }
         if not settings and await self._in_thread(self._files.side(".key").exists):
             settings = {"key_source": str(KeySource.file()), "key_id": uuid4().hex}
         settings = settings or {"key_source": str(self._key), "key_id": uuid4().hex}
@@ -584,16 +603,24 @@ class SqliteStore:
 
     def _transact(self, writer: Writer, batches: Sequence[Batch]) -> None:
         """In the store's thread, all of it in one hop."""
-        db = self._raw
-        db.execute("BEGIN IMMEDIATE")
-        try:
+        with statements.all_or_nothing(self._raw) as db:
             for batch in batches:
                 self._write(db, writer, batch)
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:  # else SQLite rolled back by itself, or the commit got there first
-                db.execute("ROLLBACK")
-            raise
+
+    async def probe(self) -> None:
+        """See `Store.probe`."""
+        await finish(self._probe())
+
+    async def _probe(self) -> None:
+        async with self._turn:
+            self._opened()
+            with self._translated():
+                await self._in_thread(self._write_in_vain)
+
+    def _write_in_vain(self) -> None:
+        for sql in (statements.PROBE, statements.PROBED):
+            with statements.all_or_nothing(self._raw) as db:
+                db.execute(sql, {"size": PROBE_BYTES})
 
     def _write(self, db: sqlite3.Connection, writer: Writer, batch: Batch) -> None:
         """The statements of one save; each kind of change in one go, however many there are."""
@@ -666,7 +693,8 @@ def _fault(exc: sqlite3.Error, path: Path) -> StoreError:
     number = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     name = getattr(exc, "sqlite_errorname", type(exc).__name__)
     code, why, advice = _FAULTS.get(number & 0xFF, (ErrorCode.BG_E_DATABASE_CORRUPT, "it does not fit this program", None))
-    return StoreError(f"the journal cannot be used: {why} ({name})", code=code, transient=False, path=path, advice=advice)
+    transient = number & 0xFF in _TRANSIENT
+    return StoreError(f"the journal cannot be used: {why} ({name})", code=code, transient=transient, path=path, advice=advice)
 
 
 async def finish(work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:

@@ -447,10 +447,22 @@ class Attempt:
                 parts = []
             done = batch[: len(parts)]
             if done:
-                await self._recorder.keep(*(self._kept_whole(each, part) for each, part in zip(done, parts, strict=True)))
+                try:
+                    await self._recorder.keep(*(self._kept_whole(each, part) for each, part in zip(done, parts, strict=True)))
+                except BitsError:
+                    await self._throw_away(done, parts, files)
+                    raise
                 shelf.remove(done)
                 self._under_way.difference_update(each.index for each in done)
         return len(done)
+
+    async def _throw_away(self, some: Sequence[_Download], parts: Sequence[PartRecord], files: TokenExecutor) -> None:
+        """Part files that the journal does not know of."""
+        for each, part in zip(some, parts, strict=True):
+            try:
+                await discard_part(files, each.record.path, part)
+            except BitsError as error:
+                log.warning("job %s: the part file %s stays: %s", each.record.job_id, part.path, error)
 
     def _kept_whole(self, download: _Download, part: PartRecord) -> FileRecord:
         known, size = download.validator or Validator(None, None, None), download.count

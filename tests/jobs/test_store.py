@@ -695,7 +695,7 @@ async def test_a_full_disk_is_a_clear_error_and_the_journal_stays_as_it_was(path
         await fill(store)
         with pytest.raises(StoreError) as caught:
             await store.save(replace(job, display_name="changed"), *(a_job(display_name="x" * 5000) for _ in range(10)))
-        assert (caught.value.code, caught.value.path, caught.value.transient) == (ErrorCode.ERROR_DISK_FULL, path, False)
+        assert (caught.value.code, caught.value.path, caught.value.transient) == (ErrorCode.ERROR_DISK_FULL, path, True)
         assert "make room" in caught.value.advice
         assert [stored.job for stored in await store.load()] == [job]
         await store._db.execute_fetchall("PRAGMA max_page_count=1000000")

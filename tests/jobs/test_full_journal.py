@@ -1,0 +1,408 @@
+"""A journal that cannot be written for a while: everything stands still and says so, nothing is lost, and it goes on by itself.
+
+Real manager, real journal, real files; network and time are fake. The faults are SQLite's own words, put in its mouth, and once a volume
+that is really full.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import sqlite3
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bits_async as bits
+from bits_async import ErrorCode, JobState, WaitingReason
+from bits_async.jobs import statements, transfer
+from bits_async.jobs.faults import LONGEST_PAUSE, REMINDER, JournalFault
+from bits_async.testing import FakeNetwork
+from tests.waiting import until
+
+URL = "https://files.example.test/a.bin"
+BODY = os.urandom(3 << 20)
+
+FAULTS = {
+    sqlite3.SQLITE_FULL: ErrorCode.ERROR_DISK_FULL,
+    sqlite3.SQLITE_READONLY: ErrorCode.ERROR_WRITE_FAULT,
+    sqlite3.SQLITE_IOERR | 3 << 8: ErrorCode.ERROR_WRITE_FAULT,  # IOERR_WRITE: what a quota gives
+    sqlite3.SQLITE_BUSY: ErrorCode.ERROR_SHARING_VIOLATION,
+    sqlite3.SQLITE_LOCKED: ErrorCode.ERROR_SHARING_VIOLATION,
+}
+
+
+class Journal:
+    """What writes to the journal come to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fault: int | None = None
+        self.writes_left = 0
+        self.refused = 0
+
+    def break_(self, fault: int = sqlite3.SQLITE_FULL, *, after: int = 0, when: Callable[[], bool] = lambda: True) -> None:
+        """Every write fails, after so many more, once it is so."""
+        self.fault, self.writes_left, self._when = fault, after, when
+
+    def mend(self) -> None:
+        self.fault = None
+
+    def write(self) -> None:
+        if self.fault is not None and self._when():
+            self.writes_left -= 1
+        if self.fault is not None and self.writes_left < 0:
+            self._when = lambda: True
+            self.refused += 1
+            error = sqlite3.OperationalError("told to fail")
+            error.sqlite_errorcode, error.sqlite_errorname = self.fault, "SQLITE_TOLD"
+            raise error
+
+
+@pytest.fixture(autouse=True)
+def checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after each MiB."""
+    monkeypatch.setattr(transfer, "CHECKPOINT_BYTES", 1 << 20)
+
+
+@pytest.fixture
+def network() -> Iterator[FakeNetwork]:
+    with FakeNetwork() as fake:
+        fake.serve(URL, BODY)
+        yield fake
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Journal:
+    journal, honest = Journal(tmp_path / "queue.db"), statements.all_or_nothing
+
+    @contextlib.contextmanager
+    def told(db: sqlite3.Connection) -> Any:
+        with honest(db):
+            yield db
+            journal.write()
+
+    monkeypatch.setattr(statements, "all_or_nothing", told)
+    return journal
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    directory = tmp_path / "out"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+async def manager(network: FakeNetwork, journal: Journal) -> AsyncIterator[bits.BitsManager]:
+    async with bits.BitsManager(store=journal.path) as opened:
+        yield opened
+
+
+async def job_of(manager: bits.BitsManager, out: Path, *names: str, **options: Any) -> bits.Job:
+    job = await manager.create_job("night", **options)
+    await job.add_file_set([bits.FileInfo(URL, out / name) for name in names or ("a.bin",)])
+    return job
+
+
+def stands_still(manager: bits.BitsManager) -> bool:
+    return manager.journal_fault is not None and not manager._desk.engine.roster.running
+
+
+async def journalled(manager: bits.BitsManager, job: bits.Job) -> tuple[object, ...]:
+    """What the journal has of it that a command could have changed."""
+    (stored,) = await manager._store.load([job.id])
+    return _what_counts(stored.job, stored.files)
+
+
+def _what_counts(record: Any, files: Any) -> tuple[object, ...]:
+    state = JobState.QUEUED if record.state.is_active else record.state
+    return state, record.display_name, record.priority, [(file.path, file.transferred, file.committed, file.part) for file in files]
+
+
+def in_memory(job: bits.Job) -> tuple[object, ...]:
+    return _what_counts(job._entry.job, job._entry.files)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=["full", "read-only", "quota", "busy", "locked"])
+async def test_a_journal_that_cannot_be_written_pauses_everything_and_says_so_and_then_all_goes_on(
+    network, manager, journal, out, caplog, fault
+):
+    job = await job_of(manager, out)
+    journal.break_(fault, when=lambda: job.progress.bytes_transferred >= 2 << 20)
+    async with job.events() as events:
+        await job.resume()
+        await until(lambda: stands_still(manager))
+        told = manager.journal_fault
+        assert (told.code, told.path, told.transient) == (FAULTS[fault], journal.path, True)
+        assert job.state is JobState.QUEUED
+        assert (job.waiting.reason, str(journal.path) in job.waiting.detail) == (WaitingReason.JOURNAL, True)
+        waiting = asyncio.ensure_future(job.wait())
+        refused, clock = journal.refused, network.clock.monotonic()
+        await until(lambda: network.clock.monotonic() > clock + 600)
+        assert 9 <= journal.refused - refused <= 30  # about once a minute, none of it a job's
+        assert not waiting.done()
+        journal.mend()
+        await waiting
+        assert manager.journal_fault is None
+        await job.complete()
+        reasons = [event.waiting.reason async for event in events if isinstance(event, bits.JobChanged) and event.waiting]
+    assert WaitingReason.JOURNAL in reasons
+    assert (out / "a.bin").read_bytes() == BODY
+    assert [request.start for request in network.requests] == [0, 2 << 20]  # nothing that was written is fetched again
+    assert os.listdir(out) == ["a.bin"]
+    said = [record for record in caplog.records if str(journal.path) in record.getMessage()]
+    assert [record.levelno for record in said if record.levelno >= logging.WARNING and "checkpoint" not in record.getMessage()] == [
+        logging.ERROR,
+        logging.WARNING,
+    ]
+
+
+async def test_commands_that_cannot_be_journalled_are_refused_with_the_journals_name_and_change_nothing(network, manager, journal, out):
+    job, done = await job_of(manager, out), await job_of(manager, out, "done.bin")
+    await done.resume()
+    await done.wait()
+    before = [(in_memory(each), await journalled(manager, each)) for each in (job, done)]
+    assert [memory == journal for memory, journal in before] == [True, True]
+    commands = [
+        lambda: manager.create_job("new"),
+        job.resume,
+        job.cancel,
+        lambda: job.add_file(URL, out / "b.bin"),
+        lambda: job.set_display_name("other"),
+        lambda: job.set_priority(bits.JobPriority.HIGH),
+        done.cancel,
+        done.resume,
+    ]
+    journal.break_()
+    for each in (commands[0], *commands):  # the first finds it out, the others hear of it
+        with pytest.raises(bits.StoreError) as caught:
+            await each()
+        assert (caught.value.code, caught.value.path) == (ErrorCode.ERROR_DISK_FULL, journal.path)
+    assert [(in_memory(each), await journalled(manager, each)) for each in (job, done)] == before
+    assert {each.id async for each in manager.enum_jobs()} == {job.id, done.id}  # it can be read
+    assert (await manager.get_job(job.id)).id == job.id
+    journal.mend()
+    await until(lambda: manager.journal_fault is None)
+    await done.complete()
+    await job.resume()
+    await job.wait()
+    await job.complete()
+    assert sorted(os.listdir(out)) == ["a.bin", "done.bin"]
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]], ids=["one large file", "small files together"])
+@pytest.mark.parametrize("writes", range(4))
+async def test_whenever_the_journal_breaks_no_part_file_is_left_behind(network, manager, journal, out, names, writes):
+    if len(names) > 1:
+        network.serve(URL, BODY[:1000])
+    job = await job_of(manager, out, *names)
+    journal.break_(after=writes, when=lambda: job._entry.work is not None)
+    await job.resume()
+    await until(lambda: stands_still(manager) or job.state is JobState.TRANSFERRED)
+    assert set(os.listdir(out)) <= {file.part.path.name for file in job._entry.files if file.part}
+    journal.mend()
+    await job.wait()
+    await until(lambda: manager.journal_fault is None)
+    await job.complete()
+    assert sorted(os.listdir(out)) == sorted(names)
+
+
+async def test_a_cancel_that_breaks_off_after_the_bytes_are_gone_leaves_a_job_that_can_be_resumed(network, manager, journal, out):
+    job = await job_of(manager, out)
+    await job.resume()
+    await job.wait()
+    journal.break_(after=1)
+    with pytest.raises(bits.StoreError):
+        await job.cancel()
+    assert os.listdir(out) == []
+    assert in_memory(job) == await journalled(manager, job)
+    assert job.state is JobState.SUSPENDED
+    journal.mend()
+    await until(lambda: manager.journal_fault is None)
+    await job.resume()
+    await job.wait()
+    assert await job.complete() == (out / "a.bin",)
+
+
+async def test_an_outcome_that_cannot_be_journalled_is_found_again(network, manager, journal, out):
+    """Not lost, and not told before it is durable."""
+    job = await job_of(manager, out)
+    network.serve(URL, b"", status=404)
+    journal.break_(when=lambda: bool(network.requests))
+    await job.resume()
+    await until(lambda: stands_still(manager))
+    assert (job.state, job.error) == (JobState.QUEUED, None)
+    journal.mend()
+    with pytest.raises(bits.RemoteFileError):
+        await job.wait()
+    assert job.state is JobState.ERROR
+
+
+async def test_a_callback_whose_news_cannot_be_marked_as_told_hears_it_again_afterwards(network, manager, journal, out):
+    heard: list[str] = []
+
+    class Callback(bits.BackgroundCopyCallback):
+        async def job_transferred(self, job: bits.Job) -> None:
+            heard.append(job.display_name)
+            if len(heard) == 1:
+                journal.break_()
+
+    job = await job_of(manager, out)
+    await job.set_notify_interface(Callback())
+    await job.resume()
+    await until(lambda: manager.journal_fault is not None)
+    clock = network.clock.monotonic()
+    await until(lambda: network.clock.monotonic() > clock + 600)
+    assert heard == ["night"]
+    journal.mend()
+    await until(lambda: len(heard) == 2)
+    await until(lambda: not job._entry.job.owed)
+
+
+async def test_a_manager_that_is_closed_while_the_fault_lasts_says_so_and_the_next_one_goes_on(network, journal, out):
+    with pytest.raises(bits.StoreError) as caught:
+        async with bits.BitsManager(store=journal.path) as manager:
+            job = await job_of(manager, out)
+            journal.break_(when=lambda: job.progress.bytes_transferred >= 2 << 20)
+            await job.resume()
+            await until(lambda: stands_still(manager))
+    assert caught.value.path == journal.path
+    journal.mend()
+    async with bits.BitsManager(store=journal.path) as manager:
+        job = await manager.get_job(job.id)
+        await job.wait()
+        await job.complete()
+    assert (out / "a.bin").read_bytes() == BODY
+    assert network.requests[1].start > 0
+
+
+async def test_a_manager_that_is_closed_when_the_fault_is_just_over_says_nothing(network, journal, out):
+    network.clock.freeze()
+    async with bits.BitsManager(store=journal.path) as manager:
+        journal.break_()
+        with pytest.raises(bits.StoreError):
+            await job_of(manager, out)
+        journal.mend()
+
+
+async def test_a_download_waits_for_its_journal_as_long_as_it_tries_errors_again(network, journal, out):
+    seen: list[bits.Progress] = []
+    journal.break_(when=lambda: bool(network.requests) and seen[-1].state is JobState.TRANSFERRING)
+    going = asyncio.ensure_future(bits.download(URL, out / "a.bin", store=journal.path, retry_for=300, progress=seen.append))
+    await until(lambda: seen and seen[-1].waiting and seen[-1].waiting.reason is WaitingReason.JOURNAL)
+    journal.mend()
+    assert await going == out / "a.bin"
+    assert (out / "a.bin").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("patience", [0, 300])
+async def test_a_download_whose_journal_stays_full_fails_with_its_name_and_a_later_one_goes_on(network, journal, out, patience):
+    seen: list[bits.Progress] = []
+    journal.break_(when=lambda: bool(network.requests) and seen[-1].state is JobState.TRANSFERRING)
+    began = network.clock.monotonic()
+    going = asyncio.ensure_future(bits.download(URL, out / "a.bin", store=journal.path, retry_for=patience, progress=seen.append))
+    with pytest.raises(bits.StoreError) as caught:
+        await going
+    assert (caught.value.code, caught.value.path) == (ErrorCode.ERROR_DISK_FULL, journal.path)
+    assert patience <= network.clock.monotonic() - began < patience + 2 * LONGEST_PAUSE
+    journal.mend()
+    await bits.download(URL, out / "a.bin", store=journal.path)
+    assert (out / "a.bin").read_bytes() == BODY
+    assert network.requests[-1].start > 0
+
+
+async def test_a_download_that_is_cancelled_while_its_managers_journal_is_full_is_suspended_afterwards(network, manager, journal, out):
+    journal.break_(when=lambda: bool(network.requests))
+    going = asyncio.ensure_future(manager.download(URL, out / "a.bin"))
+    await until(lambda: stands_still(manager))
+    (job,) = [job async for job in manager.enum_jobs()]
+    going.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await going
+    network.clock.freeze()
+    network.pause()
+    journal.mend()
+    network.clock.advance(LONGEST_PAUSE)
+    await until(lambda: job.state is JobState.SUSPENDED)
+
+
+@pytest.fixture
+def small_volume(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "volume"
+    path.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "tmpfs", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    with path.open("ab", buffering=0) as file, pytest.raises(OSError) as caught:
+        file.write(b"x" * 4096)
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.privileged
+async def test_a_volume_that_is_full_for_journal_and_destination_costs_time_only(network, small_volume, caplog, monkeypatch):
+    body, honest, rubbish = BODY[: 3 << 19], statements.all_or_nothing, small_volume / "somebody's"
+    network.serve(URL, body)
+
+    def filling(db: sqlite3.Connection) -> Any:
+        if job.progress.bytes_transferred >= 1 << 20:
+            monkeypatch.setattr(statements, "all_or_nothing", honest)
+            fill(rubbish)
+        return honest(db)
+
+    async with bits.BitsManager(store=small_volume / "queue.db") as manager:
+        job = await job_of(manager, small_volume)
+        monkeypatch.setattr(statements, "all_or_nothing", filling)
+        await job.resume()
+        await until(rubbish.exists)
+        with contextlib.suppress(bits.StoreError):
+            for number in range(100):  # what fits into the log that is there may still go through
+                await job.set_description(f"{number}" * 500)
+        await until(lambda: stands_still(manager))
+        assert (manager.journal_fault.code, manager.journal_fault.path) == (ErrorCode.ERROR_DISK_FULL, small_volume / "queue.db")
+        clock = network.clock.monotonic()
+        await until(lambda: network.clock.monotonic() > clock + 300)
+        assert not job.state.is_settled
+        rubbish.unlink()
+        await job.wait()
+        await job.complete()
+    assert (small_volume / "a.bin").read_bytes() == body
+    loud = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(loud) < 12, [record.getMessage() for record in loud]
+
+
+# -- how long, how often -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_pauses_grow_to_a_minute_and_start_anew_when_the_journal_was_well_for_a_minute():
+    fault, error, now, pauses = JournalFault(), bits.StoreError("full"), 1000.0, []
+    fault.begin(error, now)
+    for _ in range(9):
+        pauses.append(fault.next_try - now)
+        now = fault.next_try
+        fault.again(error, now)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    fault.end(now)
+    fault.begin(error, now + 1)  # it comes and goes
+    assert fault.next_try - now - 1 == 60
+    fault.end(now)
+    fault.begin(error, now + 61)
+    assert fault.next_try - now - 61 == 1
+
+
+def test_of_a_fault_that_lasts_the_log_is_reminded_four_times_an_hour():
+    fault, error, said = JournalFault(), bits.StoreError("full"), 0
+    fault.begin(error, 0.0)
+    while fault.next_try < 4 * REMINDER + 120:
+        said += fault.again(error, fault.next_try)
+    assert said == 4
