@@ -57,6 +57,7 @@ The map of the package; imports point from a lower line to a higher one only:
       certificates.py   a server's own certificate, where nobody verifies who issued it
       tls.py            contexts for security flags, revocation lists, the peer's certificate
       network.py        network lost and back
+      exchange.py       one request and the head of its answer: aiohttp's parser without its session
       connector.py      opens a lane's connection: TCP, CONNECT legs, TLS
       lane.py           requests on that connection, auth included; the pool of lanes
     files/              KEEP

@@ -70,7 +70,7 @@ IMPURE_LIBRARIES = {"asyncio", "aiohttp", "aiofiles", "os", "sqlite3", "aiosqlit
 POSIX_ONLY_MODULES = {"fcntl", "grp", "pwd", "resource", "termios", "tty", "pty", "syslog"}
 POSIX_HOME = {"identity.posix", "identity.kernel"}  # the platform's twin, loaded on POSIX alone
 
-AIOHTTP_PRIVATE = {"transport.connector", "transport.lane"}
+AIOHTTP_PRIVATE = {"transport.exchange", "transport.lane"}
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,12 @@ def connect_target(url: str) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def request_targets(url: str) -> tuple[str, str]:
+    """(absolute form, origin form) of the target of a request for a URL as `check_url` gives it (RFC 9112, 3.2)."""
+    slash = url.find("/", len("https://"))
+    return (url, url[slash:]) if slash >= 0 else (f"{url}/", "/")
+
+
 def resolve_location(base: str, location: str) -> str:
     """The URL that a redirect from `base` leads to (RFC 3986, 5.2); escapes stay as they stand, spaces and raw UTF-8 are escaped.
 

@@ -1,9 +1,8 @@
 """Opens a lane's connection: names, TCP, the legs of CONNECT, TLS; keeps the certificates that channel binding needs.
 
-aiohttp sends one CONNECT and hangs up on any status but 200, so a login at a proxy is impossible with it. Here
-`_create_connection` is overridden, and nothing else: the connection is opened before the request, with as many CONNECT legs on it
-as the login needs, and handed over when aiohttp asks for it. So a connection is known, with its certificates, before the first
-header is written for it.
+aiohttp sends one CONNECT and hangs up on any status but 200, so a login at a proxy is impossible with it. Here the connection is
+opened before the request, with as many CONNECT legs on it as the login needs, and aiohttp's parser (`exchange.Wire`) reads what comes
+on it then. So a connection is known, with its certificates, before the first header is written for it.
 
 This is the only module that opens sockets to peers. It knows the route and the logins; it never sees the file that is fetched.
 """
@@ -15,10 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
+from typing import Any, Final, NoReturn, TypeVar, cast
 
 import aiohappyeyeballs
-import aiohttp
 import h11
 
 from .. import __version__
@@ -37,20 +35,13 @@ from ..errors import (
     status_is_transient,
 )
 from .answers import HeaderFields, Headers, authority, connect_target, retry_after
+from .exchange import HEAD_LIMIT, Reply, Wire, make_wire
 from .timeouts import Timeouts
 from .tls import SHUTDOWN_TIMEOUT, Deciphered, TappedContext, TlsSettings, peer_certificate
 
-if TYPE_CHECKING:
-    from aiohttp.client import ClientTimeout
-    from aiohttp.client_proto import ResponseHandler
-    from aiohttp.client_reqrep import ClientRequest
-    from aiohttp.tracing import Trace
-
-HEAD_LIMIT: Final = 64 * 1024
 LEG_BODY_LIMIT: Final = 8 << 20
 EXCHANGES: Final = 24  # a login of 6 legs, with 2 restarts, at both seats: whoever needs more is playing
 HAPPY_EYEBALLS_DELAY: Final = 0.25
-KEEPALIVE: Final = 86_400.0  # the lane decides when an idle connection goes; aiohttp's own clock must not be the earlier one
 READ_SIZE: Final = 64 * 1024
 
 
@@ -373,15 +364,10 @@ def refused_connect(answer: ConnectAnswer, url: str) -> BitsError:
 # -- the connector ------------------------------------------------------------------------------------------------------------
 
 
-class LaneConnector(aiohttp.TCPConnector):
-    """The connections of one lane: never more than one at a time.
-
-    `open()` makes the next one; the request that follows finds it here. `_create_connection`, which aiohttp calls when its pool
-    has nothing to reuse, hands it over and never opens one by itself.
-    """
+class LaneConnector:
+    """The connections of one lane: never more than one at a time. `open()` makes the next one; `ask()` uses it and never opens one."""
 
     def __init__(self, route: Route, tls: TlsSettings, proxy_login: Login) -> None:
-        super().__init__(limit=1, force_close=False, keepalive_timeout=KEEPALIVE, use_dns_cache=False, resolver=aiohttp.ThreadedResolver())
         self.route = route
         self.opened = 0
         """How many connections were made."""
@@ -392,12 +378,11 @@ class LaneConnector(aiohttp.TCPConnector):
         self._tls = tls
         self._proxy_tls = tls.proxy or tls
         self._proxy_login = proxy_login
-        self._current: ResponseHandler | None = None
+        self._current: Wire | None = None
         self._wire: asyncio.Transport | None = None  # TCP itself, under all TLS: to abort it always works
         self._tunnel: asyncio.Transport | None = None  # TLS with the proxy,
         self._inner: asyncio.Transport | None = None  # under that with the origin
         self._taps: list[TappedContext] = []  # of this connection's TLS, the outer first
-        self._fresh = False
         self._lent: Deciphered | None = None
         self._line: socket.socket | None = None  # another descriptor of the connection, while somebody else reads it
         self._at_home = asyncio.Event()
@@ -408,8 +393,13 @@ class LaneConnector(aiohttp.TCPConnector):
     @property
     def ready(self) -> bool:
         """The connection stands, and nothing lies in it that we did not ask for."""
-        current = self._current
-        return current is not None and current.is_connected() and not current.should_close
+        return self._current is not None and self._current.ready
+
+    async def ask(self, head: bytes) -> Reply:
+        """See `Wire.ask`."""
+        if self._current is None:
+            raise ConnectionResetError("no connection")
+        return await self._current.ask(head)
 
     async def open(self, url: str, timeouts: Timeouts) -> None:
         """Opens the connection for the next request, through the proxy's login where there is one.
@@ -429,20 +419,19 @@ class LaneConnector(aiohttp.TCPConnector):
             self.drop()
             raise
         self.opened += 1
-        self._fresh = True
 
     def drop(self) -> None:
         """Closes the connection at once; without the farewell of TLS, which a peer may draw out.
 
         A lent one is cut, which its reader notices, and closed when it comes back: until then only the reader touches its TLS.
         """
-        self._current, self._fresh = None, False
+        self._current = None
         if self._line is not None:
             with suppress(OSError):  # the peer was quicker
                 self._line.shutdown(socket.SHUT_RDWR)  # closing our descriptor would not end it
         elif self._wire is not None:
             if self._inner is not None:
-                self._inner.abort()  # else aiohttp closes it in peace, at which asyncio before Python 3.12 stumbles over unread bytes
+                self._inner.abort()  # first: asyncio before Python 3.12 stumbles over unread bytes when it is closed in peace
             self._wire.abort()
             self._wire = self._tunnel = self._inner = None
 
@@ -495,9 +484,22 @@ class LaneConnector(aiohttp.TCPConnector):
                     each.resume_reading()
         return quiet
 
-    async def home(self) -> None:
-        """Waits until nobody else reads the connection."""
+    def hold(self) -> None:
+        """Nothing more is read until `go_on`."""
+        assert self._current is not None, "only what is lendable is held"
+        self._current.pause_reading()
+
+    def go_on(self) -> bool:
+        """The next answer may come; False: the connection is gone."""
+        if self._current is not None:
+            self._current.resume_reading()
+        return self._current is not None
+
+    async def aclose(self) -> None:
+        """Drops the connection; returns when nobody else reads it and its socket is closed."""
+        self.drop()
         await self._at_home.wait()
+        await asyncio.sleep(0)  # an aborted transport closes its socket in the loop's next round
 
     # -- opening
 
@@ -506,7 +508,7 @@ class LaneConnector(aiohttp.TCPConnector):
         who = "proxy" if self.route.forwarded else "server"
         with network_errors(url, f"reach the {who} {connect_target(peer)}"):
             async with asyncio.timeout(timeouts.connect):
-                transport, protocol = await self._dial(peer, self._factory, self._proxy_tls if self.route.forwarded else self._tls)
+                transport, protocol = await self._dial(peer, make_wire, self._proxy_tls if self.route.forwarded else self._tls)
         self._current = protocol
         certificate = peer_certificate(transport)
         if self.route.forwarded:
@@ -549,7 +551,7 @@ class LaneConnector(aiohttp.TCPConnector):
 
     async def _secure(self, transport: asyncio.Transport, link: Link, url: str, timeouts: Timeouts) -> None:
         """TLS with the origin, inside the tunnel."""
-        protocol = self._factory()
+        protocol = make_wire()
         with network_errors(url, f"agree on TLS with the server {connect_target(url)}"):
             if link.pending:
                 raise bad_proxy_answer(url, "bytes follow the tunnel's head")
@@ -595,16 +597,6 @@ class LaneConnector(aiohttp.TCPConnector):
         settings.check_leaf(peer_certificate(inner), host, url)
         protocol.connection_made(inner)
         return inner
-
-    # -- for aiohttp
-
-    async def _create_connection(self, req: "ClientRequest", traces: list["Trace"], timeout: "ClientTimeout") -> "ResponseHandler":
-        """aiohttp's pool is empty: it gets what `open` made. Gone meanwhile: the lane opens another."""
-        current = self._current
-        if not self._fresh or current is None or not current.is_connected():
-            raise aiohttp.ServerDisconnectedError
-        self._fresh = False
-        return current
 
 
 def _is_quiet(connection: socket.socket) -> bool:

@@ -1,6 +1,6 @@
 """Requests on one connection of one identity, its challenges answered, its answers judged: `get(asked)` gives a `Body`.
 
-A lane is one `aiohttp.ClientSession` over one `LaneConnector`: never more than one connection, requests one after the other.
+A lane is one `LaneConnector`: never more than one connection, requests one after the other, each through `exchange.Wire`.
 Logins of the NTLM kind belong to the connection they were made on, so whoever shares it is logged in as somebody else. A lane is
 therefore used for exactly one key (`LaneKey`: token instance, what may be shown at both seats, rules, TLS settings with the client
 certificate, who judges certificates, origin, proxy), and for no other, ever. That is the first security property of the product.
@@ -22,7 +22,6 @@ from itertools import chain
 from typing import Any, Final, Protocol
 
 import aiohttp
-import yarl
 
 from ..auth.policy import (
     AuthRules,
@@ -79,9 +78,11 @@ from .answers import (
     check_url,
     judge,
     refused_for,
+    request_targets,
 )
-from .connector import EXCHANGES, HEAD_LIMIT, LEG_BODY_LIMIT, USER_AGENT, LaneConnector, Login, Route, throw, tokens
+from .connector import EXCHANGES, LEG_BODY_LIMIT, USER_AGENT, LaneConnector, Login, Route, throw, tokens
 from .digests import Digests
+from .exchange import HEAD_LIMIT, Reply, request_head
 from .options import HttpOptions, SecurityFlags
 from .proxies import ProxySettings, route
 from .ranges import Detached, Validator
@@ -92,10 +93,10 @@ CONNECTIONS_PER_HOST: Final = 8
 IDLE_LANE: Final = 60.0  # seconds an unused connection is kept
 SECURITY_DEADLINE: Final = 10.0  # seconds for one step with a KDC
 REDIRECTS: Final = 10
-READ_BUFFER: Final = 256 * 1024
 LEFTOVER_LIMIT: Final = 64 * 1024  # an unwanted body up to this size is read, so that the connection can be used again
 LEFTOVER_SECONDS: Final = 5.0
 PAGE: Final = 1024  # bytes of an error's page that are looked at
+_AUTOMATIC: Final = (("Accept", "*/*"), ("User-Agent", USER_AGENT))  # unless the application says otherwise
 DETACH_FROM: Final = 4 * 1024 * 1024  # a body with less left is not worth a thread of its own
 
 
@@ -220,7 +221,7 @@ class _WireErrors:
 
 
 def _wire_error(exc: BaseException, url: str, doing: str) -> BitsError:
-    if isinstance(exc, aiohttp.ClientResponseError | aiohttp.http_exceptions.HttpProcessingError):
+    if isinstance(exc, aiohttp.http_exceptions.HttpProcessingError):
         large = "got more than" in exc.message.lower() or "too many headers" in exc.message.lower()
         return _bad_answer(url, "its head is too large", ErrorCode.BG_E_TOO_LARGE) if large else _bad_answer(url, "it is not HTTP")
     if isinstance(exc.__cause__, ssl.SSLError):
@@ -315,16 +316,16 @@ class _Watch:
 class LaneBody:
     """A body on a lane's connection."""
 
-    def __init__(self, lane: "Lane", response: aiohttp.ClientResponse, asked: Asked, verdict: Accept) -> None:
+    def __init__(self, lane: "Lane", reply: Reply, asked: Asked, verdict: Accept) -> None:
         self.url = asked.url
         self.start = verdict.start
         self.length = verdict.length
         self.total = verdict.total
         self.validator = verdict.validator
         self.content = verdict.content
-        self.headers: Mapping[str, str] = response.headers
+        self.headers: Mapping[str, str] = reply.headers
         self._lane = lane
-        self._response = response
+        self._reply = reply
         self._left = verdict.length
         self._idle = lane.timeouts.idle
         self._pace = Pace(lane.timeouts)
@@ -344,6 +345,7 @@ class LaneBody:
                 raise make_error(code, ErrorContext.GENERAL_TRANSPORT, f"the server is too slow: {self._pace.told}")
             chunk = await self._read()
             if not chunk:
+                self._lane.check(self.url)  # a connection that we cut may look like one that the server ended
                 self._end()
                 raise StopAsyncIteration
             self._pace.came(len(chunk))
@@ -354,7 +356,7 @@ class LaneBody:
             return chunk
 
     async def _read(self) -> bytes:
-        content, watch = self._response.content, self._lane.watch
+        content, watch = self._reply.content, self._lane.watch
         with _WireErrors(self.url, "receive the file"):
             watch.begin(self._idle, self._give_up)
             try:
@@ -370,7 +372,7 @@ class LaneBody:
 
     def _give_up(self) -> None:
         self._lane.drop()
-        self._response.close()
+        self._reply.give_up()
 
     def _end(self) -> None:
         self._ended = True
@@ -382,17 +384,16 @@ class LaneBody:
 
         Between here and `reattach` nobody reads this connection but the holder of the socket.
         """
-        left, response = self._left, self._response
+        left, content, connector = self._left, self._reply.content, self._lane.connector
         if sys.platform == "win32" or left is None or left < DETACH_FROM or self._ended or self._lane.withdrawn:
             return None
-        if response.content_length != left:
+        if self._reply.content_length != left:
             return None  # in chunks: a range tells its length, but between the bytes there is framing
-        protocol = response.connection.protocol if response.connection is not None else None
-        if protocol is None or response.content.exception() is not None or response.content.is_eof() or not self._lane.connector.lendable:
+        if content.exception() is not None or content.is_eof() or not connector.lendable:
             return None
-        already = rest_of(response.content)  # no await until reading is paused: nothing can come in between
-        protocol.pause_reading()
-        return Detached(await self._lane.connector.lend(), already, left)
+        already = rest_of(content)  # no await until reading is paused: nothing can come in between
+        connector.hold()
+        return Detached(await connector.lend(), already, left)
 
     def reattach(self, moved: int) -> None:
         """The holder has put `moved` bytes away and does not use the socket any more. A body that is whole frees its connection."""
@@ -400,18 +401,16 @@ class LaneBody:
         self._left -= moved
         if not self._lane.connector.take_back(whole=self._left == 0):
             self._lane.drop()  # more than was framed: aiohttp did not see this body, and would take it for the next answer (T26)
-        connection = self._response.connection
-        if self._left == 0 and connection is not None and connection.protocol is not None:
-            connection.protocol.resume_reading()
-            self._response.content.feed_eof()
+        if self._left == 0 and self._lane.connector.go_on():
+            self._reply.content.feed_eof()
         self._ended = True
 
     def close(self) -> None:
         """Read to its end: the connection may serve again. Left early: it goes."""
-        if not self._response.content.at_eof() or self._left:
+        if not self._reply.content.at_eof() or self._left:
             self._lane.connector.take_back(whole=False)  # lent to nobody in the end
             self._lane.drop()
-            self._response.close()
+            self._reply.give_up()
         self._ended = True
 
 
@@ -458,19 +457,8 @@ class Lane:
         origin = Login(Seat.ORIGIN, self._make_flow)
         self._logins = (proxy, origin) if self._route.forwarded else (origin,)
         self.connector = LaneConnector(self._route, party.tls.toward(key.origin), proxy)
-        self._session = aiohttp.ClientSession(
-            connector=self.connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            auto_decompress=False,
-            raise_for_status=False,
-            timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),
-            read_bufsize=READ_BUFFER,
-            max_line_size=HEAD_LIMIT,
-            max_field_size=HEAD_LIMIT,
-        )
-        # A request that aiohttp repeats by itself would carry one leg of a login over a connection that never saw the others.
-        self._session._retry_connection = False
+        self._host = str(key.origin).partition("://")[2]
+        """The value of `Host` (RFC 9110, 7.2): the port only where it is not the usual one."""
 
     @property
     def timeouts(self) -> Timeouts:
@@ -489,7 +477,7 @@ class Lane:
 
     # -- asking
 
-    async def ask(self, party: Party, asked: Asked) -> tuple[Verdict, aiohttp.ClientResponse]:
+    async def ask(self, party: Party, asked: Asked) -> tuple[Verdict, Reply]:
         """One question, with as many legs as its logins need, and the verdict on the answer.
 
         Raises:
@@ -498,31 +486,31 @@ class Lane:
         self._party = party
         if not party.options.plain:
             self.drop()  # a kept connection that breaks would leave open whether the request was carried out
-        response: aiohttp.ClientResponse | None = None
+        reply: Reply | None = None
         try:
             for _ in range(EXCHANGES):
-                response = await self._exchange(asked)
-                verdict = self._judge(asked, response)
+                reply = await self._exchange(asked)
+                verdict = self._judge(asked, reply)
                 if not isinstance(verdict, Challenged):
                     for login in self._logins:
-                        await login.passed(response.status, response.headers)
-                    return verdict, response
-                await self._take_challenge(verdict, asked, response)
+                        await login.passed(reply.status, reply.headers)
+                    return verdict, reply
+                await self._take_challenge(verdict, asked, reply)
             raise AuthFailed("the peer asks for one login after the other")
         except BaseException:
             self.drop()
-            if response is not None:
-                response.close()
+            if reply is not None:
+                reply.give_up()
             self.failed = True
             raise
 
-    def _judge(self, asked: Asked, response: aiohttp.ClientResponse) -> Verdict:
-        raw = response.raw_headers
+    def _judge(self, asked: Asked, reply: Reply) -> Verdict:
+        raw = reply.raw_headers
         if sum(map(len, chain.from_iterable(raw))) + 4 * len(raw) > HEAD_LIMIT:
             raise _bad_answer(asked.url, "its head is too large", ErrorCode.BG_E_TOO_LARGE)
-        return judge(asked, Answer(response.status, response.headers, show_text(response.reason or "", 60)), now=time.time())
+        return judge(asked, Answer(reply.status, reply.headers, show_text(reply.reason or "", 60)), now=time.time())
 
-    async def _take_challenge(self, verdict: Challenged, asked: Asked, response: aiohttp.ClientResponse) -> None:
+    async def _take_challenge(self, verdict: Challenged, asked: Asked, reply: Reply) -> None:
         """Hands the challenge to its seat. The route decides which seats there are, then the status which one asks (T25)."""
         asking = next((login for login in self._logins if login.seat.status == verdict.seat_status), None)
         if asking is None:
@@ -535,19 +523,19 @@ class Lane:
         if asking.seat is Seat.ORIGIN:  # a proxy that let the request through was content
             for login in self._logins:
                 if login is not asking:
-                    await login.passed(response.status, response.headers)
-        keeps = "session-based-authentication" in tokens(response.headers, "Proxy-Support")
+                    await login.passed(reply.status, reply.headers)
+        keeps = "session-based-authentication" in tokens(reply.headers, "Proxy-Support")
         asking.challenged(
-            response.headers.getall(asking.seat.challenge_header, []),
+            reply.headers.getall(asking.seat.challenge_header, []),
             per_request=asking.seat is Seat.ORIGIN and self._route.forwarded and not keeps,
         )
-        await self.settle(response, LEG_BODY_LIMIT, self.timeouts.auth)
-        if self._route.forwarded and "close" in tokens(response.headers, "Proxy-Connection"):
+        await self.settle(reply, LEG_BODY_LIMIT, self.timeouts.auth)
+        if self._route.forwarded and "close" in tokens(reply.headers, "Proxy-Connection"):
             self.drop()
 
     # -- one exchange
 
-    async def _exchange(self, asked: Asked) -> aiohttp.ClientResponse:
+    async def _exchange(self, asked: Asked) -> Reply:
         """One request and the head of its answer.
 
         A kept connection may have been closed by the peer at the very moment it is used again; then, and only then, the request
@@ -580,27 +568,26 @@ class Lane:
         if judge is not None and certificate is not None:
             await judge.ask(*authority(url), certificate)
 
-    async def _send(self, asked: Asked) -> aiohttp.ClientResponse:
-        url = yarl.URL(asked.url, encoded=True)
+    async def _send(self, asked: Asked) -> Reply:
         options = self._party.options
-        headers = [*asked.headers().items(), *options.headers_for(self._route.origin)]
-        if not any(name.lower() == "user-agent" for name, _ in headers):
-            headers.append(("User-Agent", USER_AGENT))
+        whole, path = request_targets(asked.url)
+        fields = [("Host", self._host), *asked.headers().items(), *options.headers_for(self._route.origin)]
+        given = {name.lower() for name, _ in fields}
+        fields.extend((name, value) for name, value in _AUTOMATIC if name.lower() not in given)
         for login in self._logins:
-            target = str(url) if login.seat is Seat.PROXY else url.raw_path_qs
-            value = await login.header(method=options.method, target=target)
+            value = await login.header(method=options.method, target=whole if login.seat is Seat.PROXY else path)
             if value is not None:
-                headers.append((login.seat.answer_header, value))
+                fields.append((login.seat.answer_header, value))
         if self._route.forwarded:
-            headers.append(("Proxy-Connection", "keep-alive"))
-        proxy = yarl.URL(self._route.proxy) if self._route.forwarded and self._route.proxy else None
+            fields.append(("Proxy-Connection", "keep-alive"))
+        if not options.plain:
+            fields.append(("Content-Length", "0"))  # the other methods that are allowed may have a body (RFC 9110, 8.6)
+        head = request_head(options.method, whole if self._route.forwarded else path, fields)
         self.check(asked.url)  # while the headers were made, or while the connection was
         with _WireErrors(asked.url, "get an answer"):
             self.watch.begin(self.timeouts.response, self.drop)
             try:
-                return await self._session.request(
-                    options.method, url, headers=headers, skip_auto_headers=["Content-Type"], proxy=proxy, allow_redirects=False
-                )
+                return await self.connector.ask(head)
             except (aiohttp.ClientError, OSError):
                 if self.watch.gave_up:
                     raise TimeoutError from None
@@ -610,17 +597,17 @@ class Lane:
 
     # -- after an answer
 
-    async def settle(self, response: aiohttp.ClientResponse, limit: int, seconds: float) -> bytes:
+    async def settle(self, reply: Reply, limit: int, seconds: float) -> bytes:
         """Reads a body that nobody wants, so that the connection can go on; a larger or slower one costs the connection (T26).
 
         Returns its beginning.
         """
         left, settled, page = limit, False, b""
         try:
-            announced = response.content_length or 0
+            announced = reply.content_length or 0
             async with asyncio.timeout(seconds):
                 while announced <= limit and left >= 0 and not settled:
-                    chunk = await response.content.readany()
+                    chunk = await reply.content.readany()
                     left -= len(chunk)
                     settled = not chunk
                     page += chunk[: PAGE - len(page)]
@@ -629,7 +616,7 @@ class Lane:
         finally:
             if not settled:
                 self.drop()
-                response.close()
+                reply.give_up()
         return page
 
     def drop(self) -> None:
@@ -642,10 +629,8 @@ class Lane:
         self.drop()
 
     async def aclose(self) -> None:
-        self.drop()
         self.watch.close()
-        await self.connector.home()  # the farewell of TLS must not race its reader
-        await self._session.close()
+        await self.connector.aclose()
 
     # -- logins
 
@@ -806,12 +791,12 @@ class Lanes:
 
     async def _ask(self, lane: Lane, party: Party, asked: Asked) -> tuple[LaneBody | None, Redirect]:
         """(the body, anything), or (None, where to go on)."""
-        verdict, response = await lane.ask(party, asked)
+        verdict, reply = await lane.ask(party, asked)
         if party.heard is not None:
-            party.heard(response.raw_headers)
+            party.heard(reply.raw_headers)
         if isinstance(verdict, Accept):
-            return LaneBody(lane, response, asked, verdict), Redirect("")
-        page = await lane.settle(response, LEFTOVER_LIMIT, LEFTOVER_SECONDS)
+            return LaneBody(lane, reply, asked, verdict), Redirect("")
+        page = await lane.settle(reply, LEFTOVER_LIMIT, LEFTOVER_SECONDS)
         match verdict:
             case Redirect():
                 return None, verdict
@@ -886,6 +871,8 @@ class Lanes:
         if lane.withdrawn or lane.failed:
             self._close_soon(lane)
             return
+        if not lane.connected:
+            lane.drop()  # the peer wants to close it, or something lies in it that nobody asked for
         now = asyncio.get_running_loop().time()
         host.idle[lane] = now
         if host.sweeper is None:
@@ -913,7 +900,7 @@ class Lanes:
             self._last_key = None  # nor is a token kept that nobody uses
 
     def _close_soon(self, lane: Lane) -> None:
-        """The socket goes now; aiohttp's own farewell is awaited by a task, which carries nobody's identity."""
+        """The socket goes now, or, if somebody else reads it, when it is home: a task waits for that, which carries nobody's identity."""
         lane.drop()
         task = asyncio.get_running_loop().create_task(lane.aclose(), context=contextvars.Context(), name="close a lane")
         self._closing.add(task)

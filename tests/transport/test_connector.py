@@ -16,7 +16,8 @@ from bits_async.auth.policy import Origin as Place
 from bits_async.auth.policy import Seat
 from bits_async.errors import AuthFailed, BitsError, ErrorCode, ErrorContext, NetworkError
 from bits_async.transport import connector as module
-from bits_async.transport.connector import HEAD_LIMIT, LEG_BODY_LIMIT, LaneConnector, Login, Route
+from bits_async.transport.connector import LEG_BODY_LIMIT, LaneConnector, Login, Route
+from bits_async.transport.exchange import HEAD_LIMIT, Wire, request_head
 from bits_async.transport.timeouts import Timeouts
 from bits_async.transport.tls import TlsSettings
 from tests.transport.wire import Connection, Origin, Proxy, Request, Server, nothing_left_over, until
@@ -72,8 +73,7 @@ async def opening(
     try:
         yield connector, lambda: connector.open(f"{origin}/file?secret=1", timeouts), flows
     finally:
-        connector.drop()
-        await connector.close()
+        await connector.aclose()
 
 
 def answering(*answers: bytes | Callable[[Connection], Any], per_connection: bool = False) -> Server:
@@ -108,52 +108,47 @@ async def failure(opening_it: Any) -> BitsError:
 
 async def test_the_undocumented_names_of_aiohttp_are_as_we_know_them() -> None:
     """The whole of what we lean on that aiohttp does not promise; a version that changes it must not pass unnoticed."""
-    create = inspect.signature(aiohttp.TCPConnector._create_connection)
-    assert list(create.parameters) == ["self", "req", "traces", "timeout"]
-    assert inspect.iscoroutinefunction(aiohttp.TCPConnector._create_connection)
-    async with aiohttp.TCPConnector() as stock:
-        handler = stock._factory()
-        assert type(handler) is ResponseHandler
-        assert handler.is_connected() is False
-        assert handler.should_close is False
-        assert isinstance(handler, asyncio.Protocol)
-        assert callable(handler.connection_made)
-        async with aiohttp.ClientSession(connector=stock, connector_owner=False) as session:
-            assert session._retry_connection is True
+    wanted = {"read_until_eof", "auto_decompress", "read_bufsize", "max_line_size", "max_field_size"}
+    assert wanted <= inspect.signature(ResponseHandler.set_response_params).parameters.keys()
+    assert inspect.iscoroutinefunction(ResponseHandler.read)
     assert list(inspect.signature(aiohttp.StreamReader._read_nowait).parameters) == ["self", "n"]
-    mine = {
-        "_tls",
-        "_proxy_login",
-        "_current",
-        "_wire",
-        "_start_tls",
-        "_dial",
-        "_fresh",
-        "route",
-        "opened",
-        "ready",
-        "open",
-        "drop",
-    }
-    assert not mine & {name for kind in aiohttp.TCPConnector.__mro__ for name in vars(kind)}
-    assert not mine & set(vars(stock))
+    handler = ResponseHandler(asyncio.get_running_loop())
+    assert isinstance(handler, asyncio.Protocol)
+    assert handler.transport is None
+    assert handler.is_connected() is False
+    assert handler.should_close is False
+    assert callable(handler.pause_reading)
+    assert callable(handler.resume_reading)
+    mine = {name for name in vars(Wire) if not name.startswith("__")}
+    assert not mine & {name for kind in ResponseHandler.__mro__ for name in vars(kind)}
+    assert not mine & set(vars(handler))
 
 
-async def test_aiohttp_gets_the_connection_that_was_opened_and_never_another(trust: ssl.SSLContext) -> None:
+def asking(origin: Origin) -> bytes:
+    return request_head("GET", "/file", [("Host", str(origin.place).partition("://")[2])])
+
+
+async def answered(connector: LaneConnector, origin: Origin) -> bytes:
+    reply = await connector.ask(asking(origin))
+    assert reply.status == 200
+    return await reply.content.read()
+
+
+async def test_requests_go_over_the_connection_that_was_opened_and_never_another(trust: ssl.SSLContext) -> None:
     async with Origin() as origin:
         connector = LaneConnector(Route(origin.place), TlsSettings(trust), Login(Seat.PROXY, lambda *_: pytest.fail("asked")))
-        async with aiohttp.ClientSession(connector=connector) as session:
-            session._retry_connection = False
-            with pytest.raises(aiohttp.ServerDisconnectedError):
-                await session.get(f"{origin.base}/file")
-            assert not origin.connections
-            await connector.open(f"{origin.base}/file", TIMEOUTS)
-            for _ in range(3):
-                async with session.get(f"{origin.base}/file") as response:
-                    await response.read()
-            assert connector.ready
-            connector.drop()
-            assert not connector.ready
+        with pytest.raises(ConnectionResetError):
+            await connector.ask(asking(origin))
+        assert not origin.connections
+        await connector.open(f"{origin.base}/file", TIMEOUTS)
+        bodies = {await answered(connector, origin) for _ in range(3)}
+        assert len(bodies) == 1
+        assert connector.ready
+        connector.drop()
+        assert not connector.ready
+        with pytest.raises(ConnectionResetError):
+            await connector.ask(asking(origin))
+        await connector.aclose()
         assert len(origin.connections) == connector.opened == 1
 
 
@@ -161,13 +156,22 @@ async def test_a_connection_that_says_something_unasked_is_not_used_again(trust:
     """An answer that lies in wait would be taken for the answer to the next request."""
     async with Origin() as origin:
         connector = LaneConnector(Route(origin.place), TlsSettings(trust), Login(Seat.PROXY, lambda *_: pytest.fail("asked")))
-        async with aiohttp.ClientSession(connector=connector) as session:
-            await connector.open(f"{origin.base}/file", TIMEOUTS)
-            async with session.get(f"{origin.base}/file") as response:
-                await response.read()
-            assert connector.ready
-            await origin.connections[0].send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
-            await until(lambda: not connector.ready)
+        await connector.open(f"{origin.base}/file", TIMEOUTS)
+        await answered(connector, origin)
+        assert connector.ready
+        await origin.connections[0].send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+        await until(lambda: not connector.ready)
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            await connector.ask(asking(origin))
+        await connector.aclose()
+
+
+@pytest.mark.parametrize("bad", ["\r", "\n", "\r\nX-More: 1", "\0", "\x7f"])
+def test_no_request_leaves_with_a_control_character_in_its_head(bad: str) -> None:
+    for target, name, value in ((f"/{bad}", "A", "b"), ("/", f"A{bad}", "b"), ("/", "A", f"b{bad}")):
+        with pytest.raises(ValueError, match="control character"):
+            request_head("GET", target, [("Host", "h"), (name, value)])
+    assert request_head("GET", "/x", [("Host", "h"), ("A", "b\tc")]) == b"GET /x HTTP/1.1\r\nHost: h\r\nA: b\tc\r\n\r\n"
 
 
 # -- the legs of CONNECT ------------------------------------------------------------------------------------------------------
@@ -448,7 +452,7 @@ async def test_nothing_listens_and_nobody_knows_the_name(trust: ssl.SSLContext) 
         error = await failure(connector.open(f"{url}/file?secret=1", TIMEOUTS))
         assert error.code == code
         assert error.transient
-        await connector.close()
+        await connector.aclose()
 
 
 # -- nothing is left over -----------------------------------------------------------------------------------------------------

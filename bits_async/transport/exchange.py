@@ -1,0 +1,95 @@
+"""One request written and the head of its answer read, on a connection that stands: aiohttp's parser without aiohttp's session.
+
+A lane has one connection, follows no redirect by itself, keeps no cookie and sets its own deadlines, so most of what a
+`ClientSession` does around a request is done in vain, and for a small file that is more than the request itself. What stays aiohttp's
+is everything that reads what a peer sent: its protocol, its parser and its stream. `Wire` is that protocol; all requests of all lanes
+go through it.
+
+Knows neither identity nor route, and judges nothing: `answers` does. With `lane` (the rest of a body whose connection broke) the only
+module that touches names of aiohttp that are not documented; a contract test guards them.
+"""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from multidict import CIMultiDictProxy
+
+from .answers import RawHeaders
+
+HEAD_LIMIT: Final = 64 * 1024
+READ_BUFFER: Final = 256 * 1024
+
+_FORBIDDEN: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The head of an answer, and the stream of its body: of one that has none, an empty stream."""
+
+    status: int
+    reason: str
+    headers: CIMultiDictProxy[str]
+    raw_headers: RawHeaders
+    content: aiohttp.StreamReader
+
+    @property
+    def content_length(self) -> int | None:
+        """As the peer announced it; the parser lets nothing pass but digits."""
+        text = self.headers.get("Content-Length")
+        return None if text is None else int(text)
+
+    def give_up(self) -> None:
+        """Whoever waits for the body is told at once that no more of it comes."""
+        if self.content.exception() is None:
+            self.content.set_exception(aiohttp.ClientConnectionError("the connection was given up"))
+
+
+class Wire(ResponseHandler):
+    """The protocol of a lane's connection: one request at a time."""
+
+    @property
+    def ready(self) -> bool:
+        """It stands, and nothing lies in it that was not asked for."""
+        return self.is_connected() and not self.should_close
+
+    async def ask(self, head: bytes) -> Reply:
+        """Sends a request without a body (see `request_head`) and waits for the final answer's head.
+
+        What is left of the parser of the last answer is not used for this one. Whoever stops waiting gives the connection up.
+
+        Raises:
+            aiohttp.ClientError, HttpProcessingError, OSError: there is no answer.
+        """
+        if not self.ready or self.transport is None:
+            raise aiohttp.ServerDisconnectedError
+        self.set_response_params(
+            read_until_eof=True, auto_decompress=False, read_bufsize=READ_BUFFER, max_line_size=HEAD_LIMIT, max_field_size=HEAD_LIMIT
+        )
+        self.transport.write(head)
+        while True:
+            message, content = await self.read()
+            if not 100 <= message.code < 200 or message.code == 101:
+                return Reply(message.code, message.reason, message.headers, message.raw_headers, content)
+
+
+def make_wire() -> Wire:
+    """For a connection that the running loop is about to open."""
+    return Wire(asyncio.get_running_loop())
+
+
+def request_head(method: str, target: str, fields: Sequence[tuple[str, str]]) -> bytes:
+    """The head of a request (RFC 9112, 3) without a body.
+
+    Raises:
+        ValueError: a control character is in it. All that gets here was checked before (T23); this is the last gate.
+    """
+    lines = [f"{method} {target} HTTP/1.1", *[f"{name}: {value}" for name, value in fields], "", ""]
+    text = "\n".join(lines)
+    if text.count("\n") >= len(lines) or _FORBIDDEN.search(text):
+        raise ValueError("a control character in the head of a request")
+    return text.replace("\n", "\r\n").encode()
