@@ -13,13 +13,15 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
-from multidict import CIMultiDictProxy
 
 from .answers import RawHeaders
+
+if TYPE_CHECKING:
+    from multidict import CIMultiDictProxy
 
 HEAD_LIMIT: Final = 64 * 1024
 READ_BUFFER: Final = 256 * 1024
@@ -33,7 +35,7 @@ class Reply:
 
     status: int
     reason: str
-    headers: CIMultiDictProxy[str]
+    headers: "CIMultiDictProxy[str]"
     raw_headers: RawHeaders
     content: aiohttp.StreamReader
 

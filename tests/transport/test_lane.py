@@ -882,6 +882,31 @@ async def test_t25_forget_closes_the_lanes_of_a_token_at_once_and_no_others(lane
         assert len(origin.connections) == 3
 
 
+async def test_t25_a_body_that_only_its_end_frames_is_not_whole_when_its_lane_is_taken_away(lanes: Lanes, party: MakeParty) -> None:
+    """Our own cut looks like the server's end of it."""
+
+    async def handle(connection: Connection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf")
+        await asyncio.Event().wait()
+
+    async with Server(handle) as origin:
+        who = party()
+        async with lanes.get(who, Asked(f"{origin.base}/file", dynamic=True)) as body:
+            chunks = aiter(body)
+            assert await anext(chunks) == b"half"
+            rest = asyncio.ensure_future(failure(anext(chunks)))
+            await asyncio.sleep(0)
+            await lanes.forget(who.token)
+            assert (await rest).transient
+
+
+async def test_a_connection_that_the_server_will_close_is_closed_when_its_answer_is_read(lanes: Lanes, party: MakeParty) -> None:
+    async with scripted(whole(b"file", "Connection: close")) as origin:
+        assert await fetch(lanes, party(), f"{origin.base}/file") == b"file"
+        await until(lambda: origin.connections[0].gone)
+
+
 async def test_t25_a_login_under_way_is_not_finished_after_its_token_was_taken_away(lanes: Lanes, party: MakeParty) -> None:
     inner, arrived, go = ntlm(), asyncio.Event(), asyncio.Event()
 
