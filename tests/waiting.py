@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-DEADLINE: Final = 10.0  # seconds
+DEADLINE: Final = 30.0  # seconds: more than a loaded machine needs, less than a test has
 
 
 async def until(done: Callable[[], object], what: str = "", *, deadline: float = DEADLINE) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import until
+
 DEADLINE = 30
 
 
@@ -77,16 +79,6 @@ class Command:
             if process.returncode is None:
                 process.kill()
                 await process.communicate()
-
-
-async def until(check: Any, what: str) -> None:
-    """Until `check()` holds."""
-    try:
-        async with asyncio.timeout(DEADLINE):
-            while not check():  # noqa: ASYNC110 - another process does it
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise AssertionError(f"never: {what}") from None
 
 
 def part_of(destination: Path) -> Path | None:

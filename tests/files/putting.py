@@ -1,12 +1,10 @@
 """The two ways bytes come into a part file, and what a test of files looks at."""
 
-import asyncio
 import contextlib
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 from uuid import UUID
@@ -81,11 +79,3 @@ def descriptors() -> set[tuple[str, str]]:
 def open_below(directory: Path) -> list[str]:
     """Descriptors of this process that lead to that directory or into it."""
     return sorted(link for _, link in descriptors() if link.removesuffix(" (deleted)").startswith(str(directory)))
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait for what another thread brings about."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        await asyncio.sleep(0.002)

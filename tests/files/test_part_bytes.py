@@ -23,7 +23,8 @@ from bits_async.files.reservation import RESERVE_AHEAD
 from bits_async.identity import kernel, native
 from bits_async.identity.threads import TokenExecutor
 from bits_async.transport.ranges import Detached, Slice
-from tests.files.putting import JOB, Put, open_below, plugged, put_by_receive, until, write
+from tests.files.putting import JOB, Put, open_below, plugged, put_by_receive, write
+from tests.waiting import until
 
 DATA = os.urandom(3 << 20)
 

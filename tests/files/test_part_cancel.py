@@ -23,7 +23,8 @@ from bits_async.identity import native, threads
 from bits_async.identity.threads import TokenExecutor
 from bits_async.identity.tokens import Token
 from bits_async.transport.ranges import Detached, Slice
-from tests.files.putting import JOB, open_below, plugged, until, write
+from tests.files.putting import JOB, open_below, plugged, write
+from tests.waiting import until
 
 DATA = os.urandom(1 << 20)
 Method = Callable[[PartFile], Awaitable[object]]

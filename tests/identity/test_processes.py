@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from bits_async.testing import fake_token
 from tests.identity import child
 from tests.identity.seen import CAPABILITIES, LOOK, Seen
 from tests.local_users import LocalUser
+from tests.waiting import until
 
 SH = "/bin/sh"
 
@@ -55,13 +55,6 @@ def hers(alice: LocalUser, world_dir: Path) -> Path:
     directory.mkdir(mode=0o700)
     os.chown(directory, alice.uid, alice.gid)
     return directory
-
-
-async def until(true: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.01)
 
 
 def script(path: Path, text: str, mode: int = 0o755) -> str:

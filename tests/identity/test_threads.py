@@ -6,7 +6,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,6 +21,7 @@ from bits_async.identity.ambient import current_token, impersonate
 from bits_async.identity.threads import TokenExecutor, TokenExecutors, in_own_thread, run_as
 from bits_async.identity.tokens import LocalIdentity, Token
 from tests.identity import child
+from tests.waiting import until
 
 
 class Chameleon:
@@ -101,13 +102,6 @@ async def gate() -> AsyncIterator[Gate]:
     gate = Gate()
     yield gate
     gate.open()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.001)
 
 
 # -- running

@@ -5,7 +5,7 @@ The same over real sockets is in `tests/loopback/test_bandwidth.py`; the buckets
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from bits_async import InvalidArgument, JobPriority, JobState, testing
 from bits_async.identity import native
 from bits_async.limits import Bucket
 from bits_async.testing import FakeClock, FakeNetwork
+from tests.waiting import until
 
 URL = "https://h.test/file"
 BODY = bytes(range(256)) * 1024
@@ -103,12 +104,6 @@ async def a_job(manager: bits.BitsManager, path: Path, *, priority: JobPriority 
     await job.set_high_performance(True)
     await job.add_file(URL, path / job.id.hex)
     return job
-
-
-async def until(done: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not done():  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0)
 
 
 def moved(job: bits.Job) -> int:

@@ -22,6 +22,7 @@ from bits_async.jobs.roster import AHEAD, SPARE, Roster
 from bits_async.jobs.store import SqliteStore
 from bits_async.testing import FakeNetwork, fake_token
 from tests.jobs.crowd import copy_of, make_crowd
+from tests.waiting import until
 
 CROWD = 100_000
 NEXT = 1 + SPARE  # jobs in line where one runs at a time
@@ -89,13 +90,6 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def in_memory(manager: bits.BitsManager) -> Roster:
     assert manager._desk is not None
     return manager._desk.engine.roster
-
-
-async def until(done: Callable[[], object]) -> None:
-    end = asyncio.get_running_loop().time() + 10
-    while not done():
-        assert asyncio.get_running_loop().time() < end, "waited in vain"
-        await asyncio.sleep(0.002)
 
 
 async def a_job(manager: bits.BitsManager, path: Path, url: str = URL, **kwargs: Any) -> bits.Job:

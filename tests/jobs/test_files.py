@@ -3,10 +3,9 @@
 Real manager, real journal, real files; network, identities and time are fake.
 """
 
-import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,13 @@ from bits_async import ErrorCode, FileRange, JobState
 from bits_async.jobs import transfer
 from bits_async.testing import FakeNetwork, fake_token
 from bits_async.transport.ranges import Slice
+from tests.waiting import until
 
 URL, OTHER = "https://files.example.test/a/big.bin", "https://mirror.example.test/b/big.bin"
 BODY = os.urandom(400_000)
 NEW = os.urandom(400_000)
 MONDAY, TUESDAY = "Mon, 02 Nov 2026 10:00:00 GMT", "Tue, 03 Nov 2026 10:00:00 GMT"
 RANGES = [FileRange(300_000, 50_000), FileRange(50, 10), FileRange(100_000, 100_000), FileRange(399_000)]
-DEADLINE = 10.0
 
 
 def joined(body: bytes, ranges: Sequence[FileRange] = RANGES) -> bytes:
@@ -62,13 +61,6 @@ async def manager(network: FakeNetwork, store: Path) -> AsyncIterator[bits.BitsM
 @pytest.fixture
 async def job(manager: bits.BitsManager) -> bits.Job:
     return await manager.create_job("files", priority=bits.JobPriority.FOREGROUND)
-
-
-async def until(done: Callable[[], object]) -> None:
-    end = asyncio.get_running_loop().time() + DEADLINE
-    while not done():
-        assert asyncio.get_running_loop().time() < end, "waited in vain"
-        await asyncio.sleep(0.001)
 
 
 async def stopped_at(network: FakeNetwork, job: bits.Job, after: int, total: int) -> None:

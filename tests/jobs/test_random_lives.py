@@ -32,6 +32,7 @@ from bits_async.jobs.model import NEXT
 from bits_async.testing import FakeNetwork
 from bits_async.transport.answers import Asked
 from bits_async.transport.lane import Body, Party
+from tests.waiting import until
 
 LIVES = int(os.environ.get("LIVES", "0"))
 PATIENCE = 20.0  # real seconds for things to come to rest
@@ -449,7 +450,7 @@ class Lives(RuleBasedStateMachine):
         self.follow(life, name)
         if name == "resume":
             if before in RESUMED or (before is S.TRANSFERRED and life.unfinished):
-                await self.until(lambda: life.heard[:1] == [S.QUEUED])
+                await until(lambda: life.heard[:1] == [S.QUEUED])
         elif name in LEADING:
             assert life.handle.state is target
         if name.startswith("complete"):
@@ -481,12 +482,6 @@ class Lives(RuleBasedStateMachine):
         life.priority = life.handle.priority
         life.retry_delay = life.handle.minimum_retry_delay
         life.fatal = life.handle.no_progress_timeout == 0
-
-    async def until(self, done: Callable[[], bool]) -> None:
-        end = self.loop.time() + PATIENCE
-        while not done():
-            assert self.loop.time() < end
-            await asyncio.sleep(0.001)
 
     @rule(number=numbers, name=st.sampled_from(list(COMMANDS)), ticks=ticks)
     def interrupt(self, number: int, name: str, ticks: int) -> None:

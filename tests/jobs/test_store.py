@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -35,6 +34,7 @@ from bits_async.transport.options import HttpOptions
 from bits_async.transport.proxies import ProxySettings
 from bits_async.transport.ranges import Slice, Validator
 from tests.contracts import ALICE, BOB, Journal, StoreContract, a_file, a_grant, a_job, look
+from tests.waiting import until
 
 RELEASED = Path(__file__).parent / "journals"
 RELEASED_SCHEMAS = 4  # each has its journal; entries of SCHEMA beyond are not released yet
@@ -73,13 +73,6 @@ def side(path: Path, suffix: str) -> Path:
 
 def store_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("bits-store") or "connection_worker" in thread.name]
-
-
-async def until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not reached():
-        assert time.monotonic() < deadline, "did not happen in time"
-        await asyncio.sleep(0.005)
 
 
 @contextlib.contextmanager

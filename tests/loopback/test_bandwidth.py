@@ -1,9 +1,8 @@
 """Limits of speed that come and go, over real sockets: by counting, never by the clock. What every way owes a limit is in test_paths."""
 
-import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,11 @@ from bits_async.identity import native
 from bits_async.limits import Bucket
 from bits_async.transport import lane
 from tests.peers import Fault, Hold, Origin
+from tests.waiting import until
 
 SIZE = 2 << 20
 BODY = os.urandom(SIZE)
 FAST = 200e6  # bytes per second: nothing takes long
-
-
-async def until(done: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not done():  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0.002)
 
 
 @dataclass

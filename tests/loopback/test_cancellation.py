@@ -32,18 +32,13 @@ from bits_async.transport import lane
 from tests.peers import USERS, Authority, Door, Fault, Hold, Misbehaviour, Origin, Proxy
 from tests.realms import SILENT_REALM, write_krb5_conf
 from tests.rules import NTLM_OVER_HTTP
+from tests.waiting import until
 
 BODY = os.urandom(400_000)
 HALF = 200_000
 SOON = 5.0  # seconds in which a cancel has ended; its thread, if there is one, has been let go
 ALICE = AuthCredentials(AuthTarget.SERVER, AuthScheme.NTLM, r"LAB\alice", USERS[r"LAB\alice"])
 ALICE_AT_THE_PROXY = AuthCredentials(AuthTarget.PROXY, AuthScheme.NTLM, r"LAB\alice", USERS[r"LAB\alice"])
-
-
-async def until(done: Callable[[], object], *, seconds: float = 10) -> None:
-    async with asyncio.timeout(seconds):
-        while not done():  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0.002)
 
 
 # -- the scene
@@ -797,7 +792,7 @@ async def test_a_silent_kdc_keeps_nobody_waiting(no_leaks, scene, end):
             assert len(stuck) == (2 if end is _cancel_download else 1)
             assert all(each.daemon for each in stuck)
             assert scene.left == []
-    await until(lambda: not any(each.is_alive() for each in stuck), seconds=40)
+    await until(lambda: not any(each.is_alive() for each in stuck), deadline=40)
 
 
 # -- at any step

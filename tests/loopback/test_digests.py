@@ -1,6 +1,5 @@
 """The end checks over real sockets: a file whose digest is wrong never gets its name, whoever named the digest."""
 
-import asyncio
 import base64
 import hashlib
 import os
@@ -16,6 +15,7 @@ import bits_async as bits
 from bits_async.jobs import transfer
 from bits_async.transport import lane
 from tests.peers import HONEST, Fault, Hold, Origin
+from tests.waiting import until
 
 SIZE, HALF = 300_000, 170_000
 BODY, BAD = os.urandom(SIZE), os.urandom(SIZE)
@@ -30,12 +30,6 @@ DIGESTS: dict[str, Callable[[bytes], str]] = {
 def said(name: str, data: bytes, algorithm: str = "sha-256") -> tuple[str, str]:
     raw = hashlib.new(algorithm.replace("-", ""), data).digest()
     return name, f"{algorithm}=:{base64.b64encode(raw).decode()}:"
-
-
-async def until(done: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not done():  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0.002)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Files of a job over real sockets: what ranges look like on the wire, and that they are of one version whatever happens."""
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from bits_async import ErrorCode, FileRange
 from bits_async.files.part import PartFile
 from bits_async.jobs import transfer
 from tests.peers import Fault, Hold, Origin, answer, redirect
+from tests.waiting import until
 
 SIZE = 600_000
 OLD, NEW = os.urandom(SIZE), os.urandom(SIZE)
@@ -28,12 +28,6 @@ ROOT = Path(__file__).parents[2]
 
 def joined(body: bytes) -> bytes:
     return b"".join(body[each.initial_offset : each.end] for each in RANGES)
-
-
-async def until(done: Callable[[], object], *, seconds: float = 20) -> None:
-    async with asyncio.timeout(seconds):
-        while not done():  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0.002)
 
 
 @pytest.fixture(autouse=True)

@@ -20,17 +20,12 @@ from bits_async.testing import FakeNetwork
 from tests.certificates import DAY, Authority, ServerTls
 from tests.peers import USERS, Door, Fault, Hold, Origin, Proxy, answer, redirect
 from tests.rules import NTLM_OVER_HTTP
+from tests.waiting import until
 
 BODY = os.urandom(200_000)
 HALF = 90_000
 SECRET = "s3cret-of-the-tenant"
 ALICE = r"LAB\alice"
-
-
-async def until(done: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not done():  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0.005)
 
 
 @dataclass

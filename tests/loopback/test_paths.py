@@ -9,7 +9,7 @@ import hashlib
 import os
 import ssl
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from bits_async.jobs import transfer
 from bits_async.limits import Bucket
 from bits_async.transport import lane
 from tests.peers import Authority, Fault, Hold, Origin, Proxy
+from tests.waiting import until
 
 SIZE = 3 << 20
 HALF = 1 << 20  # the rest is more than what aiohttp would read with the head
@@ -155,12 +156,6 @@ class Scene:
         if self.way.segments == 1:  # the first of several answers is small: it may be there before anybody looks
             assert ("chunks" in self.moved) == (self.way.by == "chunks")
         assert ("splice" in self.moved) == (self.way.by == "splice")  # the first bytes, which came with the head, are copied
-
-
-async def until(done: Callable[[], object], *, seconds: float = 10) -> None:
-    async with asyncio.timeout(seconds):
-        while not done():  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0.002)
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import os
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,12 @@ from bits_async.jobs import transfer
 from bits_async.transport import lane
 from tests.peers import USERS, Authority, Door, Fault, Hold, Origin, answer
 from tests.process import downloader
+from tests.waiting import until
 
 SIZE = 4 << 20
 SEGMENT = 256 << 10
 OLD, NEW = os.urandom(SIZE), os.urandom(SIZE)
 SMALL = [os.urandom(20_000 + number) for number in range(7)]
-
-
-async def until(done: Callable[[], object], *, seconds: float = 10) -> None:
-    async with asyncio.timeout(seconds):
-        while not done():  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0.002)
 
 
 @dataclass
@@ -234,7 +229,7 @@ async def test_killed_while_a_later_range_is_ahead_of_an_earlier_one_the_next_ru
     order = {"store": str(scene.directory / "queue.db"), "queue": True, "segments": 4, "segment": SEGMENT}
     child = downloader.start(scene.origin.url("/file"), scene.directory / "file", **order)
     try:
-        await until(lambda: any(each.stat().st_size > SIZE * 3 // 4 for each in scene.directory.glob(".file*")), seconds=30)
+        await until(lambda: any(each.stat().st_size > SIZE * 3 // 4 for each in scene.directory.glob(".file*")), deadline=30)
     finally:
         child.kill()
         await asyncio.get_running_loop().run_in_executor(None, child.communicate)

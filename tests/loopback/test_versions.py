@@ -4,7 +4,6 @@ Each change is met in three ways: a connection is cut and opened again inside th
 manager is closed and another one opens the journal.
 """
 
-import asyncio
 import hashlib
 import os
 import ssl
@@ -20,6 +19,7 @@ import bits_async as bits
 from bits_async.jobs import transfer
 from bits_async.transport import lane
 from tests.peers import HONEST, Fault, Hold, Origin, answer
+from tests.waiting import until
 
 BATCH = 64 << 10
 SIZE = 300_000
@@ -47,12 +47,6 @@ class Version:
 
 OLD, NEW = os.urandom(SIZE), os.urandom(SIZE)
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reads no file, unlike the usual one
-
-
-async def until(done: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not done():  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0.002)
 
 
 # -- the ways to meet a change

@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,9 @@ from tests.identity import child
 from tests.identity.seen import CAPABILITIES, LOOK, Seen
 from tests.local_users import LocalUser
 from tests.peers import Origin
+from tests.waiting import until
 
 SH = "/bin/sh"
-
-
-async def until(true: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
-        while not true():  # noqa: ASYNC110 - other processes have no event
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """kill -9 at any moment of a download: the next run ends with the right file, and what was written is not fetched again."""
 
-import asyncio
 import hashlib
 import os
 import signal
@@ -16,14 +15,9 @@ import pytest
 import bits_async as bits
 from tests.peers import Fault, Hold, Origin, Seen
 from tests.process import downloader
+from tests.waiting import until
 
 MIB = 1 << 20
-
-
-async def until(done: Callable[[], object], *, seconds: float = 30) -> None:
-    async with asyncio.timeout(seconds):
-        while not done():  # noqa: ASYNC110 - other processes have no event
-            await asyncio.sleep(0.001)
 
 
 @dataclass

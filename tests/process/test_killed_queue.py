@@ -20,7 +20,7 @@ from bits_async import JobState
 from tests.peers import Fault, Origin, answer
 from tests.process import queue_run
 from tests.process.queue_run import CANCELLED, FAILING, FINISHING, JOBS
-from tests.process.test_kill import until
+from tests.waiting import until
 
 WORKING = {JobState.QUEUED, JobState.CONNECTING, JobState.TRANSFERRING, JobState.TRANSIENT_ERROR}
 LINES_PER_LIFE = 9  # on average, so that twenty kills are spread over two or three whole runs

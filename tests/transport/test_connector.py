@@ -20,7 +20,8 @@ from bits_async.transport.connector import LEG_BODY_LIMIT, LaneConnector, Login,
 from bits_async.transport.exchange import HEAD_LIMIT, Wire, request_head
 from bits_async.transport.timeouts import Timeouts
 from bits_async.transport.tls import TlsSettings
-from tests.transport.wire import Connection, Origin, Proxy, Request, Server, nothing_left_over, until
+from tests.transport.wire import Connection, Origin, Proxy, Request, Server, nothing_left_over
+from tests.waiting import until
 
 TIMEOUTS = Timeouts(connect=5, response=5, idle=5, auth=5)
 TUNNEL = b"HTTP/1.1 200 Connection established\r\n\r\n"

@@ -24,6 +24,7 @@ from bits_async.auth.policy import AuthScheme, AuthTarget, Grant
 from bits_async.auth.policy import Origin as Place
 from bits_async.transport.answers import Asked
 from bits_async.transport.lane import Lanes, Party
+from tests.waiting import until
 
 ALICE = ("DOM\\alice", "Passw0rd-of-alice")
 BOB = ("DOM\\bob", "Passw0rd-of-bob")
@@ -353,13 +354,6 @@ async def fetch(lanes: Lanes, party: Party, url: str, start: int = 0, end: int |
     """The whole body, joined."""
     async with lanes.get(party, Asked(url, start, end)) as body:
         return b"".join([chunk async for chunk in body])
-
-
-async def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Waits for what has no event to wait for."""
-    async with asyncio.timeout(seconds):
-        while not true():  # noqa: ASYNC110 - what is waited for has no event
-            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
