@@ -702,11 +702,13 @@ class Engine:
         await finish(self._refuse_content(entry, index))
 
     async def _refuse_content(self, entry: Entry, index: int) -> None:
+        async with self._discarded_parts(entry, [entry.files[index]]) as left:
+            await self._refused_content(entry, index, left_behind=bool(left))
+
+    async def _refused_content(self, entry: Entry, index: int, *, left_behind: bool) -> None:
         job, file = entry.job, entry.files[index]
-        left = await self._discard_parts(entry, [file])
-        dropped = replace(
-            file, part=file.part if left else None, slices=(), validator=None, boot_id=None, transferred=False, validated=False
-        )
+        part = file.part if left_behind else None
+        dropped = replace(file, part=part, slices=(), validator=None, boot_id=None, transferred=False, validated=False)
         message, where = "the application refused the content of the file", {"url": file.url, "path": file.path, "job_id": job.id}
         error = make_error(ErrorCode.BG_E_VALIDATION_FAILED, ErrorContext.REMOTE_FILE, message, **where)
         state = job.state if job.state is JobState.ERROR else advance(job.state, Outcome.FAILED)
@@ -761,8 +763,8 @@ class Engine:
             return await finish(self._cancel(entry, advance(entry.job.state, Command.CANCEL)))
 
     async def _cancel(self, entry: Entry, state: JobState) -> Cancellation:
-        left = await self._discard_parts(entry, [file for file in entry.files if not file.committed])
-        await self._leave(entry, state)
+        async with self._discarded_parts(entry, [file for file in entry.files if not file.committed]) as left:
+            await self._leave(entry, state)
         return Cancellation(tuple(left))
 
     async def complete(self, entry: Entry, *, partial: bool) -> Completion:
@@ -793,8 +795,8 @@ class Engine:
                     done = 1
                 await self.change(entry, files=[replace(file, committed=True, validated=True) for file in waiting[:done]])
             dropped = [file for file in entry.files if not file.transferred]
-            left = await self._discard_parts(entry, dropped)
-            await self._leave(entry, state)
+            async with self._discarded_parts(entry, dropped) as left:
+                await self._leave(entry, state)
             return Completion([file.path for file in entry.files if file.committed], left, partial=bool(dropped))
 
     async def _commit(self, entry: Entry, file: FileRecord) -> None:
@@ -809,27 +811,32 @@ class Engine:
         code = ErrorCode.BG_E_LOCAL_FILE_CHANGED
         raise make_error(code, ErrorContext.LOCAL_FILE, message, path=file.path, identity=who, job_id=entry.job.id)
 
-    async def _discard_parts(self, entry: Entry, files: Sequence[FileRecord]) -> list[Path]:
-        """Named are those that are left, because the token that made them is gone (BG_S_UNABLE_TO_DELETE_FILES)."""
-        await self._uncount(entry, [file for file in files if file.transferred and file.part])
-        return await part_files.discard(self.executors, entry, files)
+    @contextlib.asynccontextmanager
+    async def _discarded_parts(self, entry: Entry, files: Sequence[FileRecord]) -> AsyncIterator[list[Path]]:
+        """Around what the command then makes of the job. Named are those that are left, because the token that made them is gone
+        (BG_S_UNABLE_TO_DELETE_FILES)."""
+        state, uncounted = await self._uncount(entry, [file for file in files if file.transferred and file.part])
+        try:
+            yield await part_files.discard(self.executors, entry, files)
+        except BitsError:  # the journal could not be written any more: what it has is what there is
+            entry.job = replace(entry.job, state=state)
+            for file in uncounted:
+                entry.put(file)
+            raise
 
-    async def _uncount(self, entry: Entry, files: Sequence[FileRecord]) -> None:
-        """Before finished bytes are deleted nothing counts on them any more: of a process that dies in between, and of a journal that then
-        cannot be written, there is a job that can be resumed or cancelled again, not a TRANSFERRED one without files. The command that
-        does it says what becomes of it."""
-        if not files:
-            return
-        async with entry.changing:
-            state = JobState.SUSPENDED if entry.job.state is JobState.TRANSFERRED else entry.job.state
-            fewer = [_uncounted(file) for file in files]
+    async def _uncount(self, entry: Entry, files: Sequence[FileRecord]) -> tuple[JobState, Sequence[FileRecord]]:
+        """Before finished bytes are deleted the journal stops counting on them: of a process that dies in between it keeps a job that can
+        be resumed or cancelled again, not a TRANSFERRED one without files. In memory the command that does it says what becomes of it.
 
-            def show() -> None:
-                entry.job = replace(entry.job, state=state)
-                for file in fewer:
-                    entry.put(file)
-
-            await self.save(replace(entry.job, state=state), *fewer, then=show)
+        Returns:
+            What the journal then has.
+        """
+        state, uncounted = entry.job.state, [_uncounted(file) for file in files]
+        if uncounted:
+            async with entry.changing:
+                state = JobState.SUSPENDED if entry.job.state is JobState.TRANSFERRED else entry.job.state
+                await self.save(replace(entry.job, state=state), *uncounted)
+        return state, uncounted
 
     async def take_over(self, entry: Entry, key: OwnerKey, owner: Token) -> Entry:
         """Another owner; what the old one entrusted to the job is dropped (BITS: TakeOwnership).
@@ -841,8 +848,7 @@ class Engine:
         return await finish(self._take_over(entry, key, owner))
 
     async def _take_over(self, entry: Entry, key: OwnerKey, owner: Token) -> Entry:
-        await self._discard_parts(entry, [file for file in entry.files if not file.committed])
-        async with entry.changing:
+        async with self._discarded_parts(entry, [file for file in entry.files if not file.committed]), entry.changing:
             # the new owner looks at what the old one chose (destinations, proxy), and then resumes it or not
             http = replace(entry.job.http, headers=(), header_origins=None, flags=SecurityFlags(0), crl_source=None)
             http = replace(http, client_certificate=None, certificate_origins=None)
