@@ -278,7 +278,7 @@ _ADVICE: Mapping[int, str] = MappingProxyType(
         HTTP_ERROR | 401: "set credentials for the server, then resume the job",
         HTTP_ERROR | 403: "ask the server's administrator for access with this identity",
         HTTP_ERROR | 404: "check the URL",
-        HTTP_ERROR | 407: "set credentials for the proxy, then resume the job",
+        HTTP_ERROR | 407: "set credentials for the proxy (Job.set_credentials with AuthTarget.PROXY), then resume the job",
         HTTP_ERROR | 410: "ask the publisher where the file is now",
     }
 )

@@ -741,19 +741,32 @@ class AuthFlow:
                 return header
         if failures:
             raise self._located(failures[0], challenges, [*[other.message for other in failures[1:]], *why]) from failures[0].__cause__
-        raise self._failure(challenges, "; ".join(why) or "no credentials were given for it")
+        raise self._failure(challenges, "; ".join(why) or "no credentials were given for it", advice=self._consent(challenges))
 
     async def _obstacle(self, offer: Offer, asked: Sequence[Challenge]) -> str:
         """Why an offer is not used now; "": it is."""
         if not asked:
             return f"not asked for by {self._seat.noun}"
-        if offer.scheme is AuthScheme.BASIC and not (self._encrypted or self._seat.target in self._rules.basic_over_http):
+        if offer.scheme is AuthScheme.BASIC and not self._may_send_basic:
             return f"not over a connection without TLS (the rule basic_over_http does not list {self._seat.target.name})"
         realm = self._realm(asked)
         refused = self._refusals.revision(offer.fingerprint, realm, self._seat)
         if refused is not None and refused == await self._revision(offer):
             return "refused before; not tried again until it is replaced, lest the account be locked"
         return ""
+
+    @property
+    def _may_send_basic(self) -> bool:
+        return self._encrypted or self._seat.target in self._rules.basic_over_http
+
+    def _consent(self, challenges: Sequence[Challenge]) -> str | None:
+        """What to do where only the consent to show a password to everybody on the way is missing."""
+        word = AuthScheme.BASIC.word
+        asked = any(each.scheme == word for each in challenges) and any(offer.scheme is AuthScheme.BASIC for offer in self._offers)
+        if not asked or self._may_send_basic:
+            return None
+        rule = f"AuthRules(basic_over_http=frozenset({{AuthTarget.{self._seat.target.name}}}))"
+        return f"permit BASIC over plain HTTP with {rule} if it must be, then resume the job"
 
     def _exchanges(self, offer: Offer) -> Iterator[_Exchange]:
         if offer.scheme is AuthScheme.BASIC:

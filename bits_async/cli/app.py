@@ -58,9 +58,11 @@ Where credentials come from:
 No option takes a password. Servers and proxies are shown Kerberos credentials
 from --keytab or --ccache, in answer to a Negotiate challenge of the URL's host
 or the proxy, never of a redirect. Without these options nothing is sent; your
-own tickets are sent if you name them: --ccache "$KRB5CCNAME". A server that
-asks for a client certificate is shown that of --cert. Programs can set other
-credentials through the Python API.
+own tickets are sent if you name them: --ccache "$KRB5CCNAME". A proxy that
+asks for a name and a password (Negotiate, NTLM, Digest, Basic) is shown those
+of --proxy-user; Basic over plain HTTP, where all can read it, only with
+--proxy-basic-over-http. A server that asks for a client certificate is shown
+that of --cert. Programs can set other credentials through the Python API.
 
 \b
 Exit codes:
@@ -75,6 +77,10 @@ def download(
     dest: Annotated[str, typer.Argument(metavar="DEST", help="The file to write, not a directory.", show_default=False)],
     proxy: Annotated[str | None, typer.Option(metavar="URL", help="Ask this proxy, not the environment's.")] = None,
     no_proxy: Annotated[bool, typer.Option("--no-proxy", help="Ask the server directly.")] = False,
+    proxy_user: Annotated[str | None, typer.Option(metavar="NAME", help="Who you are to the proxy.")] = None,
+    proxy_password_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Its first line is the proxy's password.")] = None,
+    ask_proxy_password: Annotated[bool, typer.Option("--ask-proxy-password", help="Ask for it on the terminal.")] = False,
+    proxy_basic_over_http: Annotated[bool, typer.Option("--proxy-basic-over-http", help="Show it unencrypted, if need be.")] = False,
     user: Annotated[str | None, typer.Option(metavar="NAME", help="Write the file as this local user.")] = None,
     keytab: Annotated[str | None, typer.Option(metavar="FILE", help="Kerberos keys; goes with --principal.")] = None,
     principal: Annotated[str | None, typer.Option(metavar="P", help="Whose keys: name@REALM.")] = None,
@@ -108,13 +114,14 @@ def download(
     """
     try:
         with _loading():
-            from .download import Certificate, Identity, Order, run
+            from .download import Certificate, Identity, Order, ProxyLogin, run
 
         order = Order(
             url=url,
             dest=dest,
             proxy=proxy,
             no_proxy=no_proxy,
+            proxy_login=ProxyLogin(proxy_user, proxy_password_file, ask_proxy_password, proxy_basic_over_http),
             owner=Identity("--", user, keytab, principal, ccache),
             helper=Identity("--helper-", helper_user, helper_keytab, helper_principal, helper_ccache),
             helper_for=None if helper_for is None else helper_for.value,

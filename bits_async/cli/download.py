@@ -13,12 +13,14 @@ import re
 import signal
 import ssl
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import typer
 
+from ..auth.policy import MAX_PASSWORD, AuthCredentials, AuthRules, AuthScheme, AuthTarget
 from ..errors import BitsError, ErrorCode, ErrorContext, InvalidArgument, error_from_os, make_error, show_text
 from ..identity.tokens import HelperTokenFlags, Token
 from ..jobs.manager import download
@@ -37,7 +39,14 @@ SIGNALLED: Final = 128  # and the signal's number
 # What the library advises those who hold the job, as whoever runs a command does it: to him there is no job that goes on by itself.
 OF_COMMANDS: Final = (
     ("set credentials for the server", "say with --keytab or --ccache who you are to the server (other credentials: from Python)"),
-    ("set credentials for the proxy", "say with --keytab or --ccache who you are to the proxy (other credentials: from Python)"),
+    (
+        "set credentials for the proxy (Job.set_credentials with AuthTarget.PROXY)",
+        "say who you are to the proxy with --proxy-user and --proxy-password-file, or with --keytab or --ccache",
+    ),
+    (
+        "permit BASIC over plain HTTP with AuthRules(basic_over_http=frozenset({AuthTarget.PROXY})) if it must be",
+        "permit BASIC over plain HTTP with --proxy-basic-over-http if it must be",
+    ),
     ("then resume the job", "then run the same command again"),
     ("then resume it", "then run the same command again"),
     ("and resume the job", "and run the same command again"),
@@ -58,7 +67,7 @@ OF_ARGUMENTS: Final = (
     (re.compile(r"\bretry_for takes"), "--retry-for takes"),
     (re.compile(r"\bmaximum_bandwidth takes (.*), or None, not"), r"--maximum-bandwidth takes \1, not"),
     (re.compile(r"\bNO_PROXY is how"), "--no-proxy is how"),
-    (re.compile(r"use set_credentials for the target PROXY"), "--keytab or --ccache say who you are"),
+    (re.compile(r"use set_credentials for the target PROXY"), "--proxy-user and --proxy-password-file say who you are"),
 )
 
 HELPER_FLAGS: Final = {
@@ -134,12 +143,14 @@ class Certificate:
     password_file: Path | None = None
     ask: bool = False
 
-    def contradiction(self) -> str | None:
-        """Why the options cannot be meant."""
+    def contradiction(self, *, stored: bool) -> str | None:
+        """Why the options cannot be meant; `stored`: with --store."""
         if self.file is None and (self.key is not None or self.password_file is not None or self.ask):
             return "--key, --cert-password-file and --ask-cert-password go with --cert"
         if self.password_file is not None and self.ask:
             return "--cert-password-file and --ask-cert-password exclude each other"
+        if self.ask and stored:
+            return "a journal that others go on with (--store) cannot keep what was typed: use --cert-password-file"
         return None
 
     def given(self) -> ClientCertificate | None:
@@ -155,16 +166,81 @@ class Certificate:
         return ClientCertificate(source=self.file, key=self.key, password_file=password)
 
 
+@dataclass(frozen=True, slots=True)
+class ProxyLogin:
+    """The options that say who asks the proxy, by name and password."""
+
+    user: str | None = None
+    password_file: Path | None = None
+    ask: bool = False
+    basic_over_http: bool = False
+
+    def contradiction(self) -> str | None:
+        """Why the options cannot be meant."""
+        if self.user == "":
+            return "--proxy-user is empty"
+        if self.user is None:
+            given = self.password_file is not None or self.ask or self.basic_over_http
+            rest = "--proxy-password-file, --ask-proxy-password and --proxy-basic-over-http"
+            return f"{rest} go with --proxy-user" if given else None
+        if (self.password_file is not None) == self.ask:
+            return "--proxy-user needs --proxy-password-file or --ask-proxy-password, one of them"
+        return None
+
+    def credentials(self) -> Sequence[AuthCredentials]:
+        """For every scheme that takes a name and a password; none: the options were not used. Asks for the password, if that is wanted.
+
+        Raises:
+            LocalFileError: the file cannot be read. InvalidArgument: no password in it, or none was typed; one that cannot be sent.
+        """
+        if self.user is None:
+            return ()
+        password = self._password() if self.password_file is None else _first_line(self.password_file)
+        return [AuthCredentials(AuthTarget.PROXY, scheme, self.user, password) for scheme in AuthScheme]
+
+    def _password(self) -> str:
+        assert self.user is not None
+        return _line(f"Password of {show_text(self.user, 200)} at the proxy: ")
+
+    @property
+    def rules(self) -> AuthRules:
+        """What may be shown where."""
+        return AuthRules(basic_over_http=frozenset({AuthTarget.PROXY})) if self.basic_over_http else AuthRules()
+
+
+def _first_line(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = file.readline(MAX_PASSWORD + 2).removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise InvalidArgument("the password's file is not text in UTF-8", path=path) from None
+    except OSError as exc:
+        error = error_from_os(exc, path=path, identity=None, doing="read")
+        raise make_error(error.code, error.context, error.message, path=path, advice="name a file that you may read") from exc
+    if not line:
+        raise InvalidArgument("there is no password in the first line", path=path)
+    return line
+
+
+def _line(prompt: str) -> str:
+    """Typed on the terminal, unseen.
+
+    Raises:
+        InvalidArgument: nothing was.
+    """
+    try:
+        return getpass.getpass(prompt)
+    except EOFError:
+        raise InvalidArgument("no password was typed") from None
+
+
 def _typed(prompt: str) -> int:
-    """A descriptor with a line that was typed on the terminal, unseen.
+    """A descriptor with a line that was typed.
 
     Raises:
         InvalidArgument: nothing was, or there is no such memory here.
     """
-    try:
-        line = getpass.getpass(prompt)
-    except EOFError:
-        raise InvalidArgument("no password was typed") from None
+    line = _line(prompt)
     if sys.platform != "linux":
         raise InvalidArgument("a password can be typed on Linux only; name a file with --cert-password-file")
     descriptor = os.memfd_create("bits-password")
@@ -182,6 +258,7 @@ class Order:
     helper: Identity
     proxy: str | None = None
     no_proxy: bool = False
+    proxy_login: ProxyLogin = ProxyLogin()
     helper_for: str | None = None
     sha256: str | None = None
     sha512: str | None = None
@@ -198,11 +275,22 @@ class Order:
         """Why the options cannot be meant together; None: they can."""
         if self.proxy is not None and self.no_proxy:
             return "--proxy and --no-proxy exclude each other"
+        if self.no_proxy and self.proxy_login.user is not None:
+            return "--no-proxy and --proxy-user exclude each other"
         if self.helper.given and self.helper_for is None:
             return "a helper needs --helper-for: local-file, network or both"
         if self.helper_for is not None and not self.helper.given:
             return "--helper-for needs a helper: --helper-user, --helper-keytab or --helper-ccache"
-        return self.cert.contradiction() or self.owner.contradiction() or self.helper.contradiction()
+        mine = self.cert.contradiction(stored=self.store is not None) or self.proxy_login.contradiction()
+        return mine or self.owner.contradiction() or self.helper.contradiction()
+
+    def credentials(self, login: Sequence[AuthCredentials], owner: Token | None, helper: Token | None) -> Sequence[AuthCredentials] | None:
+        """As `download()` takes them: a name and a password for the proxy leave the server what it would be shown without them."""
+        if not login:
+            return None
+        acting = helper if HelperTokenFlags.NETWORK in HELPER_FLAGS[self.helper_for] else owner
+        tickets = acting is not None and acting.has_credentials
+        return [*([AuthCredentials(AuthTarget.SERVER, AuthScheme.NEGOTIATE, None, None)] if tickets else []), *login]
 
     @property
     def proxies(self) -> ProxySettings | None:
@@ -281,9 +369,9 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 def _outcome(order: Order, report: Reporter, stop: "Stop") -> int:
     try:
-        certificate = order.cert.given()
+        secrets = Secrets(order.cert.given(), order.proxy_login.credentials())
         with asyncio.Runner(loop_factory=_new_loop) as runner:
-            path = runner.run(_fetch(order, certificate, report, stop))
+            path = runner.run(_fetch(order, secrets, report, stop))
     except BitsError as error:
         report.failed(error)
         _say(told(error))
@@ -297,7 +385,15 @@ def _outcome(order: Order, report: Reporter, stop: "Stop") -> int:
     return DONE
 
 
-async def _fetch(order: Order, certificate: ClientCertificate | None, report: Reporter, stop: "Stop") -> Path:
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """What was read or typed before the loop runs: both wait for a person."""
+
+    certificate: ClientCertificate | None
+    login: Sequence[AuthCredentials] = field(repr=False)
+
+
+async def _fetch(order: Order, secrets: Secrets, report: Reporter, stop: "Stop") -> Path:
     stop.listen(report)
     path, context = order.destination(), order.tls()
     owner, helper = await order.owner.token(), await order.helper.token()
@@ -305,6 +401,7 @@ async def _fetch(order: Order, certificate: ClientCertificate | None, report: Re
         order.url,
         path,
         proxy=order.proxies,
+        credentials=order.credentials(secrets.login, owner, helper),
         owner=owner,
         helper=helper,
         helper_flags=HELPER_FLAGS[order.helper_for],
@@ -315,9 +412,10 @@ async def _fetch(order: Order, certificate: ClientCertificate | None, report: Re
         retry_for=order.retry_for,
         maximum_bandwidth=order.maximum_bandwidth,
         segments=order.segments,
-        client_certificate=certificate,
+        client_certificate=secrets.certificate,
         store=order.store,
         ssl=context,
+        auth_rules=order.proxy_login.rules,
     )
 
 

@@ -80,45 +80,25 @@ class LocalIdentity(Protocol):
 @final
 class Token:
     """Someone who can act. Made by `for_process`, `for_user`, `for_network`, `from_delegated`, `logon_user()` and `s4u_logon()`;
-    never changed, stored or sent.
-
-    Attributes:
-        name: For people: the local user's name, or the principal of a token that has one.
-        sid: Who this is: "uid:1000", with a principal "uid:1000:alice@REALM", "network:alice@REALM" for somebody who is nobody on
-            this machine; on Windows a SID.
-        elevated: An administrator, or the process itself where it has an administrator's powers.
-        level: How far the holder may go.
-        local: How a thread becomes it.
-        security: Whose threads make its security contexts: `local`, or the process where it is nobody on this machine.
-        principal: Who it is on the network; None without a name there, or when it is whoever the process is.
-        proved: A KDC or an acceptor vouched for the principal, and a key of ours for them; otherwise it is a mere claim.
-        delegates: Whom it may hand its ticket-granting ticket.
-        has_credentials: Its maker gave it network credentials of its own.
-        logged_on: Its threads are logged on for the network by themselves: an access token of Windows.
-        session: The logon session it ends with; None: it is not tied to one.
-        fake: Made for tests; a real manager refuses it.
+    never changed, stored or sent. What its attributes mean, each says itself (`help(Token)`).
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_closed",
-        "_network",
-        "_release",
-        "_shared",
-        "delegates",
-        "elevated",
-        "fake",
-        "has_credentials",
-        "level",
-        "local",
-        "logged_on",
-        "name",
-        "principal",
-        "proved",
-        "security",
-        "session",
-        "sid",
-    )
+    __slots__ = {
+        "name": "For people: the local user's name, or the principal of a token that has one.",
+        "sid": 'Who this is: "uid:1000", with a principal "uid:1000:alice@REALM", "network:alice@REALM" for somebody who is nobody on '
+        "this machine; on Windows a SID.",
+        "elevated": "An administrator, or the process itself where it has an administrator's powers.",
+        "level": "How far the holder may go.",
+        "local": "How a thread becomes it.",
+        "security": "Whose threads make its security contexts: `local`, or the process where it is nobody on this machine.",
+        "principal": "Who it is on the network; None without a name there, or when it is whoever the process is.",
+        "proved": "A KDC or an acceptor vouched for the principal, and a key of ours for them; otherwise it is a mere claim.",
+        "delegates": "Whom it may hand its ticket-granting ticket.",
+        "has_credentials": "Its maker gave it network credentials of its own.",
+        "logged_on": "Its threads are logged on for the network by themselves: an access token of Windows.",
+        "session": "The logon session it ends with; None: it is not tied to one.",
+        "fake": "Made for tests; a real manager refuses it.",
+    } | dict.fromkeys(("__weakref__", "_closed", "_network", "_release", "_shared"), "")
 
     name: str
     sid: str

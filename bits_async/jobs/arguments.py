@@ -16,7 +16,7 @@ from ..identity.tokens import HelperTokenFlags
 from ..transport.answers import MAX_URL, check_url
 from ..transport.digests import Digests
 from ..transport.ranges import FileRange
-from .model import CostFlags, FileRecord, NotifyFlags
+from .model import CostFlags, FileRecord, JobPriority, NotifyFlags
 
 if TYPE_CHECKING:
     from yarl import URL
@@ -132,6 +132,19 @@ def checked_bool(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise InvalidArgument(f"{name} takes True or False, not {value!r}")
     return value
+
+
+def checked_priority(priority: object) -> JobPriority:
+    """A JobPriority.
+
+    Raises:
+        InvalidArgument: none; a number that is merely like one: E_NOTIMPL, as in BITS.
+    """
+    if isinstance(priority, JobPriority):
+        return priority
+    code = ErrorCode.E_NOTIMPL if isinstance(priority, int) else ErrorCode.E_INVALIDARG
+    advice = f"use one of {', '.join(f'JobPriority.{each.name}' for each in JobPriority)}"
+    raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}", code=code, advice=advice)
 
 
 def checked_helper_flags(flags: HelperTokenFlags) -> HelperTokenFlags:

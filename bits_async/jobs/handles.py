@@ -50,6 +50,7 @@ from .arguments import (
     checked_cost_flags,
     checked_file,
     checked_notify_flags,
+    checked_priority,
     checked_seconds,
     checked_text,
     file_record,
@@ -570,11 +571,10 @@ class Job:
         """Which jobs go first.
 
         Raises:
-            InvalidArgument: no JobPriority (E_NOTIMPL).
+            InvalidArgument: no JobPriority (a number: E_NOTIMPL, as in BITS).
             InvalidState: a job with another method than GET stays FOREGROUND (BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD).
         """
-        if not isinstance(priority, JobPriority):
-            raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}", code=ErrorCode.E_NOTIMPL)
+        checked_priority(priority)
         engine, entry = self._desk.ready(), self._entry
         async with engine.command(entry):
             if priority is not JobPriority.FOREGROUND and not entry.job.http.plain:

@@ -111,8 +111,17 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         cost_source: CostSource | None = None,
         key: KeySource = KeySource.file(),  # noqa: B008 - a frozen value
     ) -> None:
-        if not isinstance(key, KeySource):
-            raise InvalidArgument(f"key= takes a KeySource, not {type(key).__name__}")
+        wanted = {
+            "limits": (limits, Limits),
+            "timeouts": (timeouts, Timeouts),
+            "auth_rules": (auth_rules, AuthRules),
+            "key": (key, KeySource),
+        }
+        for name, (value, kind) in wanted.items():
+            if not isinstance(value, kind):
+                raise InvalidArgument(f"{name}= takes {kind.__name__}, not {type(value).__name__}")
+        if logon is not None and not callable(logon):
+            raise InvalidArgument(f"logon= takes a function, not {type(logon).__name__}")
         if ssl is not None and not isinstance(ssl, SSLContext):
             raise InvalidArgument(f"ssl= takes an ssl.SSLContext or None, not {ssl!r}")
         self._path = None if store is None else Path(os.path.abspath(os.fspath(store)))

@@ -434,8 +434,9 @@ class Attempt:
                 shelf.remove(batch[:1])
 
     async def _clear(self, shelf: _Shelf, files: TokenExecutor) -> None:
-        while shelf.files and await self._put_some_away(shelf, shelf.files[:SHELF_FILES], files):
-            pass
+        while shelf.files:
+            if not await self._put_some_away(shelf, shelf.files[:SHELF_FILES], files):
+                shelf.remove(shelf.files[:1])  # of what is wrong with it the next attempt hears
 
     async def _put_some_away(self, shelf: _Shelf, batch: Sequence[_Download], files: TokenExecutor) -> int:
         """How many of them, from the first on, are in part files and in the journal; the next one is to go alone."""

@@ -126,7 +126,7 @@ def test_what_is_typed_of_time_and_speed_reaches_the_download(monkeypatch: pytes
         (("--retry-for", "inf"), "--retry-for takes seconds"),
         (("--maximum-bandwidth", "inf"), "--maximum-bandwidth takes bytes per second, more than 0, not inf"),
         (("--proxy", ""), "--no-proxy is how to ask servers directly"),
-        (("--proxy", "http://me:pw@proxy.test"), "--keytab or --ccache say who you are"),
+        (("--proxy", "http://me:pw@proxy.test"), "--proxy-user and --proxy-password-file say who you are"),
         (("--user", ""), "--user is empty"),
         (("--ccache", ""), "--ccache is empty"),
         (("--helper-for", "network", "--helper-ccache", ""), "--helper-ccache is empty"),

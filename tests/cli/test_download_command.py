@@ -17,11 +17,13 @@ from bits_async import BitsError, LocalFileError, download
 from bits_async.cli.download import Identity, Order, Stop, _OneLine, told
 from bits_async.cli.progress import Reporter
 from tests.cli.command import Command, held, part_of
+from tests.doors import USERS
 from tests.local_users import LocalUser
 from tests.peers import Authority, Door, Fault, Hold, Origin, Proxy, answer, header_bomb, redirect
 
 BODY = os.urandom(3 * 1024 * 1024)
 SIGNED = "sig=top-secret-signature"
+ALICE, PASSWORD = next(iter(USERS.items()))
 
 
 # -- what it does
@@ -438,6 +440,47 @@ async def test_without_options_no_credentials_are_sent(command: Command) -> None
     assert not [seen for seen in origin.requests if seen.header("Authorization")]
 
 
+PROXY_OPTIONS = ("--proxy-user", ALICE, "--proxy-password-file", "word")
+
+
+@pytest.mark.parametrize("scheme", ["Digest", "NTLM", "Basic"])
+async def test_a_proxy_is_shown_the_name_and_the_password_of_the_options(
+    command: Command, origin: Origin, tmp_path: Path, scheme: str
+) -> None:
+    url, door = origin.serve("/file", b"bytes"), Door(scheme)
+    (tmp_path / "word").write_text(f"{PASSWORD}\n")
+    async with Proxy(door=door) as proxy:
+        done = await command("download", url, "file", "--proxy", proxy.url, *PROXY_OPTIONS, "--retry-for", "0")
+        if scheme == "Basic":  # everybody on the way could read it
+            assert done.code == 1
+            assert "permit BASIC over plain HTTP with --proxy-basic-over-http if it must be" in done.complaint
+            assert not [seen for seen in proxy.requests if seen.header("Proxy-Authorization")]
+            done = await command("download", url, "file", "--proxy", proxy.url, *PROXY_OPTIONS, "--proxy-basic-over-http")
+        assert done.code == 0, done.err
+    assert PASSWORD not in done.out + done.err
+    assert not [seen for seen in origin.requests if seen.header("Authorization") or seen.header("Proxy-Authorization")]
+
+
+async def test_a_proxys_password_can_be_typed(command: Command, origin: Origin) -> None:
+    async with Proxy(door=Door("Digest")) as proxy:
+        arguments = ("download", origin.serve("/file", b"bytes"), "file", "--proxy", proxy.url, "--proxy-user", ALICE)
+        running = await command.start(*arguments, "--ask-proxy-password", stdin=asyncio.subprocess.PIPE, start_new_session=True)
+        assert running.process.stdin is not None
+        running.process.stdin.write(f"{PASSWORD}\n".encode())
+        running.process.stdin.close()
+        done = await running.end()
+    assert done.code == 0, done.err
+
+
+async def test_who_is_refused_by_a_proxy_hears_of_the_option_and_the_call_that_say_who_he_is(command: Command, origin: Origin) -> None:
+    async with Proxy(door=Door("Digest")) as proxy:
+        refused = await command("download", origin.serve("/file", b"bytes"), "file", "--proxy", proxy.url)
+        assert "say who you are to the proxy with --proxy-user and --proxy-password-file" in refused.complaint
+        with pytest.raises(BitsError) as caught:
+            await download(origin.url("/file"), command.directory / "file", proxy=proxy.url, store=command.directory / "queue.db")
+        assert "Job.set_credentials with AuthTarget.PROXY" in caught.value.advice
+
+
 # -- other users of this machine
 
 
@@ -498,6 +541,11 @@ def test_t14_a_warning_is_one_line_without_a_traceback(capsys: pytest.CaptureFix
         (("ftp://host.test/file", "file"), "http"),
         (("http://me:pw@host.test/file", "file"), "user"),
         (("http://host.test/file", "file", "--sha256", "abc"), "sha256"),
+        (("http://host.test/file", "file", "--cert", "me", "--ask-cert-password", "--store", "queue.db"), "--cert-password-file"),
+        (("http://host.test/file", "file", "--proxy-user", "me"), "--proxy-password-file"),
+        (("http://host.test/file", "file", "--proxy-password-file", "word"), "--proxy-user"),
+        (("http://host.test/file", "file", "--proxy-user", "me", "--proxy-password-file", "/dev/null"), "no password"),
+        (("http://host.test/file", "file", "--no-proxy", *PROXY_OPTIONS), "--no-proxy"),
     ],
 )
 async def test_a_value_that_cannot_be_meant_is_a_wrong_command_line(command: Command, arguments: tuple[str, ...], said: str) -> None:

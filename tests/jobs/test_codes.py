@@ -202,7 +202,7 @@ async def part_file_removed(s: Scene) -> None:
 
 OCCUR: dict[ErrorCode, Callable[[Scene], Awaitable[object]]] = {
     ErrorCode.E_INVALIDARG: lambda s: s.manager.create_job(""),
-    ErrorCode.E_NOTIMPL: lambda s: s.job.set_priority("high"),
+    ErrorCode.E_NOTIMPL: lambda s: s.job.set_priority(9),
     ErrorCode.E_PENDING: judged_too_early,
     ErrorCode.E_ABORT: waited_for_in_vain,
     ErrorCode.E_ACCESSDENIED: jobs_of_everybody,

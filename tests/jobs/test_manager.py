@@ -510,6 +510,12 @@ async def test_run_false_edits_and_transfers_nothing(network, store, out):
     assert network.requests == []
 
 
+@pytest.mark.parametrize("option", ["limits", "timeouts", "auth_rules", "key", "logon"])
+def test_an_option_of_another_kind_is_refused_at_once_and_named(option):
+    with pytest.raises(bits.InvalidArgument, match=f"{option}= takes"):
+        bits.BitsManager(**{option: 3})
+
+
 async def test_a_second_manager_on_the_same_journal_is_refused(network, store):
     async with bits.BitsManager(store=store):
         with pytest.raises(bits.StoreError):

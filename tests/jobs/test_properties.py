@@ -90,6 +90,7 @@ async def test_a_property_is_kept_by_the_journal(tmp_path: Path, manager: bits.B
         ("set_description", None, ErrorCode.E_INVALIDARG),
         ("set_description", "x" * 1025, ErrorCode.BG_E_STRING_TOO_LONG),
         ("set_priority", 2, ErrorCode.E_NOTIMPL),
+        ("set_priority", "x", ErrorCode.E_INVALIDARG),
         ("set_use_stored_credentials", AuthTarget.SERVER, ErrorCode.BG_E_USE_STORED_CREDENTIALS_NOT_SUPPORTED),
         ("set_maximum_download_size", 0, ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_INVALID_VALUE),
         ("set_minimum_retry_delay", -1, ErrorCode.E_INVALIDARG),

@@ -307,6 +307,13 @@ async def test_a_slow_disk_is_not_taken_for_a_wait_when_time_is_fake(network, ma
         await job.wait()
 
 
+async def test_one_bad_file_keeps_no_other_that_has_come_from_the_disk_when_the_attempt_ends(network, job, out):
+    (out / "0").mkdir()
+    network.serve(f"{HOST}/9", b"", status=404)
+    await failed(job)
+    assert transferred(job) == list(range(1, 9))
+
+
 async def test_a_listener_of_a_job_of_many_files_costs_no_look_at_all_of_them_at_each_event(network, manager, out, monkeypatch):
     count, looks, size = 100, 0, FileRecord.size.fget
 
