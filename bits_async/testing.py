@@ -36,6 +36,7 @@ from .transport.ranges import Detached, Validator
 
 PIECE: Final = 64 << 10
 JUMP_AFTER: Final = 0.02  # real seconds during which nothing else may be about to happen
+STILL: Final = 20  # turns of the event loop in a row in which nobody is at work: on a busy machine that time may pass without one
 
 
 _at_work: ContextVar[bool] = ContextVar("bits_async_at_work", default=False)
@@ -52,7 +53,7 @@ class FakeClock:
         self._start = datetime(2030, 1, 1, tzinfo=UTC)
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
-        self._jump: asyncio.TimerHandle | None = None
+        self._jump: asyncio.Handle | None = None
         self._frozen = False
         self._busy = 0  # attempts that do something other than sleep: time does not jump over them
 
@@ -111,9 +112,13 @@ class FakeClock:
     def _arm(self) -> None:
         if self._jump is not None:
             self._jump.cancel()
-        self._jump = None if self._frozen else asyncio.get_running_loop().call_later(JUMP_AFTER, self._leap)
+        self._jump = None if self._frozen else asyncio.get_running_loop().call_later(JUMP_AFTER, self._leap, STILL)
 
-    def _leap(self) -> None:
+    def _leap(self, turns: int) -> None:
+        """The jump, `turns` turns of the loop from now, if nobody is at work until then."""
+        if turns and self._sleepers and not self._busy:
+            self._jump = asyncio.get_running_loop().call_soon(self._leap, turns - 1)
+            return
         self._jump = None
         while self._sleepers and not self._busy and not self._frozen:
             moment, _, future = heapq.heappop(self._sleepers)

@@ -347,8 +347,9 @@ class Attempt:
         """
         pair, executors = self._pair, self._shop.executors
         local, remote = pair.acting_for(HelperTokenFlags.LOCAL_FILE), pair.acting_for(HelperTokenFlags.NETWORK)
-        for token in {local, remote}:
-            pair.check_today(token, await executors.refresh(token))
+        with self._shop.clock.working():
+            for token in {local, remote}:
+                pair.check_today(token, await executors.refresh(token))
         with executors.lease(local, "files") as files, executors.lease(remote, "security") as security:
             count = sum(map(self._to_do, self._recorder.files))
             hands = max(1, min(self._recorder.job.files_at_once, count))

@@ -321,6 +321,18 @@ async def test_a_transient_error_is_retried_after_the_delay_and_says_so(network,
         assert network.clock.monotonic() - before >= 500
 
 
+async def test_a_cancelled_job_still_says_how_far_it_had_come(network, store, out):
+    network.serve(URL, BODY)
+    async with bits.BitsManager(store=store) as manager:
+        job = await make_job(manager, out)
+        await job.resume()
+        await job.wait()
+        before = job.progress
+        await job.cancel()
+        assert (job.progress, before.files_transferred) == (before, 1)
+        assert list(out.iterdir()) == []
+
+
 async def test_no_progress_ends_the_retries(network, store, out):
     network.serve(URL, BODY, status=503)
     async with bits.BitsManager(store=store) as manager:
