@@ -5,10 +5,14 @@ waited for.
 """
 
 import asyncio
+import contextvars
 import time
+from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -49,3 +53,30 @@ class SystemClock:
     def working(self) -> AbstractContextManager[None]:
         """The machine's time passes in any case."""
         return nullcontext()
+
+
+async def sooner(event: asyncio.Event, other: Coroutine[Any, Any, None]) -> None:
+    """Returns when the event is set or `other` has ended, whichever comes first; `other` is cancelled then."""
+    loop = asyncio.get_running_loop()
+    tasks = {loop.create_task(event.wait()), loop.create_task(other)}
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def finish(work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:
+    """Awaits work to its end, through cancels; then lets the cancel through (a failure is its cause)."""
+    loop = asyncio.get_running_loop()
+    task = work if isinstance(work, asyncio.Task) else loop.create_task(work, context=contextvars.Context())
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is not None:
+        raise cancelled from (None if task.cancelled() else task.exception())
+    return task.result()

@@ -76,14 +76,6 @@ def parse_params(lines: Sequence[str]) -> Mapping[str, str]:
     return MappingProxyType(params)
 
 
-def format_challenge(challenge: Challenge) -> str:
-    """The header line that `parse_challenges` reads back as this challenge."""
-    if challenge.token68 is not None:
-        return f"{challenge.scheme} {challenge.token68}"
-    params = ", ".join(f"{name}={quote(value)}" for name, value in challenge.params.items())
-    return f"{challenge.scheme} {params}".rstrip()
-
-
 def quote(text: str) -> str:
     """A quoted-string."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

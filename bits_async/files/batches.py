@@ -194,7 +194,7 @@ class WholeFile:
 
 
 async def store_whole(files: "TokenExecutor", wholes: "Sequence[WholeFile]", *, chosen_by_another: bool = False) -> list[PartRecord]:
-    """Put whole files into new part files, as `PartFile.create`, `write` and `sync` do: many in one hop, and each directory is synced
+    """Put whole files into new part files, as `PartFile.create`, `append` and `sync` do: many in one hop, and each directory is synced
     once.
 
     Returns:

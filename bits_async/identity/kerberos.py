@@ -364,12 +364,8 @@ _PROBLEMS: Final[dict[int, Problem]] = {
     ),
     -1765328160: Problem(_UNABLE, "there is no default realm", "name the principal with its realm, or set default_realm in krb5.conf"),
     -1765328377: Problem(_UNABLE, "the realm knows no such service", "use the host's full name in the URL, or register its HTTP service"),
-    -1765328347: Problem(
-        _UNABLE, "the clocks of this machine and of the realm differ too much", "set the clock", ErrorCode.ERROR_TIME_SKEW
-    ),
-    -1765328237: Problem(
-        _UNABLE, "the clocks of this machine and of the realm differ too much", "set the clock", ErrorCode.ERROR_TIME_SKEW
-    ),
+    -1765328347: _SKEW,
+    -1765328237: _SKEW,
     _EXPIRED: Problem(_UNABLE, "the tickets have expired", KINIT),
     -1765328243: Problem(_UNABLE, "there are no tickets in the cache", KINIT),
     -1765328189: Problem(_UNABLE, "there is no such ticket cache", KINIT),

@@ -28,7 +28,7 @@ from pathlib import PurePath
 from types import TracebackType
 from typing import Any, Final, Protocol
 
-from ..clock import Clock
+from ..clock import Clock, sooner
 from ..errors import BitsError, TokenRequired, show_text
 from ..identity.tokens import Token
 from ..transport.ranges import FileRange, joined
@@ -299,17 +299,7 @@ class Notifier:
             box.task = None
 
     async def _pause(self, box: Outbox, delay: float) -> None:
-        async def timer() -> None:
-            await self._clock.sleep(delay)
-
-        loop = asyncio.get_running_loop()
-        tasks = {loop.create_task(box.news.wait()), loop.create_task(timer())}
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await sooner(box.news, self._clock.sleep(delay))
 
     async def _deliver(self, subject: Subject, due: Due) -> None:
         """To the callback; where there is none or it failed, a job's end to the command. What is owed is tried again later."""

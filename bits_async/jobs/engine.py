@@ -29,7 +29,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from ..auth.policy import Origin
-from ..clock import Clock
+from ..clock import Clock, finish, sooner
 from ..errors import (
     BitsError,
     ErrorCode,
@@ -79,7 +79,7 @@ from .model import (
 from .notify import Event, EventStream, FileRestarted, FileTransferred, JobChanged, Progress, Retrying
 from .roster import AHEAD, Entry, Roster
 from .scheduler import Candidate, Limits, choose, may_retry, retry_delay
-from .store import Store, finish
+from .store import Store
 from .transfer import Attempt, Workshop
 
 COMMIT_AT_ONCE: Final = 256  # files that are renamed in one hop and journalled in one transaction
@@ -921,14 +921,7 @@ class Engine:
         if deadline is None:
             await self._wake.wait()
             return
-        loop = asyncio.get_running_loop()
-        tasks = {loop.create_task(self._wake.wait()), loop.create_task(self._timer(deadline))}
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await sooner(self._wake, self._timer(deadline))
 
     async def _timer(self, deadline: float) -> None:
         await self.clock.sleep(deadline - self.clock.monotonic())  # less than was left when the deadline was found

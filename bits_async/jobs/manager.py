@@ -16,7 +16,7 @@ from uuid import UUID
 from ..auth.policy import AuthCredentials, AuthRules, Refusals
 from ..auth.renewal import Renewals
 from ..auth.tickets import Tickets
-from ..clock import Clock, SystemClock
+from ..clock import Clock, SystemClock, finish
 from ..errors import AccessDenied, BitsError, InvalidArgument, NotFound, StoreError
 from ..identity import native
 from ..identity.processes import run_command
@@ -47,7 +47,7 @@ from .places import OneShot, default_store, locked, make_state_directories, priv
 from .policies import CostSource, GroupPolicy, effective_limits, overrides
 from .roster import Entry
 from .scheduler import Limits
-from .store import SqliteStore, finish
+from .store import SqliteStore
 from .transfer import Workshop
 
 if TYPE_CHECKING:

@@ -533,13 +533,3 @@ class CostSource(Protocol):
     def watch(self) -> AsyncIterator[CostFlags]:
         """The cost now, at once, and then each change of it; the end means that the last one stays."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class ConstantCost:
-    """A connection whose cost never changes."""
-
-    cost: CostFlags = CostFlags.UNRESTRICTED
-
-    async def watch(self) -> AsyncIterator[CostFlags]:
-        yield self.cost

@@ -24,12 +24,11 @@ no manager, no token, no network.
 
 import asyncio
 import contextlib
-import contextvars
 import json
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from uuid import UUID, uuid4
 
 import aiosqlite
 
+from ..clock import finish
 from ..errors import BitsError, ErrorCode, InvalidState, StoreError, scrub
 from . import statements
 from .columns import EPOCH, MICROSECOND, Row, Values, column_value, maybe_time, owner_text, row_of, text_out
@@ -695,21 +695,6 @@ def _fault(exc: sqlite3.Error, path: Path) -> StoreError:
     code, why, advice = _FAULTS.get(number & 0xFF, (ErrorCode.BG_E_DATABASE_CORRUPT, "it does not fit this program", None))
     transient = number & 0xFF in _TRANSIENT
     return StoreError(f"the journal cannot be used: {why} ({name})", code=code, transient=transient, path=path, advice=advice)
-
-
-async def finish(work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:
-    """Awaits work to its end, through cancels; then lets the cancel through (a failure is its cause)."""
-    loop = asyncio.get_running_loop()
-    task = work if isinstance(work, asyncio.Task) else loop.create_task(work, context=contextvars.Context())
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as exc:
-            cancelled = exc
-    if cancelled is not None:
-        raise cancelled from (None if task.cancelled() else task.exception())
-    return task.result()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
-from ..clock import Clock
+from ..clock import Clock, finish
 from ..errors import BitsError, ErrorCode, ErrorContext, LocalFileError, NetworkError, ValidationFailed, make_error, show_url
 from ..files.batches import WholeFile, store_whole
 from ..files.leftovers import discard_part
@@ -48,7 +48,6 @@ from ..transport.ranges import (
 )
 from ..transport.timeouts import Pace, Timeouts
 from .model import FileRecord, JobRecord
-from .store import finish
 
 WRITE_BATCH: Final = 1 << 20
 WRITE_AFTER: Final = 0.25  # seconds of silence after which a smaller batch is written

@@ -11,7 +11,6 @@ from bits_async.auth.challenge import (
     MAX_PARAMS,
     MAX_TEXT,
     Challenge,
-    format_challenge,
     parse_challenges,
     parse_params,
     quote,
@@ -126,9 +125,16 @@ challenges = st.one_of(
 )
 
 
+def written_out(challenge: Challenge) -> str:
+    if challenge.token68 is not None:
+        return f"{challenge.scheme} {challenge.token68}"
+    params = ", ".join(f"{name}={quote(value)}" for name, value in challenge.params.items())
+    return f"{challenge.scheme} {params}".rstrip()
+
+
 @given(st.lists(st.lists(challenges, max_size=4), max_size=4))
 def test_what_is_written_is_read_back(lines: list[list[Challenge]]) -> None:
-    written = [", ".join(format_challenge(challenge) for challenge in line) for line in lines]
+    written = [", ".join(written_out(challenge) for challenge in line) for line in lines]
     assert list(parse_challenges(written)) == [challenge for line in lines for challenge in line]
 
 

@@ -12,9 +12,7 @@ from bits_async.jobs import policies
 from bits_async.jobs.model import JobPriority
 from bits_async.jobs.policies import (
     Bandwidth,
-    ConstantCost,
     CostFlags,
-    CostSource,
     GroupPolicy,
     InternetBandwidth,
     MachineZone,
@@ -465,9 +463,3 @@ def test_a_job_that_costs_too_much_is_told_what_it_would_cost():
     assert error.code == ErrorCode.BG_E_BLOCKED_BY_COST_TRANSFER_POLICY
     assert error.transient
     assert "USAGE_BASED, ROAMING" in str(error)
-
-
-async def test_a_constant_cost_is_told_once():
-    source: CostSource = ConstantCost(C.ROAMING)
-    assert [cost async for cost in source.watch()] == [C.ROAMING]
-    assert [cost async for cost in ConstantCost().watch()] == [C.UNRESTRICTED]
