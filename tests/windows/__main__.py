@@ -2,22 +2,24 @@
 
 The servers of the realm run on this machine, as in the other tests; pytest runs in the Windows CPython under Wine, which reaches them
 on loopback. Wine's Kerberos is this machine's: its one ticket cache stands for the logon session's tickets, and is alice's. What the
-tests need to know is in the file that BITS_STAGE names. The exit code is pytest's.
+tests need to know is in the file that BITS_STAGE names. A test that
+stands still does not hold up the others: `rounds` says what becomes of it. The exit code is pytest's.
 """
 
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.peers import Authority
 from tests.realms import Apache, MitKdc, free_port, make_world_directory
 from tests.windows.machine import NoWindows, Windows, windows
+from tests.windows.rounds import LIMIT, Ended, run
 from tests.windows.suite import WHERE
 
 ALICE = "alice"
-DEADLINE = 900.0  # seconds for all of pytest; it takes two minutes on a machine that has nothing else to do
 
 
 def main(arguments: list[str]) -> int:
@@ -67,16 +69,31 @@ def _write_stage(machine: Windows, directory: Path, kdc: MitKdc, apache: Apache)
 
 
 def _pytest(machine: Windows, arguments: list[str], directory: Path, **environment: str) -> int:
-    temporary = directory / "tmp"
-    temporary.mkdir()
     where = [] if any(not argument.startswith("-") for argument in arguments) else WHERE
-    told = directory / "result.xml"
-    options = ["-p", "no:cacheprovider", "--timeout=180", f"--basetemp={machine.path(temporary)}", f"--junitxml={machine.path(told)}"]
-    code = machine.run(machine.python, "-m", "pytest", *options, *where, *arguments, deadline=DEADLINE, **environment)
-    if not told.exists():  # Wine may end a program that broke with 0
-        print("make test-windows: pytest did not come to its end", file=sys.stderr)
-        return code or 1
-    return code
+
+    def process(diary: Path, leave_out: Path, is_lost: Callable[[], bool]) -> Ended:
+        temporary = directory / f"tmp-{diary.name}"
+        temporary.mkdir()
+        # `witness` limits the tests' time: pytest-timeout would end the process, and what it knew would be lost.
+        options = [
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "tests.windows.witness",
+            "-p",
+            "tests.windows.wake_ups",
+            "--timeout=0",
+            f"--basetemp={machine.path(temporary)}",
+        ]
+        told = {"BITS_DIARY": machine.path(diary), "BITS_LEAVE_OUT": machine.path(leave_out), "BITS_LIMIT": str(LIMIT)}
+        command = (machine.python, "-m", "pytest", *options, *where, *arguments)
+        return machine.run(*command, is_lost=is_lost, **environment, **told)
+
+    return run(process, directory, say=_say)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

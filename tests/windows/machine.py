@@ -13,9 +13,11 @@ import tarfile
 import threading
 import tomllib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.windows.rounds import Ended
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".make" / "windows"
@@ -47,28 +49,25 @@ class Windows:
         """What a file of this machine is called there: Wine's drive Z is the whole of it."""
         return "Z:" + str(path).replace("/", "\\")
 
-    def run(self, *command: str, deadline: float, **environment: str) -> int:
-        """Runs a program there; what it writes comes out here as it comes. Returns its exit code.
+    def run(self, *command: str, is_lost: Callable[[], bool], **environment: str) -> Ended:
+        """Runs a program there; what it writes comes out here as it comes. Once a second `is_lost` is asked whether to end it."""
+        over, lost = threading.Event(), threading.Event()
 
-        Raises:
-            NoWindows: it did not end within the deadline (seconds), and was ended with all the others.
-        """
-        ended = threading.Event()
+        def watch() -> None:
+            while not over.wait(1.0):
+                if is_lost():
+                    lost.set()
+                    self.shut_down()
+                    return
 
-        def end() -> None:
-            ended.set()
-            self.shut_down()
-
-        watch = threading.Timer(deadline, end)
-        watch.daemon = True
-        watch.start()
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
         try:
             code = self._run(command, environment)
         finally:
-            watch.cancel()
-        if ended.is_set():
-            raise NoWindows(f"{' '.join(command[:4])} ... did not end within {deadline:g} s")
-        return code
+            over.set()
+            watcher.join()
+        return Ended(code, lost.is_set())
 
     def _run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         with subprocess.Popen(
