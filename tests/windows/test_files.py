@@ -82,12 +82,13 @@ async def test_a_queue_is_kept_over_a_restart(tmp_path: Path) -> None:
         job = await manager.create_job("restart", priority=JobPriority.FOREGROUND)
         await job.add_file(stage().url + "/pub/big?restart", path)
         await job.set_proxy_settings(bits.ProxySettings.no_proxy())
+        await job.set_no_progress_timeout(0)  # an error is told, and not waited out
         name = job.id
     async with bits.BitsManager(store=store) as manager:
         job = await manager.get_job(name)
         await job.resume()
         await job.wait()
-        assert job.state is JobState.TRANSFERRED
+        assert (job.state, job.error) == (JobState.TRANSFERRED, None)
         await job.complete()
     assert hashlib.sha256(path.read_bytes()).hexdigest() == stage().sha256
 

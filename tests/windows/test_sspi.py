@@ -38,12 +38,21 @@ async def fetch(
     rules: AuthRules = HERE,
     tls: bool = False,
 ) -> str:
-    """The hash of what was downloaded. Each test asks for a target that no other does, so that it finds its own lines in the log."""
+    """The hash of what was downloaded. Each test asks for a target that no other does, so that it finds its own lines in the log. The
+    first error is told, and not waited out."""
     url = (stage().tls_url if tls else stage().url) + target
     context = ssl.create_default_context(cafile=stage().ca_file) if tls else None
     flags = HelperTokenFlags.NONE if helper is None else HelperTokenFlags.NETWORK
     done = await bits.download(
-        url, path, owner=owner, helper=helper, helper_flags=flags, credentials=list(credentials), auth_rules=rules, ssl=context
+        url,
+        path,
+        owner=owner,
+        helper=helper,
+        helper_flags=flags,
+        credentials=list(credentials),
+        auth_rules=rules,
+        ssl=context,
+        retry_for=0,
     )
     return hashlib.sha256(Path(done).read_bytes()).hexdigest()
 
