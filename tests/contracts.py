@@ -20,6 +20,7 @@ from bits_async.files.records import PartRecord
 from bits_async.identity.tokens import HelperTokenFlags
 from bits_async.jobs.model import (
     CostFlags,
+    FileCommitted,
     FileRecord,
     GrantRecord,
     GrantRemoved,
@@ -188,6 +189,26 @@ class StoreContract:
         (stored,) = await again()
         by_place = sorted(grants, key=lambda grant: (grant.target.value, grant.scheme.value))
         assert look(stored) == look(StoredJob(job, (first, second), tuple(by_place)))
+
+    async def test_of_a_file_that_got_its_name_nothing_else_changes(self, store: Store, again: Any) -> None:
+        """In whatever transaction it comes, and in whatever order: the last word counts."""
+        job = a_job()
+        files = [a_file(job, index, restarts=index, slices=(Slice(0, 5, 5, 5),)) for index in range(4)]
+        await store.save(job, *files)
+        await store.save(FileCommitted(job.id, 0), FileCommitted(job.id, 1))
+        await store.save(replace(files[2], restarts=7), FileCommitted(job.id, 2), FileCommitted(job.id, 3), files[3])
+        await store.close()
+        (stored,) = await again()
+        named = {"committed": True, "validated": True}
+        wanted = (replace(files[0], **named), replace(files[1], **named), replace(files[2], restarts=7, **named), files[3])
+        assert look(stored) == look(StoredJob(job, wanted, ()))
+
+    async def test_a_file_of_a_job_that_is_gone_gets_no_name(self, store: Store) -> None:
+        job = a_job()
+        await store.save(job, a_file(job, 0))
+        await store.save(FileCommitted(job.id, 0), JobRemoved(job.id))
+        with pytest.raises(NotFound):
+            await store.save(FileCommitted(job.id, 0))
 
     async def test_the_ranges_of_a_file_and_the_switches_of_a_job_are_there_after_a_restart(self, store: Store, again: Any) -> None:
         job = a_job(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -21,15 +22,17 @@ _LARGEST: Final = 2**63 - 1
 
 
 def row_of(**columns: Any) -> Values:
-    """Each as `column_value` gives it."""
-    return {name: column_value(value) for name, value in columns.items()}
+    """Each as `column_value` gives it; most values are kept as they are, and a file has many of them."""
+    return {
+        name: value
+        if value is None or (kind := type(value)) is bool or (kind is str and value.isascii()) or (kind is int and 0 <= value <= _LARGEST)
+        else column_value(value)
+        for name, value in columns.items()
+    }
 
 
 def column_value(value: Any) -> Any:
     """How the journal keeps a value."""
-    kind = type(value)
-    if value is None or kind is float or (kind is str and value.isascii()) or (kind is int and -_LARGEST <= value <= _LARGEST):
-        return value  # most are
     match value:
         case None | bytes() | float():
             return value
@@ -37,13 +40,20 @@ def column_value(value: Any) -> Any:
             return int(value)
         case int():
             return int(value) if abs(value) <= _LARGEST else str(value).encode()  # a server may claim any size
-        case str() | Path() | UUID():
+        case UUID():
+            return _uuid_text(value)
+        case str() | Path():
             return _text_in(str(value))
         case datetime():
             return (value - EPOCH) // MICROSECOND
         case Enum():
             return value.value
     raise TypeError(f"no column for {type(value).__name__}")
+
+
+@lru_cache(maxsize=64)  # of many files the jobs are few
+def _uuid_text(value: UUID) -> str:
+    return str(value)
 
 
 def _text_in(text: str) -> str | bytes:

@@ -61,6 +61,7 @@ from .model import (
     Change,
     Command,
     Completion,
+    FileCommitted,
     FileRecord,
     GrantRecord,
     GrantRemoved,
@@ -160,8 +161,9 @@ class _Report:
     def _transferred(self, file: FileRecord) -> None:
         entry = self._entry
         self._reached(file.index, file.size or 0)
-        now, url, size = self._engine.clock.now(), show_url(file.url), file.size or 0
-        self._engine.publish(FileTransferred(time=now, job_id=entry.job.id, url=url, path=file.path, size=size))
+        if self._engine.listened:
+            now, url, size = self._engine.clock.now(), show_url(file.url), file.size or 0
+            self._engine.publish(FileTransferred(time=now, job_id=entry.job.id, url=url, path=file.path, size=size))
         entry.outbox.turns[file.index] += 1
         self._engine.notifier.look(entry)
 
@@ -434,8 +436,8 @@ class Engine:
         if trouble is not None:
             raise trouble.located()
 
-    async def change(self, entry: Entry, *, files: Sequence[FileRecord] = (), **fields: Any) -> None:
-        """Journal new values of a job (and of files of it), then show them."""
+    async def change(self, entry: Entry, *, files: Sequence[FileRecord] = (), committed: Sequence[int] = (), **fields: Any) -> None:
+        """Journal new values of a job (and of files of it), then show them. `committed`: files, by index, that have their names now."""
         async with entry.changing:
             if entry.job.state.is_final:
                 return  # it left the queue while this waited, or is another owner's: the journal must not get it back
@@ -444,9 +446,10 @@ class Engine:
                 fields["owed"] = owed_in(fields["state"], entry.job.notify_flags)
             if "no_progress_timeout" in fields and _awaited(entry.job) is not None:
                 fields["gives_up_at"] = self._patience(entry, fields["no_progress_timeout"])
-            await self.save(replace(entry.job, **fields), *files, then=partial(self._show, entry, files, fields))
+            named = [FileCommitted(entry.job.id, index) for index in committed]
+            await self.save(replace(entry.job, **fields), *files, *named, then=partial(self._show, entry, files, committed, fields))
 
-    def _show(self, entry: Entry, files: Sequence[FileRecord], fields: dict[str, Any]) -> None:
+    def _show(self, entry: Entry, files: Sequence[FileRecord], committed: Sequence[int], fields: dict[str, Any]) -> None:
         before = entry.job
         entry.job = replace(entry.job, **fields)  # a server may have answered in the meantime
         self.roster.changed(before, entry.job)
@@ -454,6 +457,8 @@ class Engine:
             self._moments_stale = True
         for file in files:
             entry.put(file)
+        for index in committed:
+            entry.put(replace(entry.files[index], committed=True, validated=True))
         if entry.bucket is not None:
             if "maximum_bandwidth" in fields:
                 entry.bucket.set_rate(entry.job.maximum_bandwidth)
@@ -503,7 +508,7 @@ class Engine:
 
     def publish_progress(self, entry: Entry) -> None:
         """Tell the listeners how far the job is."""
-        if not self._streams:
+        if not self.listened:
             return
         p = entry.progress
         self.publish(
@@ -517,6 +522,11 @@ class Engine:
                 files_transferred=p.files_transferred,
             )
         )
+
+    @property
+    def listened(self) -> bool:
+        """Somebody reads events."""
+        return bool(self._streams)
 
     def publish(self, event: Event) -> None:
         """Hand an event to every stream."""
@@ -793,7 +803,7 @@ class Engine:
                 if not done:
                     await self._commit(entry, waiting[0])
                     done = 1
-                await self.change(entry, files=[replace(file, committed=True, validated=True) for file in waiting[:done]])
+                await self.change(entry, committed=[file.index for file in waiting[:done]])
             dropped = [file for file in entry.files if not file.transferred]
             async with self._discarded_parts(entry, dropped) as left:
                 await self._leave(entry, state)

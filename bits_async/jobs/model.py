@@ -490,7 +490,15 @@ class GrantRemoved:
     scheme: AuthScheme
 
 
-Change = JobRecord | FileRecord | GrantRecord | JobRemoved | GrantRemoved
+@dataclass(frozen=True, slots=True)
+class FileCommitted:
+    """A change for the journal: the file has its name, and nothing else of it is new. Cheaper than the whole `FileRecord`."""
+
+    job_id: UUID
+    index: int
+
+
+Change = JobRecord | FileRecord | FileCommitted | GrantRecord | JobRemoved | GrantRemoved
 
 
 @dataclass(frozen=True, slots=True)

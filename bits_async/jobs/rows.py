@@ -39,6 +39,7 @@ from .columns import (
 from .model import (
     Change,
     CostFlags,
+    FileCommitted,
     FileRecord,
     GrantRecord,
     GrantRemoved,
@@ -99,6 +100,7 @@ class Batch:
     jobs: dict[UUID, JobRecord] = field(default_factory=dict)
     files: dict[tuple[UUID, int], FileRecord] = field(default_factory=dict)
     slices: dict[tuple[UUID, int], list[Values]] = field(default_factory=dict)  # of the files, as they were at the call
+    committed: dict[tuple[UUID, int], None] = field(default_factory=dict)  # after the files
     grants: dict[tuple[UUID, AuthTarget, AuthScheme], GrantRecord | None] = field(default_factory=dict)  # None: removed
 
     def add(self, change: Change) -> None:
@@ -108,6 +110,9 @@ class Batch:
             case FileRecord():
                 self.files[change.job_id, change.index] = change
                 self.slices[change.job_id, change.index] = _slice_rows(change)
+                self.committed.pop((change.job_id, change.index), None)
+            case FileCommitted():
+                self.committed[change.job_id, change.index] = None
             case GrantRecord():
                 self.grants[change.job_id, change.target, change.scheme] = change
             case GrantRemoved():
@@ -119,10 +124,11 @@ class Batch:
         self.removed[job_id] = None
         self.jobs.pop(job_id, None)
         self.files = {key: value for key, value in self.files.items() if key[0] != job_id}
+        self.committed = {key: None for key in self.committed if key[0] != job_id}
         self.grants = {key: value for key, value in self.grants.items() if key[0] != job_id}
 
     def job_ids(self) -> list[UUID]:
-        mentioned = (*self.jobs, *(key[0] for key in self.files), *(key[0] for key in self.grants))
+        mentioned = (*self.jobs, *(key[0] for key in (*self.files, *self.committed)), *(key[0] for key in self.grants))
         return list(dict.fromkeys(mentioned))
 
     def owners(self, before: Mapping[UUID, str]) -> dict[UUID, str]:
@@ -137,6 +143,7 @@ class _Rows:
     files: list[Values]
     ranges: list[Values]
     slices: list[Values]
+    committed: list[Values]
     grants: list[Values]
     grants_removed: list[Values]
 
@@ -150,13 +157,15 @@ class Writer:
 
     def rows(self, batch: Batch, owners: Mapping[UUID, str]) -> _Rows:
         for job_id in batch.job_ids():
-            if job_id not in owners and any(key[0] == job_id for key in (*batch.files, *(k for k, v in batch.grants.items() if v))):
+            needing = (*batch.files, *batch.committed, *(k for k, v in batch.grants.items() if v))
+            if job_id not in owners and any(key[0] == job_id for key in needing):
                 raise NotFound(job_id=job_id)
         return _Rows(
             [_job_row(job) | self._headers_of(job) for job in batch.jobs.values()],
             [self._file_row(file, owners[file.job_id]) for file in batch.files.values()],
             [row for file in batch.files.values() for row in _range_rows(file)],
             [row for each in batch.files for row in batch.slices[each]],
+            [row_of(job_id=job_id, file_index=index) for job_id, index in batch.committed],
             [self._grant_row(grant, owners[grant.job_id]) for grant in batch.grants.values() if grant],
             [self._grant_removed(*key) for key, grant in batch.grants.items() if grant is None],
         )
@@ -341,7 +350,7 @@ def _range_rows(file: FileRecord) -> list[Values]:
 
 
 def _slice_rows(file: FileRecord) -> list[Values]:
-    job = str(file.job_id)
+    job = column_value(file.job_id)
     return [
         {
             "job_id": job,

@@ -637,6 +637,7 @@ class SqliteStore:
         statements.put(db, "ranges", rows.ranges, key=("job_id", "file_index", "range_index"))  # a file keeps its ranges
         statements.each(db, "DELETE FROM slices WHERE job_id = :job_id AND file_index = :file_index", rows.files)
         statements.put(db, "slices", rows.slices, key=("job_id", "file_index", "slice_index"))
+        statements.each(db, statements.COMMITTED, rows.committed)
         statements.each(db, "DELETE FROM grants WHERE job_id = :job_id AND target = :target AND scheme = :scheme", rows.grants_removed)
         statements.put(db, "grants", rows.grants, key=("job_id", "target", "scheme"))
 
