@@ -124,6 +124,8 @@ class Run:
                 assert has_files, story
             elif verb == "resumed":
                 assert state in WORKING | {JobState.TRANSFERRED, JobState.ERROR}, story
+            elif verb == "transferred":  # and killed before it said what it does with it
+                assert state is JobState.TRANSFERRED, story
             elif verb == "failed":
                 assert state is JobState.ERROR, story
             else:
