@@ -740,7 +740,8 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\
 
 def show_text(text: str, limit: int = 200) -> str:
     """Text of a peer, fit for one line of a terminal: no control characters or direction marks, bounded (T14)."""
-    text = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+    if not (text.isascii() and text.isprintable()):
+        text = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

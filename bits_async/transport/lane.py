@@ -747,7 +747,8 @@ class Lanes:
         url = check_url(asked.url)
         been = {(party.options.method, url)}
         while True:
-            async with self._lane_for(party, url) as lane:
+            host, lane = await self._take(party, url)
+            try:
                 with _Placed(url, party.token.name):
                     body, onward = await self._ask(lane, party, asked.at(url))
                 if body is not None:
@@ -756,6 +757,8 @@ class Lanes:
                     finally:
                         body.close()
                     return
+            finally:
+                self._give_back(host, lane)
             with _Placed(url, party.token.name):
                 party, url = _follow(party, url, onward, been)
 
@@ -811,26 +814,32 @@ class Lanes:
 
     # -- keeping lanes
 
-    @asynccontextmanager
-    async def _lane_for(self, party: Party, url: str) -> AsyncIterator[Lane]:
-        """A lane that may be used for this party and URL, for the time of the block; waits for its turn at the host."""
+    async def _take(self, party: Party, url: str) -> tuple[_Host, Lane]:
+        """A lane that may be used for this party and URL, until `_give_back`; waits for its turn at the host."""
         with _Placed(url, party.token.name):
             key, offers = self._key(party, url)
-        host = self._hosts.setdefault(key.origin.host, _Host(self._limit))
+        name = key.origin.host
+        host = self._hosts.get(name) or self._hosts.setdefault(name, _Host(self._limit))
         host.users += 1
         try:
-            async with host.turn:
-                if self._closed:
-                    raise ManagerClosed()
-                lane = host.take(key) or self._new_lane(host, key, offers, party)
-                host.busy.add(lane)
-                try:
-                    yield lane
-                finally:
-                    host.busy.discard(lane)
-                    self._give_back(host, lane)
-        finally:
-            host.users -= 1
+            await host.turn.acquire()
+        except BaseException:
+            self._leave(host)
+            raise
+        try:
+            if self._closed:
+                raise ManagerClosed()
+            lane = host.take(key) or self._new_lane(host, key, offers, party)
+        except BaseException:
+            host.turn.release()
+            self._leave(host)
+            raise
+        host.busy.add(lane)
+        return host, lane
+
+    def _leave(self, host: _Host) -> None:
+        host.users -= 1
+        if not (host.users or host.idle):
             self._forget_empty_hosts()
 
     def _key(self, party: Party, url: str) -> tuple[LaneKey, dict[Seat, Offers]]:
@@ -866,6 +875,13 @@ class Lanes:
         return Lane(key, offers, party, self._refusals, self._tickets)
 
     def _give_back(self, host: _Host, lane: Lane) -> None:
+        """The request is over; somebody else may have the lane, or the host's turn."""
+        host.busy.discard(lane)
+        self._keep_or_close(host, lane)
+        host.turn.release()
+        self._leave(host)
+
+    def _keep_or_close(self, host: _Host, lane: Lane) -> None:
         if self._closed:
             return  # aclose() has closed it already
         if lane.withdrawn or lane.failed:

@@ -49,7 +49,11 @@ class Pace:
         self._waited = 0.0
         self._count = 0
         self.too_slow = False  # over one window it was
-        self.told = f"less than {self._limit:g} bytes a second for {self._window:g} seconds"
+
+    @property
+    def told(self) -> str:
+        """What is too slow, for people."""
+        return f"less than {self._limit:g} bytes a second for {self._window:g} seconds"
 
     def waited(self, seconds: float) -> None:
         """So long nothing was there to read."""
