@@ -658,14 +658,21 @@ _CODE_OF_ERRNO: Mapping[int, int] = MappingProxyType(
 )
 
 
+_ADVICE_OF_ERRNO: Mapping[int, str] = MappingProxyType(  # where the code's own would lead astray
+    {
+        errno.EROFS: "make its file system writable (a fault of the disk makes some read-only: see the system's log), then resume the job",
+        getattr(errno, "EDQUOT", -1): "make room within the user's quota; the job then goes on from where it stopped",
+    }
+)
+
+
 def error_from_os(exc: OSError, *, path: Path | str, identity: str | None, doing: str = "use") -> BitsError:
     """The LOCAL_FILE error for a failed file call. `doing` is the verb of its sentence: "cannot <doing> <path>"."""
     code = _CODE_OF_ERRNO.get(exc.errno or 0, ErrorCode.ERROR_WRITE_FAULT)
     if getattr(exc, "winerror", None) in (32, 33):  # another program has it open, or a part of it locked: to Python no permission
         code = ErrorCode.ERROR_SHARING_VIOLATION
-    return make_error(
-        code, ErrorContext.LOCAL_FILE, f"cannot {doing} the file: {exc.strerror or type(exc).__name__}", path=path, identity=identity
-    )
+    message = f"cannot {doing} the file: {exc.strerror or type(exc).__name__}"
+    return make_error(code, ErrorContext.LOCAL_FILE, message, path=path, identity=identity, advice=_ADVICE_OF_ERRNO.get(exc.errno or 0))
 
 
 _REVOCATION: Mapping[int, int] = MappingProxyType(  # by OpenSSL's X509_V_ERR_*

@@ -4,7 +4,7 @@ r"""The manager as a background task inside an aiohttp web application: download
     GET  /downloads/{id}                                 -> {"state": "TRANSFERRING", "bytes_transferred": ..., ...}
 
 SIGTERM and Ctrl-C stop it: every transfer stops at a durable point, and goes on when the application is started again on the same
-directory. Run without arguments it downloads from a server of its own:
+directory. background_task.service runs it under systemd. Run without arguments it downloads from a server of its own:
 
     python examples/background_task.py [--port PORT] [--directory DIR --origin URL]
 """
@@ -41,6 +41,7 @@ class Downloads:
     proxy: bits.ProxySettings
     credentials: Sequence[bits.AuthCredentials]
     finished: dict[UUID, dict[str, Any]] = field(default_factory=dict)
+    later: set[bits.Job] = field(default_factory=set)
 
     async def start(self, url: str, name: str) -> UUID:
         # Whoever may ask us chooses neither our servers (they would get our credentials) nor our paths.
@@ -82,8 +83,13 @@ class Downloads:
         try:
             (path,) = await job.complete()
             self.finished[job.id] = {"state": job.state.name, "path": str(path)}
+            self.later.discard(job)
         except bits.InvalidState:
             pass  # completed a moment ago: it was in the list and in an event
+        except bits.StoreError as error:
+            if not error.transient:
+                raise
+            self.later.add(job)  # the journal cannot be written now; jobs that somebody holds are told of again when it can
         except bits.LocalFileError as error:
             self.finished[job.id] = {"state": job.state.name, "error": str(error)}
 
@@ -97,6 +103,10 @@ async def post(request: web.Request) -> web.Response:
         job_id = await request.app[DOWNLOADS].start(str(wish["url"]), str(wish["name"]))
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:  # bits.InvalidArgument is a ValueError
         raise web.HTTPBadRequest(text=str(error)) from None
+    except bits.StoreError as error:
+        if not error.transient:
+            raise
+        raise web.HTTPServiceUnavailable(text="the queue cannot be written now; try again later") from error
     return web.json_response({"id": str(job_id)}, status=202, headers={"Location": f"/downloads/{job_id}"})
 
 

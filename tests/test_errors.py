@@ -65,6 +65,11 @@ def test_a_status_is_transient_or_fatal_as_in_bits(status, transient):
     assert "abc" not in str(error)
 
 
+@pytest.mark.parametrize(("number", "what"), [(errno.EROFS, "file system writable"), (errno.EDQUOT, "quota")])
+def test_an_error_of_the_volume_is_not_blamed_on_permissions_nor_on_the_volumes_size(number: int, what: str) -> None:
+    assert what in error_from_os(OSError(number, "text"), path="/data/x", identity="alice").advice
+
+
 @pytest.mark.parametrize(
     ("number", "code", "transient"),
     [

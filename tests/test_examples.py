@@ -1,6 +1,7 @@
 """The examples and the demo run as their readers would run them, and say what their documentation says."""
 
 import base64
+import inspect
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from bits_async import BitsManager
 from tests.active_directory import ActiveDirectory
 from tests.realms import Apache
 
@@ -179,6 +181,18 @@ def test_a_web_application_refuses_what_its_callers_must_not_choose(service: Ser
     assert service.post(url=service.wish["url"])[0] == 400
     assert service.get("no-id")[0] == 404
     assert service.get("00000000-0000-0000-0000-000000000000")[0] == 404
+
+
+def test_the_unit_runs_the_application_as_it_can_be_run_and_gives_it_time_to_stop(run: Run) -> None:
+    unit = dict(re.findall(r"^(\w+)=(.+)$", (EXAMPLES / "background_task.service").read_text(), re.MULTILINE))
+    _, program, *options = unit["ExecStart"].split()
+    assert Path(program).name == "background_task.py"
+    known = run("background_task.py", "--help").stdout
+    assert [option for option in options if option.startswith("--") and option not in known] == []
+    assert options[options.index("--directory") + 1] == f"/var/lib/{unit['StateDirectory']}"
+    assert unit["StateDirectoryMode"] == "0700"
+    grace = inspect.signature(BitsManager.aclose).parameters["grace"].default
+    assert int(unit["TimeoutStopSec"]) > 2 * grace
 
 
 # -- the service that acts for its callers

@@ -1316,7 +1316,8 @@ class Engine:
     async def _give_up(self, entry: Entry, error: BitsError, active: float) -> None:
         job = entry.job
         fields: dict[str, Any] = {"error_count": job.error_count + 1, "retry_at": None, "stalled": 0.0, "active": active}
-        log.info("%s", error.located(job_id=job.id))
+        # who made a single call hears of it from that
+        log.log(logging.INFO if self._hold else logging.WARNING, "%s; the job waits to be resumed", error.located(job_id=job.id))
         await self.change(entry, state=advance(job.state, Outcome.FAILED), error=error, **fields)
         entry.failing_since = None
 

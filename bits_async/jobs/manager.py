@@ -170,7 +170,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._executors = TokenExecutors()
         with self._executors.lease(Token.for_process(), "files") as files:
             boot_id = await files.run(native.boot_id)
-            await files.run(self._tls.effective)  # reads the authorities' certificates
+            await files.run(self._tls.refresh)  # reads the authorities' certificates
             policy = await files.run(read_policy, self._policy) if isinstance(self._policy, Path) else self._policy
             if self._path is None:
                 await files.run(make_state_directories, state_directory() / "downloads")
@@ -183,7 +183,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._network = self._seams.network if self._seams else self._real_network(self._executors)
         await self._store.open()
         shop = Workshop(self._network, self._executors, self._clock, boot_id, self._limits.disk_reserve)
-        parties = Parties(self._tls, self._auth_rules, self._timeouts, self._executors, self._refusals, self._handles)
+        parties = Parties(self._tls, self._auth_rules, self._timeouts, self._executors, self._refusals, self._handles, self._clock)
         conditions = Conditions(
             clock=self._clock,
             machine=self._machine,

@@ -18,6 +18,7 @@ from ..auth.policy import (
     choose_offers,
     implied,
 )
+from ..clock import Clock
 from ..errors import ErrorCode, ErrorContext, TokenRequired, make_error
 from ..identity.threads import TokenExecutor, TokenExecutors
 from ..identity.tokens import HelperTokenFlags, Token
@@ -55,6 +56,8 @@ def kept_from_proxies(grant: GrantRecord) -> GrantRecord:
     return replace(grant, origins=not_plain(grant.origins))
 
 
+AUTHORITIES_AGAIN: Final = 60.0  # seconds after which the next attempt has the files of the trusted authorities looked at
+
 _SESSIONS: Final = (b"set-cookie", b"set-cookie2")  # whoever has one is the user who logged on, until the server forgets him
 
 
@@ -74,6 +77,7 @@ class Parties:
         executors: the threads that read certificates, as the tokens.
         refusals: what was refused is not offered again.
         handles: the handles on a job and one of its files, for the application's certificate callback.
+        clock: when the trusted authorities are looked at again.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Parties:
         executors: TokenExecutors,
         refusals: Refusals,
         handles: Callable[[Entry, int], tuple[Any, Any]],
+        clock: Clock,
     ) -> None:
         self._tls = tls
         self._rules = rules
@@ -91,6 +96,8 @@ class Parties:
         self._executors = executors
         self._refusals = refusals
         self._handles = handles
+        self._clock = clock
+        self._refreshed = clock.monotonic()
 
     async def party(self, entry: Entry, token: Token, security: TokenExecutor, file: int) -> Party:
         """The network side of one file, for the token that acts there and its security threads."""
@@ -121,6 +128,7 @@ class Parties:
     async def _tls_of(self, entry: Entry, acting: Token) -> TlsSettings:
         """The manager's TLS as the job's security flags want it; read and made off the loop."""
         http, revoked, pair = entry.job.http, None, None
+        await self._refresh()
         if not http.flags & TLS_FLAGS and http.client_certificate is None:
             return self._tls
         if http.client_certificate is not None:
@@ -137,6 +145,14 @@ class Parties:
             if pair is not None:
                 return await files.run(self._tls.presenting, pair, http.certificate_origins or frozenset(), http.flags, revoked)
             return await files.run(self._tls.under, http.flags, revoked)
+
+    async def _refresh(self) -> None:
+        """A service that runs for months meets certificates of authorities that were made while it ran."""
+        now = self._clock.monotonic()
+        if now - self._refreshed >= AUTHORITIES_AGAIN:
+            self._refreshed = now
+            with self._executors.lease(Token.for_process(), "files") as files:
+                await files.run(self._tls.refresh)
 
     async def _key_pair(self, entry: Entry, wanted: ClientCertificate, acting: Token) -> KeyPair:
         """The job's client certificate, read by its owner's threads, whoever acts on the network. Nobody else shows it: a connection would

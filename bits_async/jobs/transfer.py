@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 from ..clock import Clock, finish
-from ..errors import BitsError, ErrorCode, ErrorContext, LocalFileError, NetworkError, ValidationFailed, make_error, show_url
+from ..errors import BitsError, ErrorCode, ErrorContext, LocalFileError, NetworkError, StoreError, ValidationFailed, make_error, show_url
 from ..files.batches import WholeFile, store_whole
 from ..files.leftovers import discard_part
 from ..files.names import new_draft
@@ -1124,6 +1124,7 @@ class Attempt:
             elif record.validator is None:
                 await self._keep(download)  # which version it is: after a mere stop the part file's length says how far
         except BitsError as error:
-            log.warning("job %s: the last checkpoint failed, a resume repeats some bytes: %s", record.job_id, error)
+            level = logging.INFO if isinstance(error, StoreError) else logging.WARNING  # of its journal the engine speaks, once for all
+            log.log(level, "job %s: the last checkpoint failed, a resume repeats some bytes: %s", record.job_id, error)
         finally:
             await part.close()

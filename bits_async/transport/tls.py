@@ -56,6 +56,13 @@ class TlsSettings:
         """The context to shake hands with. Reads the trusted authorities when the defaults are used for the first time."""
         return self.context if self.context is not None else _default_context(*_places())
 
+    def refresh(self) -> None:
+        """Trust whom the defaults name today: authorities whose file was replaced are read anew, and connections that are opened from now
+        on go by them. Blocks."""
+        if self.context is None:
+            _forget_the_replaced()
+            self.effective()
+
     @property
     def verifies(self) -> bool:
         """A server's certificate is verified in every respect: chain, name and dates."""
@@ -138,6 +145,28 @@ class TlsSettings:
 
 def _places() -> tuple[str | None, str | None]:
     return os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+
+
+_seen: dict[tuple[str | None, str | None], object] = {}  # by place: what the file system said of it when it was read
+
+
+def _forget_the_replaced() -> None:
+    paths = ssl.get_default_verify_paths()
+    now = [_stamp(path) for path in (paths.cafile, paths.capath) if path is not None]
+    if _seen.setdefault(_places(), now) == now:
+        return
+    _seen[_places()] = now
+    _default_context.cache_clear()
+    _default_under.cache_clear()
+    _presented.clear()
+
+
+def _stamp(path: str) -> object:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=8)

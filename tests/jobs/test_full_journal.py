@@ -156,7 +156,7 @@ async def test_a_journal_that_cannot_be_written_pauses_everything_and_says_so_an
     assert [request.start for request in network.requests] == [0, 2 << 20]  # nothing that was written is fetched again
     assert os.listdir(out) == ["a.bin"]
     said = [record for record in caplog.records if str(journal.path) in record.getMessage()]
-    assert [record.levelno for record in said if record.levelno >= logging.WARNING and "checkpoint" not in record.getMessage()] == [
+    assert [record.levelno for record in said if record.levelno >= logging.WARNING] == [
         logging.ERROR,
         logging.WARNING,
     ]
@@ -379,6 +379,24 @@ async def test_a_volume_that_is_full_for_journal_and_destination_costs_time_only
     assert (small_volume / "a.bin").read_bytes() == body
     loud = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(loud) < 12, [record.getMessage() for record in loud]
+
+
+async def test_what_a_night_of_failures_leaves_in_the_log_is_a_line_an_attempt_and_one_at_the_end(network, manager, out, caplog):
+    """Every one of them names the job, why, and what to do."""
+    job = await job_of(manager, out)
+    await job.set_no_progress_timeout(8 * 3600)
+    network.serve(URL, b"", status=503)
+    began = network.clock.monotonic()
+    await job.resume()
+    with pytest.raises(bits.BitsError):
+        await job.wait()
+    hours = (network.clock.monotonic() - began) / 3600
+    assert hours > 7
+    loud = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(loud) <= 6 * hours + 2
+    assert all(str(job.id) in line for line in loud)
+    assert "BG_E_NO_PROGRESS" in loud[-1]
+    assert "waits to be resumed" in loud[-1]
 
 
 # -- how long, how often -------------------------------------------------------------------------------------------------------------
