@@ -61,6 +61,7 @@ def run(process: Process, directory: Path, *, limit: float = LIMIT, leeway: floa
         if not _may_go_on(victim, told, how, stood, say):
             say(f"{len(ended)} tests had ended; not all were run.")
             _tell_failures(ended, say)
+            say(f"The run has failed in {victim or 'no test'}: see above.")  # last, where one looks first
             return 1
         assert victim is not None
         stood.append(victim)

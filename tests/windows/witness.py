@@ -24,6 +24,7 @@ from tests.windows.diary import Diary
 
 STOOD_STILL: Final = 3  # the exit code
 NUDGE: Final = 5.0  # seconds that a loop has to answer
+FRAMES: Final = 12  # of each thread, the innermost: those before them are pytest's
 GO_ON: Final = 1.0  # and that a test has to end then
 
 
@@ -98,7 +99,7 @@ def _where_everybody_is() -> Iterator[str]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, frame in sys._current_frames().items():
         yield f"-- thread {names.get(ident, ident)}"
-        yield "".join(traceback.format_stack(frame)).rstrip()
+        yield "".join(traceback.format_stack(frame, FRAMES)).rstrip()
     for task in _tasks():
         yield f"-- task {task!r}"
         yield from _waits_for(task.get_coro())
