@@ -230,7 +230,7 @@ def checked_headers(given: Sequence[tuple[str, str]] | str | None) -> tuple[tupl
     """
     checked = [_checked_header(name, value) for name, value in _pairs(given)]
     _limit(headers_text(checked))
-    spelling: dict[str, str] = {}  # aiohttp takes another spelling of a name for a replacement
+    spelling: dict[str, str] = {}  # one name, one spelling: what servers make of two is not known
     return tuple((spelling.setdefault(name.lower(), name), value) for name, value in checked)
 
 
