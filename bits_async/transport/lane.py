@@ -400,7 +400,7 @@ class LaneBody:
         assert self._left is not None, "detach gives nothing without a length"
         self._left -= moved
         if not self._lane.connector.take_back(whole=self._left == 0):
-            self._lane.drop()  # more than was framed: our parser did not see this body, and what is left of it would be taken for the next answer (T26)
+            self._lane.drop()  # more than was framed: the rest would be taken for the next answer (T26)
         if self._left == 0 and self._lane.connector.go_on():
             self._reply.content.feed_eof()
         self._ended = True
