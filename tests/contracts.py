@@ -459,6 +459,13 @@ class StoreContract:
         with pytest.raises(InvalidState):
             await use(journal())
 
+    async def test_a_probe_leaves_nothing_behind(self, store: Store, again: Any) -> None:
+        job = a_job()
+        await store.save(job)
+        await store.probe()
+        await store.close()
+        assert [stored.job for stored in await again()] == [job]
+
     async def test_the_fingerprint_key_outlives_a_restart(self, store: Store, journal: Journal) -> None:
         key = store.fingerprint_key
         assert len(key) == 32

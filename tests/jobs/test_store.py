@@ -696,6 +696,24 @@ async def test_a_full_disk_is_a_clear_error_and_the_journal_stays_as_it_was(path
         assert [stored.job.display_name for stored in await store.load()] == ["changed"]
 
 
+async def test_a_probe_finds_a_full_disk_though_nothing_is_to_be_saved_and_one_that_broke_off_harms_nothing(path: Path) -> None:
+    job = a_job()
+    async with opened(path) as store:
+        await store.save(job)
+        key = store.fingerprint_key
+        await fill(store)
+        with pytest.raises(StoreError) as caught:
+            await store.probe()
+        assert (caught.value.code, caught.value.transient) == (ErrorCode.ERROR_DISK_FULL, True)
+        await store._db.execute_fetchall("PRAGMA max_page_count=1000000")
+        await store.probe()
+        await store._db.execute_fetchall(statements.PROBE, {"size": 100})  # and then the process dies
+    async with opened(path) as store:
+        assert store.fingerprint_key == key
+        assert [stored.job for stored in await store.load()] == [job]
+        await store.probe()
+
+
 async def test_a_journal_that_cannot_be_written_is_a_clear_error(path: Path) -> None:
     async with opened(path) as store:
         await store._db.execute_fetchall("PRAGMA query_only=ON")
