@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Final
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import HttpProcessingError
 
 from .answers import RawHeaders
 
 if TYPE_CHECKING:
+    from aiohttp.http_parser import RawResponseMessage
     from multidict import CIMultiDictProxy
 
 HEAD_LIMIT: Final = 64 * 1024
 READ_BUFFER: Final = 256 * 1024
 
+_LENGTH: Final = re.compile(r"[0-9]{1,18}")
 _FORBIDDEN: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -41,9 +44,9 @@ class Reply:
 
     @property
     def content_length(self) -> int | None:
-        """As the peer announced it; the parser lets nothing pass but digits."""
-        text = self.headers.get("Content-Length")
-        return None if text is None else int(text)
+        """As the peer announced it; None: it did not, or so oddly that `answers` refuses it."""
+        text = self.headers.get("Content-Length") or ""
+        return int(text) if _LENGTH.fullmatch(text) else None
 
     def give_up(self) -> None:
         """Whoever waits for the body is told at once that no more of it comes."""
@@ -52,7 +55,17 @@ class Reply:
 
 
 class Wire(ResponseHandler):
-    """The protocol of a lane's connection: one request at a time."""
+    """The protocol of a lane's connection: one request at a time, and nothing is heard that was not asked for.
+
+    aiohttp parses and keeps whatever comes between two answers, as much as the peer sends, and never counts the bytes of a head that
+    does not end: here the first byte too much ends the connection (T26).
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._answer: aiohttp.StreamReader | None = aiohttp.EMPTY_PAYLOAD
+        """The body that is coming, or came last; None: the head of the next answer is waited for,"""
+        self._head_size = 0  # and so many bytes of it have come
 
     @property
     def ready(self) -> bool:
@@ -72,11 +85,41 @@ class Wire(ResponseHandler):
         self.set_response_params(
             read_until_eof=True, auto_decompress=False, read_bufsize=READ_BUFFER, max_line_size=HEAD_LIMIT, max_field_size=HEAD_LIMIT
         )
+        self._answer, self._head_size = None, 0
         self.transport.write(head)
         while True:
             message, content = await self.read()
-            if not 100 <= message.code < 200 or message.code == 101:
+            if not _is_interim(message.code):
                 return Reply(message.code, message.reason, message.headers, message.raw_headers, content)
+
+    def data_received(self, data: bytes) -> None:
+        """Hands to the parser what was asked for. Without data (the parser is to go on) it is not the peer who says something."""
+        answer = self._answer
+        if answer is None:
+            if self._head_size > HEAD_LIMIT:
+                self._end(HttpProcessingError(message=f"Got more than {HEAD_LIMIT} bytes when reading a head"))
+                return
+            self._head_size += len(data)
+        elif data and answer.is_eof():
+            self._end(aiohttp.ClientConnectionError("bytes that were not asked for"))
+            return
+        super().data_received(data)
+
+    def feed_data(self, data: "tuple[RawResponseMessage, aiohttp.StreamReader]", size: int = 0) -> None:
+        """A head has come, says the parser."""
+        if not _is_interim(data[0].code):
+            self._answer = data[1]
+        super().feed_data(data, size)
+
+    def _end(self, why: Exception) -> None:
+        self.set_exception(why)
+        if self.transport is not None:
+            self.transport.abort()
+
+
+def _is_interim(status: int) -> bool:
+    """Another answer follows this one (RFC 9110, 15.2); after a 101 something else than HTTP does."""
+    return 100 <= status < 200 and status != 101
 
 
 def make_wire() -> Wire:

@@ -799,6 +799,8 @@ class Lanes:
             party.heard(reply.raw_headers)
         if isinstance(verdict, Accept):
             return LaneBody(lane, reply, asked, verdict), Redirect("")
+        if isinstance(verdict, Refuse) and verdict.error.code == ErrorCode.BG_E_INVALID_SERVER_RESPONSE:
+            lane.drop()  # who breaks HTTP in one answer is not believed where it ends (T26)
         page = await lane.settle(reply, LEFTOVER_LIMIT, LEFTOVER_SECONDS)
         match verdict:
             case Redirect():

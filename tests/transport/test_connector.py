@@ -120,7 +120,10 @@ async def test_the_undocumented_names_of_aiohttp_are_as_we_know_them() -> None:
     assert handler.should_close is False
     assert callable(handler.pause_reading)
     assert callable(handler.resume_reading)
-    mine = {name for name in vars(Wire) if not name.startswith("__")}
+    assert list(inspect.signature(ResponseHandler.data_received).parameters) == ["self", "data"]
+    assert list(inspect.signature(ResponseHandler.feed_data).parameters) == ["self", "data", "size"]
+    overridden = {"data_received", "feed_data"}
+    mine = {name for name in vars(Wire) if not name.startswith("__")} - overridden | {"_answer", "_head_size"}
     assert not mine & {name for kind in ResponseHandler.__mro__ for name in vars(kind)}
     assert not mine & set(vars(handler))
 
@@ -164,6 +167,49 @@ async def test_a_connection_that_says_something_unasked_is_not_used_again(trust:
         await until(lambda: not connector.ready)
         with pytest.raises(aiohttp.ServerDisconnectedError):
             await connector.ask(asking(origin))
+        await connector.aclose()
+
+
+@pytest.mark.parametrize("unasked", [b"HTTP/1.1 200 OK\r\nX: ", b"\r\n", b"?"])
+async def test_t26_a_byte_between_two_answers_ends_the_connection(trust: ssl.SSLContext, unasked: bytes) -> None:
+    """A peer that never stops talking on a connection that waits for its next use would fill the memory."""
+    async with Origin() as origin:
+        connector = LaneConnector(Route(origin.place), TlsSettings(trust), Login(Seat.PROXY, lambda *_: pytest.fail("asked")))
+        await connector.open(f"{origin.base}/file", TIMEOUTS)
+        await answered(connector, origin)
+        await origin.connections[0].send(unasked)
+        await until(lambda: origin.connections[0].gone)
+        assert not connector.ready
+        await connector.aclose()
+
+
+async def test_t26_a_byte_before_the_first_request_ends_the_connection(trust: ssl.SSLContext) -> None:
+    async def talk(connection: Connection) -> None:
+        await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+        await connection.request()
+
+    async with Server(talk) as server:
+        connector = LaneConnector(Route(server.place), TlsSettings(trust), Login(Seat.PROXY, lambda *_: pytest.fail("asked")))
+        await connector.open(f"{server.base}/file", TIMEOUTS)
+        await until(lambda: server.connections[0].gone)
+        assert not connector.ready
+        await connector.aclose()
+
+
+@pytest.mark.parametrize("more", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Hints\r\nLink: " + b"a" * 9000 + b"\r\n\r\n"])
+async def test_t26_answers_that_announce_the_answer_have_the_room_of_one_head(trust: ssl.SSLContext, more: bytes) -> None:
+    async def talk(connection: Connection) -> None:
+        await connection.request()
+        while not connection.gone:
+            await connection.send(more * (HEAD_LIMIT // len(more)))
+            await asyncio.sleep(0)
+
+    async with Server(talk) as server:
+        connector = LaneConnector(Route(server.place), TlsSettings(trust), Login(Seat.PROXY, lambda *_: pytest.fail("asked")))
+        await connector.open(f"{server.base}/file", TIMEOUTS)
+        async with asyncio.timeout(TIMEOUTS.response):
+            with pytest.raises(aiohttp.http_exceptions.HttpProcessingError, match="Got more than"):
+                await connector.ask(request_head("GET", "/file", [("Host", "localhost")]))
         await connector.aclose()
 
 

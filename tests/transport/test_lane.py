@@ -907,6 +907,25 @@ async def test_a_connection_that_the_server_will_close_is_closed_when_its_answer
         await until(lambda: origin.connections[0].gone)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"101 Something else",
+        b"204 No file\r\nContent-Length: 4",
+        b"200 OK\r\nTransfer-Encoding: gzip, chunked",
+        b"404 No file\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+        b"404 No file\r\nContent-Length: " + b"0" * 5000,  # more digits than Python makes a number of
+    ],
+)
+async def test_t26_an_answer_that_breaks_http_is_the_last_one_of_its_connection(lanes: Lanes, party: MakeParty, odd: bytes) -> None:
+    """What follows would be taken for the answer to the next request."""
+    async with scripted(b"HTTP/1.1 " + odd + b"\r\n\r\n0\r\n\r\n"[: 9 if b"chunked" in odd else 4], whole(b"file")) as origin:
+        error = await failure(fetch(lanes, party(), f"{origin.base}/file"))
+        assert error.code == ErrorCode.BG_E_INVALID_SERVER_RESPONSE
+        await fetch(lanes, party(), f"{origin.base}/file")
+        assert [request.connection for request in origin.log] == [1, 2]
+
+
 async def test_t25_a_login_under_way_is_not_finished_after_its_token_was_taken_away(lanes: Lanes, party: MakeParty) -> None:
     inner, arrived, go = ntlm(), asyncio.Event(), asyncio.Event()
 
