@@ -1,4 +1,4 @@
-"""What asyncio relies on where threads work for an event loop. Without `wake_ups` these fail under Wine."""
+"""What asyncio relies on where threads work for an event loop. Without `wake_ups` this fails under Wine 8."""
 
 import asyncio
 import socket
