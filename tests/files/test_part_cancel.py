@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -158,8 +160,32 @@ async def test_a_cancelled_receive_stops_and_its_slice_says_how_far_it_came(part
     assert open_below(tmp_path) == []
 
 
-async def test_a_cancel_at_any_moment_leaves_nothing_open(token: Token, tmp_path: Path) -> None:
-    """The whole life of a part file, cancelled after ever more steps of the event loop, until one life is not cut short."""
+class Counted(Coroutine[Any, Any, None]):
+    """A coroutine that calls `reached` when it waits for the nth time, with what it waits for: so often, however long threads take."""
+
+    def __init__(self, coro: Coroutine[Any, Any, None], nth: int, reached: Callable[["asyncio.Future[Any]"], object]) -> None:
+        self._coro, self._left, self._reached = coro, nth, reached
+
+    def send(self, value: Any) -> Any:
+        waits_for = self._coro.send(value)
+        self._left -= 1
+        if self._left == 0:
+            self._reached(waits_for)
+        return waits_for
+
+    def throw(self, *error: Any) -> Any:
+        return self._coro.throw(*error)
+
+    def close(self) -> None:
+        self._coro.close()
+
+    def __await__(self) -> Any:
+        raise NotImplementedError("a task drives it")
+
+
+@pytest.mark.parametrize("when", ["at once", "while a thread is at work", "as it has ended"])
+async def test_a_cancel_at_any_moment_leaves_nothing_open(token: Token, tmp_path: Path, when: str) -> None:
+    """The whole life of a part file, cancelled when it waits for the first time, the second, until one life is not cut short."""
     files = TokenExecutor(token)
 
     async def life() -> None:
@@ -187,20 +213,29 @@ async def test_a_cancel_at_any_moment_leaves_nothing_open(token: Token, tmp_path
             await again.close()
         await discard_part(files, destination, again.record)
 
-    for steps in range(2000):
-        task = asyncio.ensure_future(life())
-        for _ in range(steps):
-            if task.done():
-                break
-            await asyncio.sleep(0)
-        finished = task.done()
-        task.cancel()
+    async def cut_short(nth: int) -> bool:
+        """Whether it waited as often as that."""
+        reached = False
+
+        def cancel(awaited: "asyncio.Future[Any]") -> None:
+            nonlocal reached
+            reached = True
+            if when == "as it has ended":
+                awaited.add_done_callback(lambda _: task.cancel())  # before the task itself hears of it
+            else:
+                asyncio.get_running_loop().call_later(0 if when == "at once" else 0.0005, task.cancel)
+
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(Counted(life(), nth, cancel))
         with contextlib.suppress(asyncio.CancelledError):
             await task
+        return reached
+
+    for nth in itertools.count(1):
+        cut = await cut_short(nth)
         assert open_below(tmp_path) == []
-        if finished:
+        if not cut:
             break
-    assert finished
+    assert nth > 10
     await files.aclose()
 
 
