@@ -406,7 +406,7 @@ MOVING: dict[str, Phase] = {
 COMMITTING: dict[str, Phase] = {
     "in the rename": _thread("rename_at"),
     "in the directory's fsync": _thread("sync_directory", 2),  # the first one makes the part file's name durable
-    "in the journal: the file is in its place": _journal(_file(lambda file: file.committed)),
+    "in the journal: the file is in its place": _journal(lambda batch: bool(batch.committed)),
     "in the journal: the job leaves": _journal(lambda batch: bool(batch.removed)),
 }
 PHASES = CONNECTING | MOVING
