@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any, Final, final
 
-from ..errors import BitsError, InvalidState, TokenRequired
+from ..errors import BitsError, InvalidState, StoreError, TokenRequired
 from ..identity.sessions import SessionEnded, Sessions, WatchSessions
 from ..identity.tokens import HelperTokenFlags, Token
 from .engine import Engine
@@ -73,7 +73,10 @@ class LogOffs:
             except Exception as error:  # log-offs that nobody sees leave tokens to those who are gone
                 if self._engine.failure is not None:
                     return  # nothing is transferred any more
-                log.error("the watch of the logon sessions broke; it begins anew in %g s", AGAIN, exc_info=error)
+                if isinstance(error, StoreError) and error.transient:  # of which the engine says enough
+                    log.info("what a log-off means for jobs is looked at again in %g s: %s", AGAIN, error)
+                else:
+                    log.error("the watch of the logon sessions broke; it begins anew in %g s", AGAIN, exc_info=error)
             self._unchecked |= self._sessions  # what ended meanwhile is not told
             await asyncio.sleep(AGAIN)
 
@@ -132,11 +135,12 @@ class LogOffs:
         finally:
             for entry in engine.roster:  # some may have got it meanwhile
                 lost.update(_carried(entry, gone))
+            lost.update(engine.roster.carried_apart(gone))  # of jobs that could not be read now
             for token in lost:  # whoever still holds one: the session is over
                 engine.executors.discard(token)
                 token.close()
             closed.set()
-        await engine.forget_lanes(*lost)
+            await engine.forget_lanes(*lost)
         if settling:
             await asyncio.wait(settling)
 

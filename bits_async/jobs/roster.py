@@ -422,6 +422,10 @@ class Roster:
         looked_at = dict.fromkeys([*self, *await self.find_all([*dict.fromkeys([*apart, *helped])])])
         return [entry for entry in looked_at if gone(entry.owner) or gone(entry.helper) or entry.job.owner in owners]
 
+    def carried_apart(self, gone: Callable[[Token | None], bool]) -> Collection[Token]:
+        """Such tokens of jobs that are not in memory; the journal is not asked."""
+        return {token for rest in self._remnants.values() for token in (rest.owner, rest.helper) if token is not None and gone(token)}
+
     def owner_refused(self, key: OwnerKey, reason: BitsError) -> None:
         """Asking for that token failed."""
         self._reasons[key] = reason

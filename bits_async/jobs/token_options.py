@@ -81,7 +81,7 @@ class TokenOptions:
             await engine.change(entry, helper_flags=checked)
 
     async def clear_helper_token(self) -> None:
-        """Drop the helper token; the flags stay."""
+        """Drop the helper token; the flags stay. It is not in the journal: that need not be usable for it."""
         engine = self._desk.ready()
-        async with engine.command(self._entry):
+        async with engine.command(self._entry, even_paused=True):
             await engine.replace_helper(self._entry, None)

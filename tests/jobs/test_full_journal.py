@@ -7,6 +7,7 @@ that is really full.
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import sqlite3
@@ -21,7 +22,7 @@ import bits_async as bits
 from bits_async import ErrorCode, JobState, WaitingReason
 from bits_async.jobs import statements, transfer
 from bits_async.jobs.faults import LONGEST_PAUSE, REMINDER, JournalFault
-from bits_async.testing import FakeNetwork
+from bits_async.testing import FakeNetwork, fake_token
 from tests.waiting import until
 
 URL = "https://files.example.test/a.bin"
@@ -424,3 +425,83 @@ def test_of_a_fault_that_lasts_the_log_is_reminded_four_times_an_hour():
     while fault.next_try < 4 * REMINDER + 120:
         said += fault.again(error, fault.next_try)
     assert said == 4
+
+
+# -- identities are given up all the same -----------------------------------------------------------------------------------------------
+
+
+async def helped(manager: bits.BitsManager, out: Path, helper: bits.Token) -> tuple[bits.Job, bits.TokenOptions]:
+    alice = fake_token("alice")
+    job = await job_of(manager, out, owner=alice)
+    with bits.impersonate(alice):
+        options = await job.token_options()
+    await options.set_helper_token_flags(bits.HelperTokenFlags.NETWORK)
+    with bits.impersonate(helper):
+        await options.set_helper_token()
+    return job, options
+
+
+async def paused(network: FakeNetwork, manager: bits.BitsManager, journal: Journal) -> None:
+    network.clock.freeze()  # it stays so
+    journal.break_()
+    with pytest.raises(bits.StoreError):
+        await manager.create_job("new")
+    assert manager.journal_fault is not None
+
+
+async def goes_on(network: FakeNetwork, manager: bits.BitsManager, journal: Journal) -> None:
+    journal.mend()
+    network.clock.advance(LONGEST_PAUSE)
+    await until(lambda: manager.journal_fault is None)
+
+
+async def test_t25_a_log_off_takes_the_helpers_token_though_nothing_can_be_journalled(network, manager, journal, out):
+    bob = fake_token("bob", session="s1")
+    job, options = await helped(manager, out, bob)
+    await paused(network, manager, journal)
+    network.log_off("s1")
+    await until(lambda: bob.closed)
+    assert options.helper_token_sid is None
+    await goes_on(network, manager, journal)
+    await job.resume()
+    with pytest.raises(bits.TokenRequired):
+        await job.wait()
+    assert network.requests == []
+
+
+async def test_t25_a_log_off_ends_the_tokens_of_jobs_that_cannot_be_read(network, manager, journal, out, monkeypatch, caplog):
+    """Nobody holds the job, and its helper's token is all that is in memory of it."""
+    bob = fake_token("bob", session="s1")
+    job, _ = await helped(manager, out, bob)
+    engine, job_id = manager._desk.engine, job.id
+    await paused(network, manager, journal)
+    del job, _
+    gc.collect()
+    assert engine.roster.live(job_id) is None
+    forgotten = []
+
+    async def unreadable(*args: object) -> None:
+        raise bits.StoreError("told to fail", code=ErrorCode.ERROR_SHARING_VIOLATION, transient=True)
+
+    async def forget(token: bits.Token) -> None:
+        forgotten.append(token)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(manager._store, "load", unreadable)
+        broken.setattr(engine._shop.network, "forget", forget)
+        network.log_off("s1")
+        await until(lambda: bob.closed and bob in forgotten)
+    assert not [record for record in caplog.records if record.exc_info]  # the journal's trouble is said once, and not as a defect
+    await goes_on(network, manager, journal)
+
+
+async def test_t25_a_helpers_token_can_be_taken_back_though_nothing_can_be_journalled(network, manager, journal, out):
+    job, options = await helped(manager, out, fake_token("bob"))
+    await paused(network, manager, journal)
+    await options.clear_helper_token()
+    assert options.helper_token_sid is None
+    await goes_on(network, manager, journal)
+    await job.resume()
+    with pytest.raises(bits.TokenRequired):
+        await job.wait()
+    assert network.requests == []
