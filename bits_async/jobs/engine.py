@@ -112,7 +112,7 @@ class _Report:
         told = NotifyFlags.FILE_TRANSFERRED in self._entry.job.notify_flags
         come = [file.transferred and not self._entry.files[file.index].transferred for file in files]
         files = tuple(replace(file, owed=told) if new and file.owed != told else file for file, new in zip(files, come, strict=True))
-        await self._engine.save(*files, then=partial(self._kept, files))
+        await self._engine.keep(self._entry, files, then=partial(self._kept, files))
 
     def _kept(self, files: Sequence[FileRecord]) -> None:
         before = [self._entry.positions.get(file.index, 0) for file in files]
@@ -436,8 +436,31 @@ class Engine:
         if trouble is not None:
             raise trouble.located()
 
-    async def change(self, entry: Entry, *, files: Sequence[FileRecord] = (), committed: Sequence[int] = (), **fields: Any) -> None:
-        """Journal new values of a job (and of files of it), then show them. `committed`: files, by index, that have their names now."""
+    async def keep(self, entry: Entry, files: Sequence[FileRecord], then: Callable[[], object]) -> None:
+        """Journal files of a running attempt, as `save`. With the last one goes the end of the job, which is told when the attempt is over:
+        one transaction, and nobody finds a job in the queue that has nothing to do."""
+        if entry.ends_with(files):
+            await finish(self._keep_last(entry, files, then))
+        else:
+            await self.save(*files, then=then)
+
+    async def _keep_last(self, entry: Entry, files: Sequence[FileRecord], then: Callable[[], object]) -> None:
+        async with entry.changing:
+            job, fields = entry.job, self._all_done(entry)
+            await self.save(replace(job, **fields), *files, then=then)
+            entry.end = job, fields
+
+    async def change(
+        self,
+        entry: Entry,
+        *,
+        files: Sequence[FileRecord] = (),
+        committed: Sequence[int] = (),
+        grants: Sequence[GrantRecord] | None = None,
+        **fields: Any,
+    ) -> None:
+        """Journal new values of a job, of files of it, and of all its grants, then show them. `committed`: files, by index, that have their
+        names now."""
         async with entry.changing:
             if entry.job.state.is_final:
                 return  # it left the queue while this waited, or is another owner's: the journal must not get it back
@@ -447,10 +470,20 @@ class Engine:
             if "no_progress_timeout" in fields and _awaited(entry.job) is not None:
                 fields["gives_up_at"] = self._patience(entry, fields["no_progress_timeout"])
             named = [FileCommitted(entry.job.id, index) for index in committed]
-            await self.save(replace(entry.job, **fields), *files, *named, then=partial(self._show, entry, files, committed, fields))
+            then = partial(self._show, entry, files, committed, fields, grants)
+            await self.save(replace(entry.job, **fields), *files, *named, *(grants or ()), then=then)
 
-    def _show(self, entry: Entry, files: Sequence[FileRecord], committed: Sequence[int], fields: dict[str, Any]) -> None:
+    def _show(
+        self,
+        entry: Entry,
+        files: Sequence[FileRecord],
+        committed: Sequence[int],
+        fields: dict[str, Any],
+        grants: Sequence[GrantRecord] | None = None,
+    ) -> None:
         before = entry.job
+        if grants is not None:
+            entry.grants[:] = grants
         entry.job = replace(entry.job, **fields)  # a server may have answered in the meantime
         self.roster.changed(before, entry.job)
         if JobState.TRANSIENT_ERROR in (before.state, entry.job.state):
@@ -739,15 +772,13 @@ class Engine:
                 await self._queue_again(entry, state, bind)
 
     async def _queue_again(self, entry: Entry, state: JobState, bind: Callable[[Entry], Sequence[GrantRecord]]) -> None:
-        http = entry.job.http
+        http, bound = entry.job.http, None
         if not entry.job.resumed:
-            http = http.bound(Origin.of(file.original_url) for file in entry.files)
-            bound = bind(entry)
-            await self.save(*bound, then=partial(entry.grants.__setitem__, slice(None), bound))
+            http, bound = http.bound(Origin.of(file.original_url) for file in entry.files), bind(entry)
         entry.failing_since = None
         files = [replace(file, restarts=0, refetches=0, wrong_digest=None) for file in entry.files if file.restarts or file.refetches]
         fresh: dict[str, Any] = {"active": 0.0, "error": None, "error_file": None, "retry_number": 0, "retry_at": None, "stalled": 0.0}
-        await self.change(entry, files=files, state=state, resumed=True, http=http, **fresh)
+        await self.change(entry, files=files, grants=bound, state=state, resumed=True, http=http, **fresh)
 
     async def suspend(self, entry: Entry) -> None:
         """No byte is written after it returns."""
@@ -803,7 +834,7 @@ class Engine:
                 if not done:
                     await self._commit(entry, waiting[0])
                     done = 1
-                await self.change(entry, committed=[file.index for file in waiting[:done]])
+                await self._committed(entry, waiting[:done])
             dropped = [file for file in entry.files if not file.transferred]
             async with self._discarded_parts(entry, dropped) as left:
                 await self._leave(entry, state)
@@ -820,6 +851,15 @@ class Engine:
         message = f"the part file was changed or removed, or another identity made it{more}; resume fetches what is lost anew"
         code = ErrorCode.BG_E_LOCAL_FILE_CHANGED
         raise make_error(code, ErrorContext.LOCAL_FILE, message, path=file.path, identity=who, job_id=entry.job.id)
+
+    async def _committed(self, entry: Entry, files: Sequence[FileRecord]) -> None:
+        """They have their names. Of the last ones the journal hears when the job leaves it, which is next: if the process dies in between,
+        `_commit` finds what was renamed."""
+        named = [file.index for file in files]
+        if sum(file.committed for file in entry.files) + len(named) == len(entry.files):
+            self._show(entry, (), named, {"modified": self.clock.now()})
+        else:
+            await self.change(entry, committed=named)
 
     @contextlib.asynccontextmanager
     async def _discarded_parts(self, entry: Entry, files: Sequence[FileRecord]) -> AsyncIterator[list[Path]]:
@@ -1202,7 +1242,7 @@ class Engine:
         entry.job = replace(entry.job, turn=self._turns)
         entry.started = self.clock.monotonic()
         entry.stopping = entry.overdue = False
-        entry.hindrance = None
+        entry.hindrance = entry.end = None
         entry.bucket = entry.bucket or self._conditions.bucket(entry.job)
         entry.levels = self._conditions.levels(entry.job, entry.bucket)
         self.move_in_memory(entry, Outcome.PICKED)
@@ -1247,9 +1287,7 @@ class Engine:
         if failure is not None:
             await self._failed(entry, self._understand(entry, failure), active)
         elif not entry.unfinished:  # perhaps it was told to stop at that moment
-            now = self.clock.now()
-            state = advance(entry.job.state, Outcome.ALL_FILES_DONE)
-            await self.change(entry, state=state, active=active, completed=now, error=None, retry_number=0, stalled=0.0)
+            await self._end(entry)
         elif work.cancelled() and entry.overdue:
             message = f"the job has been transferring for {self.maximum_download_time(entry.job):g} s"
             error = make_error(ErrorCode.BG_E_MAXDOWNLOAD_TIMEOUT, ErrorContext.GENERAL_QUEUE_MANAGER, message, job_id=entry.job.id)
@@ -1262,6 +1300,22 @@ class Engine:
         else:  # it was stopped, or a file was added at the last moment
             turn = entry.last_turn if self.closed else entry.job.turn  # the next manager goes on with it first
             await self.change(entry, state=advance(entry.job.state, Outcome.YIELDED), active=active, turn=turn)
+
+    def _all_done(self, entry: Entry) -> dict[str, Any]:
+        """What becomes of the job when its last file is there."""
+        job, now = entry.job, self.clock.now()
+        state, active = advance(job.state, Outcome.ALL_FILES_DONE), job.active + self.clock.monotonic() - entry.started
+        end: dict[str, Any] = {"state": state, "active": active, "completed": now, "modified": now}
+        return end | {"owed": owed_in(state, job.notify_flags), "error": None, "retry_number": 0, "stalled": 0.0}
+
+    async def _end(self, entry: Entry) -> None:
+        """Show what was journalled with the last file, unless the job has become another one since."""
+        async with entry.changing:
+            end, entry.end = entry.end, None
+            if end is not None and end[0] is entry.job:
+                self._show(entry, (), (), end[1])
+                return
+        await self.change(entry, **self._all_done(entry))
 
     def _understand(self, entry: Entry, failure: BaseException) -> BitsError:
         if isinstance(failure, BitsError):

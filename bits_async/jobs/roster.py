@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 from weakref import WeakValueDictionary
 
@@ -75,6 +75,7 @@ class Entry:
     stopping: bool = False  # the attempt was told to stop; told again, it could not finish what it does to stop
     overdue: bool = False  # the attempt is stopped because the job has been transferring for too long
     hindrance: Hindrance | None = None  # the attempt is stopped because of it
+    end: tuple[JobRecord, dict[str, Any]] | None = None  # what the journal has made of the job as it was, with its last file
     bucket: Bucket | None = None  # the job's own limit of speed, once it has run
     levels: tuple[Bucket, ...] = ()  # all limits of the running attempt
     restored: bool = False  # from the journal: a process that died may have left a part file that is not in it yet
@@ -97,6 +98,11 @@ class Entry:
             self._tally.count(self.files[file.index], -1)
         self._tally.count(file, 1)
         self.files[file.index : file.index + 1] = [file]
+
+    def ends_with(self, files: Sequence[FileRecord]) -> bool:
+        """Whether these records of its files are the last that the job waited for."""
+        come = sum(file.transferred - self.files[file.index].transferred for file in files)
+        return come > 0 and self._tally.transferred + come == len(self.files)
 
     def reach(self, index: int, position: int) -> None:
         """So many bytes of that file are written."""
@@ -135,7 +141,7 @@ class Entry:
     @property
     def unfinished(self) -> bool:
         """Whether a file is still to be fetched."""
-        return any(not file.transferred for file in self.files)
+        return self._tally.transferred < len(self.files)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ This module decides nothing about jobs: it raises what went wrong and its caller
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -554,7 +555,8 @@ class Attempt:
                         log.warning("job %s: the part file %s stays: %s", record.job_id, part.path, error)
 
     async def _begin(self, download: _Download) -> None:
-        """Find out where to go on. The journal knows of the part file, and in which boot it is written, before anything is asked for."""
+        """Find out where to go on. Of a part file with something in it the journal knows in which boot it is written, before anything is
+        asked for; of a new one it knows the name, which is enough to remove it."""
         record = download.record
         if download.opened is None:
             return  # nothing is there to go on with
@@ -566,7 +568,7 @@ class Attempt:
                 download.piece, download.validator = Slice(0, record.size, position, position), record.validator
         download.fresh = not download.count
         download.checkpoint_from = download.count
-        if record.part is None or record.boot_id != self._shop.boot_id:
+        if record.part is not None and record.boot_id != self._shop.boot_id:
             await self._keep(download)
         await self._start_digest(download)
         self._moved(download)
@@ -1105,6 +1107,13 @@ class Attempt:
         await self._recorder.keep(download.record)
         self._recorder.moved(download.index, 0)
 
+    async def _unmake(self, download: _Download) -> None:
+        """A part file of which the journal has no more than the name. What cannot be deleted it is told of, for whoever cancels the job."""
+        try:
+            await download.part.discard()
+        except BitsError:
+            await self._keep(download)
+
     async def _close(self, download: _Download) -> None:
         """The last checkpoint of a stopped download; an attempt that wrote nothing leaves no part file."""
         part, record = download.opened, download.record
@@ -1113,8 +1122,8 @@ class Attempt:
                 self._shelf.put(download)
             return
         try:
-            if record.part is None:
-                await part.discard()  # the journal knows nothing of it
+            if record.part is None and not download.count:
+                await self._unmake(download)
             elif download.fresh and not download.count and not record.transferred:
                 await self._discard(download)
             elif record.transferred or not download.at_risk:
@@ -1126,5 +1135,8 @@ class Attempt:
         except BitsError as error:
             level = logging.INFO if isinstance(error, StoreError) else logging.WARNING  # of its journal the engine speaks, once for all
             log.log(level, "job %s: the last checkpoint failed, a resume repeats some bytes: %s", record.job_id, error)
+            if record.part is None and download.count:
+                with suppress(BitsError):
+                    await self._unmake(download)
         finally:
             await part.close()

@@ -94,6 +94,15 @@ def phases_of(trace: str) -> Mapping[str, Counter[str]]:
     return found
 
 
+# -- what a job costs once, however large its file is
+
+
+@pytest.mark.parametrize(("phase", "budget"), [(BASE, 5), ("spliced", 7)])
+def test_a_job_of_one_file_is_journalled_only_when_something_must_not_be_lost(counted, phase, budget):
+    """It is made, has a file, is resumed, done, and gone; of a large file also the version, and after each 32 MiB how far it is."""
+    assert counted[phase]["transactions"] <= budget
+
+
 # -- a large file: per MiB, what it costs more than the job around it, which is what a job of one small file costs
 
 

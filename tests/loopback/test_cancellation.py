@@ -398,15 +398,12 @@ MOVING: dict[str, Phase] = {
     "making the part file": _thread("create_exclusive"),
     "in a write": _thread("pwrite_all"),
     "in fsync": _thread("datasync"),
-    "in the journal: the part file is made": _journal(_file(lambda file: file.part is not None and file.validator is None)),
     "in the journal: the version is known": _journal(_file(lambda file: file.size is not None and not file.transferred)),
-    "in the journal: the file is whole": _journal(_file(lambda file: file.transferred and not file.committed)),
-    "in the journal: the job is transferred": _journal(lambda batch: any(job.state is JobState.TRANSFERRED for job in batch.jobs.values())),
+    "in the journal: the file is whole, and the job": _journal(_file(lambda file: file.transferred and not file.committed)),
 }
 COMMITTING: dict[str, Phase] = {
     "in the rename": _thread("rename_at"),
     "in the directory's fsync": _thread("sync_directory", 2),  # the first one makes the part file's name durable
-    "in the journal: the file is in its place": _journal(lambda batch: bool(batch.committed)),
     "in the journal: the job leaves": _journal(lambda batch: bool(batch.removed)),
 }
 PHASES = CONNECTING | MOVING
