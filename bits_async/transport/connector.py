@@ -435,6 +435,12 @@ class LaneConnector:
             self._wire.abort()
             self._wire = self._tunnel = self._inner = None
 
+    @property
+    def ended_by_peer(self) -> bool:
+        """Of a connection that is at its end: the peer ended it, as far as anybody can know. With TLS that is its close_notify (RFC 9112,
+        9.8)."""
+        return not self._taps or self._taps[-1].ended_by_peer()
+
     # -- lending
 
     @property

@@ -327,6 +327,7 @@ class LaneBody:
         self._lane = lane
         self._reply = reply
         self._left = verdict.length
+        self._unframed = verdict.length is None and "Transfer-Encoding" not in reply.headers
         self._idle = lane.timeouts.idle
         self._pace = Pace(lane.timeouts)
         self._ended = False
@@ -376,7 +377,7 @@ class LaneBody:
 
     def _end(self) -> None:
         self._ended = True
-        if self._left:
+        if self._left or (self._unframed and not self._lane.connector.ended_by_peer):
             throw(error_from_network(EOFError(), url=self.url, doing="receive the whole file"))
 
     async def detach(self) -> Detached | None:

@@ -28,7 +28,7 @@ from .client_certificates import KeyPair, unusable_key
 from .options import TLS_FLAGS, SecurityFlags, not_implemented
 
 SHUTDOWN_TIMEOUT = 1.0
-"""Seconds a closing connection waits for the peer's close_notify; an HTTP body has an end of its own, so nothing is lost."""
+"""Seconds a closing connection waits for the peer's close_notify. Where a body needs that, it has come before (`ended_by_peer`)."""
 
 MAX_REVOCATION_LISTS: Final = 16 << 20
 """Bytes of revocation lists that a job may name."""
@@ -262,6 +262,16 @@ class TappedContext(ssl.SSLContext):
         connection = self._original.wrap_bio(incoming, outgoing, server_side, server_hostname, session)
         self.last = connection, incoming, outgoing
         return connection
+
+    def ended_by_peer(self) -> bool:
+        """Of a connection that is at its end: whether TLS's own farewell came. Without it anybody on the way may have ended it."""
+        assert self.last is not None, "the handshake is over"
+        try:
+            return not self.last[0].read(1)
+        except ssl.SSLZeroReturnError:
+            return True
+        except ssl.SSLError:
+            return False
 
 
 class Deciphered:

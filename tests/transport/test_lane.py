@@ -901,6 +901,30 @@ async def test_t25_a_body_that_only_its_end_frames_is_not_whole_when_its_lane_is
             assert (await rest).transient
 
 
+@pytest.mark.parametrize("farewell", [True, False])
+async def test_over_tls_a_body_that_only_its_end_frames_is_whole_only_if_the_server_ended_it(
+    lanes: Lanes, party: MakeParty, server_tls: ssl.SSLContext, farewell: bool
+) -> None:
+    """Anybody on the way can end TCP; TLS has a farewell of its own (RFC 9112, 9.8)."""
+
+    async def handle(connection: Connection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+        if not farewell:
+            connection.cut()
+
+    async def read(url: str) -> bytes:
+        async with lanes.get(party(), Asked(url, dynamic=True)) as body:
+            return b"".join([chunk async for chunk in body])
+
+    async with Server(handle, tls=server_tls) as origin:
+        if farewell:
+            assert await read(f"{origin.base}/file") == b"half"
+        else:
+            error = await failure(read(f"{origin.base}/file"))
+            assert (error.code, error.transient) == (ErrorCode.BG_E_CONNECTION_CLOSED, True)
+
+
 async def test_a_connection_that_the_server_will_close_is_closed_when_its_answer_is_read(lanes: Lanes, party: MakeParty) -> None:
     async with scripted(whole(b"file", "Connection: close")) as origin:
         assert await fetch(lanes, party(), f"{origin.base}/file") == b"file"
