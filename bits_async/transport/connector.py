@@ -315,7 +315,8 @@ async def _drain(link: Link, machine: h11.Connection) -> bool:
 
 
 def _fields(answer: h11.Response) -> HeaderFields:
-    return HeaderFields((name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.headers.raw_items())
+    """Values as aiohttp decodes them: what of a challenge is said again are the same bytes, through a tunnel or not."""
+    return HeaderFields((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in answer.headers.raw_items())
 
 
 def _stays_open(answer: h11.Response, headers: HeaderFields) -> bool:
@@ -337,7 +338,8 @@ def connect_request(machine: h11.Connection, target: str, authorization: str | N
     headers = [("Host", target), ("User-Agent", USER_AGENT), ("Proxy-Connection", "keep-alive")]
     if authorization is not None:
         headers.append((Seat.PROXY.answer_header, authorization))
-    head = machine.send(h11.Request(method="CONNECT", target=target, headers=headers))
+    raw = [(name.encode(), value.encode()) for name, value in headers]  # a realm may have other letters than ASCII's
+    head = machine.send(h11.Request(method="CONNECT", target=target, headers=raw))
     machine.send(h11.EndOfMessage())
     assert head is not None
     return head

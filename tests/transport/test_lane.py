@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -948,6 +949,21 @@ async def test_t26_an_answer_that_breaks_http_is_the_last_one_of_its_connection(
         assert error.code == ErrorCode.BG_E_INVALID_SERVER_RESPONSE
         await fetch(lanes, party(), f"{origin.base}/file")
         assert [request.connection for request in origin.log] == [1, 2]
+
+
+@pytest.mark.parametrize("tunnel", [True, False])
+async def test_a_proxys_realm_may_be_in_any_language(lanes: Lanes, party: MakeParty, tunnel: bool) -> None:
+    challenge = 'HTTP/1.1 407 Qui ?\r\nContent-Length: 0\r\nProxy-Authenticate: Digest realm="Société", nonce="n", qop="auth"\r\n\r\n'
+    async with scripted(challenge.encode(), b"HTTP/1.1 502 No\r\nContent-Length: 0\r\n\r\n") as proxy:
+        alice = Grant(PROXY, AuthScheme.DIGEST, "alice", "secret", frozenset({proxy.place}))
+        target = "https://files.test" if tunnel else "http://files.test"
+        error = await failure(fetch(lanes, party(alice, via=proxy), f"{target}/file"))
+        assert error.http_status == 502
+        shown = (proxy.log[1].get("Proxy-Authorization") or "").encode("latin-1").decode()
+        given = dict(re.findall(r'(\w+)="?([^",]+)"?', shown))
+        a1, a2 = (hashlib.md5(each.encode()).hexdigest() for each in ("alice:Société:secret", f"{proxy.log[1].method}:{given['uri']}"))
+        assert given["realm"] == "Société"
+        assert given["response"] == hashlib.md5(f"{a1}:n:{given['nc']}:{given['cnonce']}:auth:{a2}".encode()).hexdigest()
 
 
 async def test_t25_a_login_under_way_is_not_finished_after_its_token_was_taken_away(lanes: Lanes, party: MakeParty) -> None:
