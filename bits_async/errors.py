@@ -335,7 +335,7 @@ class BitsError(Exception):
         self.http_status = http_status
         self.advice = advice or _ADVICE.get(self.code, "")
         self.retry_after = retry_after
-        self.message = message or (type(self).__doc__ or type(self).__name__).partition("\n")[0]
+        self.message = message or (type(self).__doc__ or type(self).__name__).partition("\n")[0].removesuffix(".")
         super().__init__(self.message)
 
     def fields(self) -> dict[str, Any]:

@@ -166,8 +166,8 @@ class AuthCredentials:
     only).
 
     Raises:
-        InvalidArgument: exactly one of user name and password is None; BASIC or DIGEST without them; too long; control
-        characters.
+        InvalidArgument: exactly one of user name and password is None; BASIC or DIGEST without them; not text; too long;
+        control characters.
     """
 
     target: AuthTarget
@@ -186,6 +186,8 @@ class AuthCredentials:
             if self.scheme in (AuthScheme.BASIC, AuthScheme.DIGEST):
                 raise _refused(f"{self.scheme.name} needs a user name and a password")
             return
+        if not isinstance(self.user_name, str) or not isinstance(self.password, str):
+            raise _refused("user name and password are text")
         if len(self.user_name) > MAX_USER_NAME:
             raise _refused("the user name is too long", ErrorCode.BG_E_USERNAME_TOO_LARGE)
         if len(self.password) > MAX_PASSWORD:

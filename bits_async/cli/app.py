@@ -159,9 +159,10 @@ def _loading() -> Iterator[None]:
 
 def main() -> int:
     """The console script; returns the exit code."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller closed it: nobody wants to read it
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        # The caller closed it: nobody writes or reads it. Its number must not become the loop's own: uvloop aborts when it closes that.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - until the process ends
     try:
         result: Any = app(args=sys.argv[1:] or ["--help"], prog_name="bits-async", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

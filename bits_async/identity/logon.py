@@ -95,9 +95,10 @@ async def for_session(session: str, network: "spnego.Credential | None") -> Toke
         try:
             user = await sessions.user_of(session)
         except LookupError as exc:
-            raise ImpersonationFailed(f"nobody knows whose session {show_text(session, 80)} is: {exc}") from None
+            message = f"nobody knows whose session {show_text(session, 80)} is: {exc}"
+            raise ImpersonationFailed(message, advice="use Token.for_user() where no logind keeps sessions") from None
     if user is None:
-        raise ImpersonationFailed(f"there is no session {show_text(session, 80)}")
+        raise ImpersonationFailed(f"there is no session {show_text(session, 80)}", advice="look at the sessions with loginctl")
     token = await for_user(int(user.removeprefix("uid:")), network)
     return Token._make(token.local, network=token.network, principal=token.principal, session=session)
 

@@ -74,17 +74,34 @@ def checked_absolute(what: str, path: StrPath) -> Path:
     return Path(text)
 
 
+def checked_own_file(what: str, path: StrPath) -> Path:
+    """A file of the manager's, from wherever the process stands now.
+
+    Args:
+        what: it is, for the message.
+
+    Raises:
+        InvalidArgument: it cannot be a file's name.
+    """
+    text = path if isinstance(path, str) else os.fspath(path) if isinstance(path, os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text or text in ("", "."):
+        raise InvalidArgument(f"{what} takes the path of a file, not {path!r}")
+    return Path(os.path.abspath(text))
+
+
 def checked_destination(path: StrPath) -> str:
     """A path that can be a file's. What ends with a slash is meant to be a directory, even if there is none yet.
 
     Raises:
-        InvalidArgument: it can only be a directory's, or is not text.
+        InvalidArgument: it can only be a directory's, is not text, or has a NUL in it.
     """
     text = os.fspath(path)
     if not isinstance(text, str):
         raise InvalidArgument("a path is text, not bytes")
+    if "\0" in text:
+        raise InvalidArgument("a path has no NUL character in it", path=text.replace("\0", "?"))
     if os.path.basename(text) in ("", ".", ".."):
-        raise InvalidArgument("a destination names a file, not a directory", path=text.replace("\0", "?"))
+        raise InvalidArgument("a destination names a file, not a directory", path=text)
     return text
 
 
@@ -97,8 +114,8 @@ def checked_file(file: FileInfo) -> CheckedFile:
     if not isinstance(file, FileInfo):
         raise InvalidArgument(f"files are given as FileInfo, not {type(file).__name__}")
     path = checked_destination(file.path)
-    if "\0" in path or not os.path.isabs(path):
-        raise InvalidArgument("a job's destination is an absolute path", path=path.replace("\0", "?"))
+    if not os.path.isabs(path):
+        raise InvalidArgument("a job's destination is an absolute path", path=path)
     destination = Path(path)
     digests = Digests.checked(sha256=file.sha256, sha512=file.sha512, blake3=file.blake3)
     if digests.blake3 is not None and importlib.util.find_spec("blake3") is None:

@@ -30,7 +30,7 @@ from ..transport.options import ClientCertificate
 from ..transport.proxies import ProxySettings
 from ..transport.timeouts import Timeouts
 from ..transport.tls import TlsSettings
-from .arguments import FileInfo, StrPath, checked_bandwidth, checked_connections
+from .arguments import FileInfo, StrPath, checked_bandwidth, checked_connections, checked_own_file
 from .callbacks import RunCommand, commander
 from .conditions import Conditions
 from .desk import Desk
@@ -122,9 +122,11 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
                 raise InvalidArgument(f"{name}= takes {kind.__name__}, not {type(value).__name__}")
         if logon is not None and not callable(logon):
             raise InvalidArgument(f"logon= takes a function, not {type(logon).__name__}")
+        if cost_source is not None and not callable(getattr(cost_source, "watch", None)):
+            raise InvalidArgument(f"cost_source= takes a CostSource, not {type(cost_source).__name__}")
         if ssl is not None and not isinstance(ssl, SSLContext):
             raise InvalidArgument(f"ssl= takes an ssl.SSLContext or None, not {ssl!r}")
-        self._path = None if store is None else Path(os.path.abspath(os.fspath(store)))
+        self._path = None if store is None else checked_own_file("store=", store)
         self._tls = TlsSettings(ssl)
         self._key = key
         self._limits = limits
@@ -136,7 +138,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         self._seams = seams.get()
         self._clock: Clock = self._seams.clock if self._seams else SystemClock()
         self._machine = Bucket(checked_bandwidth(maximum_bandwidth), self._clock.monotonic)
-        self._policy = policy if policy is None or isinstance(policy, GroupPolicy) else Path(os.path.abspath(os.fspath(policy)))
+        self._policy = policy if policy is None or isinstance(policy, GroupPolicy) else checked_own_file("policy=", policy)
         self._cost_source = cost_source
         self._one_shot: OneShot | None = None  # for download(): found jobs wait until their owner and helper are set
         self._desk: Desk | None = None

@@ -85,9 +85,7 @@ class Order:
         for token in (owner, helper):
             if token is not None and not isinstance(token, Token):
                 raise InvalidArgument(f"a token is a Token, not {type(token).__name__}")
-        given = None if credentials is None else tuple(credentials)
-        if given is not None and not all(isinstance(item, AuthCredentials) for item in given):
-            raise InvalidArgument("credentials= takes AuthCredentials")
+        given = None if credentials is None else _several(credentials)
         return cls(
             file=checked_file(replace(file, path=os.path.abspath(checked_destination(file.path)))),
             proxy=resolve(ProxySettings.of(proxy), os.environ),
@@ -281,3 +279,11 @@ async def _show(job: Job, progress: Callable[[Progress], None], clock: Clock) ->
                 continue
             shown = clock.monotonic()
             progress(last)
+
+
+def _several(credentials: Iterable[AuthCredentials]) -> tuple[AuthCredentials, ...]:
+    """What is given, which may be a generator; one that is in no list is told so."""
+    given = tuple(credentials) if isinstance(credentials, Iterable) else ()
+    if not isinstance(credentials, Iterable) or not all(isinstance(item, AuthCredentials) for item in given):
+        raise InvalidArgument("credentials= takes AuthCredentials, in a list even if there is one")
+    return given

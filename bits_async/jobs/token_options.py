@@ -52,7 +52,7 @@ class TokenOptions:
         engine = self._desk.ready()
         if token is None:
             message = "set_helper_token() takes the token of an enclosing impersonate(); there is none"
-            raise ImpersonationFailed(message, job_id=self._entry.job.id)
+            raise ImpersonationFailed(message, job_id=self._entry.job.id, advice="call it within `with impersonate(helper):`")
         self._desk.door.check_helper(token, self._caller)
         async with engine.command(self._entry):
             await engine.replace_helper(self._entry, token)

@@ -566,9 +566,9 @@ async def test_a_home_that_cannot_be_written_is_told_with_what_to_do(command: Co
     assert (done.code, done.err) == (0, "")
 
 
-@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
 async def test_a_closed_stream_keeps_no_file_from_being_downloaded(command: Command, origin: Origin, tmp_path: Path, closed: str) -> None:
-    number = {"stdout": 1, "stderr": 2}[closed]
+    number = {"stdin": 0, "stdout": 1, "stderr": 2}[closed]
     arguments = ("download", origin.serve("/file", BODY), "file", *(["--json"] if closed == "stdout" else []))
     done = await command(*arguments, preexec_fn=lambda: os.close(number))
     assert (done.code, done.out, done.err) == (0, "", "")

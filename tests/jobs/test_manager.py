@@ -1019,3 +1019,38 @@ async def test_taking_a_job_over_drops_what_the_old_owner_entrusted_to_it(networ
         await job.wait()
         await job.complete()
         assert (out / "a.bin").read_bytes() == BODY
+
+
+# -- what people hand in by mistake ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"store": 5}, "store= takes the path of a file, not 5"),
+        ({"store": b"/queue.db"}, "store= takes the path of a file, not b'/queue.db'"),
+        ({"store": ""}, "store= takes the path of a file, not ''"),
+        ({"policy": 5}, "policy= takes the path of a file, not 5"),
+        ({"cost_source": "cheap"}, "cost_source= takes a CostSource, not str"),
+    ],
+)
+def test_a_manager_names_the_argument_that_cannot_be_meant(arguments, says):
+    with pytest.raises(bits.InvalidArgument) as refused:
+        bits.BitsManager(**arguments)
+    assert refused.value.message == says
+
+
+async def test_what_cannot_be_meant_is_refused_in_words_about_it(network, store, out):
+    async with bits.BitsManager(store=store) as manager:
+        job = await manager.create_job("test")
+        with pytest.raises(bits.InvalidArgument, match=r"a path has no NUL character in it; file .*a[?]b"):
+            await job.add_file(URL, f"{out}/a\0b")
+        with pytest.raises(bits.InvalidArgument, match="user name and password are text"):
+            await job.set_credentials(bits.AuthTarget.PROXY, bits.AuthScheme.BASIC, b"alice", b"secret")
+        alice = bits.AuthCredentials(bits.AuthTarget.SERVER, bits.AuthScheme.DIGEST, "alice", "secret")
+        with pytest.raises(bits.InvalidArgument, match="credentials= takes AuthCredentials, in a list even if there is one"):
+            await manager.download(URL, out / "a.bin", credentials=alice)
+        with pytest.raises(bits.NotFound, match=r"or it has left the queue; job "):
+            await manager.get_job(uuid4())
+        with pytest.raises(bits.ImpersonationFailed, match=r"there is none; job .*; call it within `with impersonate"):
+            await (await job.token_options()).set_helper_token()
