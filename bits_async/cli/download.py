@@ -65,6 +65,7 @@ OF_COMMANDS: Final = (
 OF_ARGUMENTS: Final = (
     (re.compile(r"\b(sha256|sha512|blake3)= takes"), r"--\1 takes"),
     (re.compile(r"\bretry_for takes"), "--retry-for takes"),
+    (re.compile(r"\bstore= takes"), "--store takes"),
     (re.compile(r"\bmaximum_bandwidth takes (.*), or None, not"), r"--maximum-bandwidth takes \1, not"),
     (re.compile(r"\bNO_PROXY is how"), "--no-proxy is how"),
     (re.compile(r"use set_credentials for the target PROXY"), "--proxy-user and --proxy-password-file say who you are"),

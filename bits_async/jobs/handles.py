@@ -458,10 +458,10 @@ class Job:
     async def add_file(
         self, url: "str | URL", path: StrPath, *, sha256: str | None = None, sha512: str | None = None, blake3: str | None = None
     ) -> JobFile:
-        """Add one file; durable when it returns.
+        """Add one file; durable when it returns. Of two files with one path both are fetched, and `complete()` keeps the one added later.
 
         Raises:
-            InvalidArgument: not an http(s) URL, user information in it, a relative path, not a digest.
+            InvalidArgument: not an http(s) URL, user information in it, a relative path or one with a NUL, not a digest.
         """
         self._desk.ready()
         (file,) = await self._add([checked_file(FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3))])

@@ -573,3 +573,9 @@ async def test_a_closed_stream_keeps_no_file_from_being_downloaded(command: Comm
     done = await command(*arguments, preexec_fn=lambda: os.close(number))
     assert (done.code, done.out, done.err) == (0, "", "")
     assert (tmp_path / "file").read_bytes() == BODY
+
+
+async def test_an_empty_store_is_refused_by_the_name_of_its_option(command: Command) -> None:
+    done = await command("download", "http://127.0.0.1/file", "file", "--store", "")
+    assert done.code == 2
+    assert "--store takes the path of a file, not '.'" in done.err
