@@ -637,6 +637,9 @@ class Job:
         """The files are made when they are asked for: neither a size nor ranges are needed, and after any interruption a file begins
         anew. The job is transferred at FOREGROUND priority only, where nothing else interrupts it.
 
+        Where only the end of the connection says where a file ends, a server must end TLS with its close_notify, or the file is taken for
+        cut: anybody on the way can end a connection.
+
         Raises:
             InvalidState: the job was resumed before (BG_E_READ_ONLY_PROPERTY_AFTER_RESUME); it has a file with ranges, or is in on-demand
                 mode (BG_E_UNSUPPORTED_JOB_CONFIGURATION); or another method than GET (BG_E_NOT_SUPPORTED_WITH_CUSTOM_HTTP_METHOD).
