@@ -13,6 +13,7 @@ import re
 import signal
 import ssl
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ OF_COMMANDS: Final = (
     ("the job goes on by itself when", "run the same command again when"),
     ("the job tries again by itself", "run the same command again later"),
     ("and the trusted authorities", "and the trusted authorities (--cacert)"),
+    ("check the job's proxy settings", "check --proxy, or http_proxy and https_proxy in the environment"),
     (", or name its principal", ""),
     ("then try again", "then run the same command again"),
     ("or act as the user who owns it", "or write as the user who owns it (--user)"),
@@ -230,7 +232,9 @@ def _line(prompt: str) -> str:
         InvalidArgument: nothing was.
     """
     try:
-        return getpass.getpass(prompt)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", getpass.GetPassWarning)  # getpass says it again, in words for a person
+            return getpass.getpass(prompt)
     except EOFError:
         raise InvalidArgument("no password was typed") from None
 

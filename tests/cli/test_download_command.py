@@ -579,3 +579,18 @@ async def test_an_empty_store_is_refused_by_the_name_of_its_option(command: Comm
     done = await command("download", "http://127.0.0.1/file", "file", "--store", "")
     assert done.code == 2
     assert "--store takes the path of a file, not '.'" in done.err
+
+
+async def test_a_password_that_cannot_be_asked_for_is_no_warning_of_python(command: Command, tmp_path: Path) -> None:
+    arguments = ("download", "http://127.0.0.1/file", "file", "--proxy-user", "alice", "--ask-proxy-password")
+    done = await command(*arguments, start_new_session=True)  # without a terminal, and nothing to read
+    assert done.code == 2
+    assert "no password was typed" in done.err
+    assert "GetPassWarning" not in done.err
+
+
+async def test_a_proxy_of_the_environment_that_cannot_be_meant_is_advised_on_by_its_name(command: Command, tmp_path: Path) -> None:
+    command.environment |= {"http_proxy": "socks://proxy.example"}
+    done = await command("download", "http://files.example/file", "file", "--retry-for", "0")
+    assert done.code == 1
+    assert "check --proxy, or http_proxy and https_proxy in the environment" in done.err
