@@ -1103,6 +1103,7 @@ class Attempt:
     async def _discard(self, download: _Download) -> None:
         """The part file goes; a resume fetches the file anew."""
         await download.part.discard()
+        download.piece, download.others, download.segments = Slice(0, None, 0, 0), (), ()  # nothing is left for a last checkpoint
         download.record = replace(download.record, part=None, slices=(), validator=None, boot_id=None)
         await self._recorder.keep(download.record)
         self._recorder.moved(download.index, 0)
