@@ -638,8 +638,9 @@ class Engine:
                 await changed
 
     async def _is_busy(self) -> bool:
+        """Of a job whose last file has come the journal knows the end before the job shows it."""
         try:
-            return await self._store.is_busy()
+            return await self._store.is_busy() or any(entry.job.state.is_active for entry in self.roster.running)
         except StoreError as error:
             if not error.transient or self.closed:
                 raise

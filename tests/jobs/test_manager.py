@@ -12,6 +12,7 @@ import pytest
 import spnego
 
 import bits_async as bits
+from bits_async.jobs.engine import Engine
 from bits_async.testing import FakeNetwork, fake_token
 
 URL = "https://files.example.test/a.bin"
@@ -456,6 +457,27 @@ async def test_join_returns_when_nothing_can_move(network, store, out):
         await make_job(manager, out, name="suspended")
         await job.resume()
         await manager.join()
+        assert job.state is bits.JobState.TRANSFERRED
+
+
+async def test_join_waits_until_a_job_shows_the_end_that_the_journal_knows_already(network, store, out, monkeypatch):
+    reached, go_on, settle = asyncio.Event(), asyncio.Event(), Engine._settle
+
+    async def later(*arguments) -> None:
+        reached.set()
+        await go_on.wait()
+        await settle(*arguments)
+
+    monkeypatch.setattr(Engine, "_settle", later)
+    async with bits.BitsManager(store=store) as manager:
+        job = await make_job(manager, out)
+        await job.resume()
+        await reached.wait()
+        joined = asyncio.create_task(manager.join())
+        await asyncio.wait({joined}, timeout=0.2)
+        assert (job.state, joined.done()) == (bits.JobState.TRANSFERRING, False)
+        go_on.set()
+        await joined
         assert job.state is bits.JobState.TRANSFERRED
 
 
