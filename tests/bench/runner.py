@@ -121,6 +121,9 @@ def _warm_up(stage: Stage, outcome: Outcome, say: Callable[[str], object]) -> tu
     row, amount = outcome.row, outcome.row.amount(WARM_UP if outcome.row.scales else 1.0)
     grow = row.full / amount if row.scales else 1.0
     for contender in list(outcome.contenders):
+        stage.clear()
+        row.task(stage, contender, amount)  # what the stage makes once, for this row or for all, is no part of a round
+        row.environment(stage)
         begin = time.monotonic()
         try:
             sample = run(stage, row, contender, amount, compare=True)
