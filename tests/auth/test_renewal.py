@@ -214,7 +214,7 @@ async def test_a_kdc_that_fails_costs_nothing_while_the_ticket_is_good_and_is_as
     place.kdc.failure = silent_kdc()
     await place.passes(9.9 * HOUR)
     assert await place.login(token) == first
-    assert 5 < len(place.kdc.asked) < 30
+    assert 3 < len(place.kdc.asked) < 30  # of the time that is left a part is waited for, rounded up to steps of the clock
     assert "alice@BITS.TEST were not renewed: the KDC did not answer" in caplog.text
     assert "secret-password" not in caplog.text
     place.kdc.failure = None
