@@ -83,7 +83,7 @@ def checked_own_file(what: str, path: StrPath) -> Path:
     Raises:
         InvalidArgument: it cannot be a file's name.
     """
-    text = path if isinstance(path, str) else os.fspath(path) if isinstance(path, os.PathLike) else None
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str) or "\0" in text or text in ("", "."):
         raise InvalidArgument(f"{what} takes the path of a file, not {str(path) if isinstance(path, os.PathLike) else path!r}")
     return Path(os.path.abspath(text))

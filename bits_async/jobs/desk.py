@@ -11,7 +11,7 @@ from uuid import uuid4
 from ..errors import ErrorCode, ErrorContext, InvalidArgument, make_error
 from ..identity.tokens import Token
 from ..transport.proxies import ProxySettings, resolve
-from .arguments import CheckedFile
+from .arguments import CheckedFile, checked_priority
 from .door import Door, calling
 from .engine import Engine
 from .model import JobPriority, JobRecord
@@ -57,8 +57,7 @@ class Desk:
         """A job as it begins, if the limits leave room for it."""
         if not isinstance(display_name, str) or not 1 <= len(display_name) <= DISPLAY_NAME_LENGTH:
             raise InvalidArgument(f"a display name has 1 to {DISPLAY_NAME_LENGTH} characters")
-        if not isinstance(priority, JobPriority):
-            raise InvalidArgument(f"a priority is a JobPriority, not {priority!r}")
+        checked_priority(priority)
         engine = self.ready()
         key = self.door.owner_key(self.door.usable(owner))
         most = self.limits.jobs_per_user

@@ -64,8 +64,8 @@ class Wire(ResponseHandler):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self._answer: aiohttp.StreamReader | None = aiohttp.EMPTY_PAYLOAD
-        """The body that is coming, or came last; None: the head of the next answer is waited for,"""
-        self._head_size = 0  # and so many bytes of it have come
+        """The body that is coming, or came last; None: the head of the next answer is waited for."""
+        self._head_size = 0  # bytes that have come of that head, and of the interim answers before it
 
     @property
     def ready(self) -> bool:
