@@ -22,6 +22,7 @@ import pytest
 
 from tests import acceptor
 from tests.active_directory import ActiveDirectory
+from tests.jitter import Jitter
 from tests.left_out import LeftOut
 from tests.peers import Authority, SilentKdc
 from tests.realms import SILENT_REALM, Apache, MitKdc, Nginx, Squid, make_world_directory, write_krb5_conf
@@ -41,8 +42,16 @@ if sys.platform == "win32":  # under Wine, on a machine that has more to do
     hypothesis.settings.load_profile("windows")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--jitter", metavar="SEED", help="make the loop and the threads of each test late at random moments")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LeftOut(), "left-out")
+    if seed := config.getoption("jitter"):
+        jitter = Jitter(seed)
+        jitter.install()
+        config.pluginmanager.register(jitter, "jitter")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell did so that started the tests with `&`, and what they start inherits it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform != "win32":  # where it is not installed
