@@ -58,7 +58,7 @@ class Wire(ResponseHandler):
     """The protocol of a lane's connection: one request at a time, and nothing is heard that was not asked for.
 
     aiohttp parses and keeps whatever comes between two answers, as much as the peer sends, and never counts the bytes of a head that
-    does not end: here the first byte too much ends the connection (T26).
+    does not end: here the first byte too much ends the connection (T26), and what came in one piece with an answer ends it afterwards.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -104,6 +104,18 @@ class Wire(ResponseHandler):
             self._end(aiohttp.ClientConnectionError("bytes that were not asked for"))
             return
         super().data_received(data)
+        if self._answer is not None and self._answer.is_eof() and self._holds_more():
+            self.force_close()
+
+    def _holds_more(self) -> bool:
+        """Whether the parser has the beginning of a head behind the answer that is over, which came in one piece with its end. The next
+        request has a parser of its own: without this one's beginning, the rest would be taken for its answer (T26).
+        """
+        parser, self._parser = self._parser, None
+        try:
+            return parser is not None and parser.feed_eof() is not None
+        except Exception:
+            return True  # what is no beginning of a head
 
     def feed_data(self, data: "tuple[RawResponseMessage, aiohttp.StreamReader]", size: int = 0) -> None:
         """A head has come, says the parser."""

@@ -118,6 +118,12 @@ async def test_the_undocumented_names_of_aiohttp_are_as_we_know_them() -> None:
     assert handler.transport is None
     assert handler.is_connected() is False
     assert handler.should_close is False
+    assert handler._parser is None
+    handler.set_response_params()
+    assert handler._parser.feed_eof() is None
+    handler.data_received(b"H")
+    assert handler._parser.feed_eof() is not None
+    assert callable(handler.force_close)
     assert callable(handler.pause_reading)
     assert callable(handler.resume_reading)
     assert list(inspect.signature(ResponseHandler.data_received).parameters) == ["self", "data"]
@@ -180,6 +186,37 @@ async def test_t26_a_byte_between_two_answers_ends_the_connection(trust: ssl.SSL
         await origin.connections[0].send(unasked)
         await until(lambda: origin.connections[0].gone)
         assert not connector.ready
+        await connector.aclose()
+
+
+@pytest.mark.parametrize("unasked", [b"H", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\nevil"])
+@pytest.mark.parametrize(
+    ("answer", "body"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood", b"good"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\ngood\r\n0\r\n\r\n", b"good"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
+    ],
+    ids=["length", "chunks", "none"],
+)
+async def test_t26_what_comes_in_one_piece_with_an_answer_never_begins_the_next_one(
+    trust: ssl.SSLContext, answer: bytes, body: bytes, unasked: bytes
+) -> None:
+    """Its rest comes after the next request, and looks like the whole answer. The answer before it is whole, and kept."""
+
+    async def talk(connection: Connection) -> None:
+        await connection.request()
+        await connection.send(answer + unasked)
+        await connection.request()
+
+    async with Server(talk) as server:
+        connector = LaneConnector(Route(server.place), TlsSettings(trust), Login(Seat.PROXY, lambda *_: pytest.fail("asked")))
+        await connector.open(f"{server.base}/file", TIMEOUTS)
+        reply = await connector.ask(request_head("GET", "/file", [("Host", "localhost")]))
+        assert await reply.content.read() == body
+        assert not connector.ready
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            await connector.ask(request_head("GET", "/file", [("Host", "localhost")]))
         await connector.aclose()
 
 
