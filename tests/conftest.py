@@ -22,6 +22,7 @@ import pytest
 
 from tests import acceptor
 from tests.active_directory import ActiveDirectory
+from tests.again import Again
 from tests.jitter import Jitter
 from tests.left_out import LeftOut
 from tests.peers import Authority, SilentKdc
@@ -48,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LeftOut(), "left-out")
+    config.pluginmanager.register(Again(), "again")
     if seed := config.getoption("jitter"):
         jitter = Jitter(seed)
         jitter.install()

@@ -71,10 +71,10 @@ class Witness:
             self._failures.append(f"{report.when}: {report.longreprtext}")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_sessionfinish(self, exitstatus: int) -> Generator[None, None, None]:
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, None, None]:
         yield
         sys.stdout.flush()
-        self._diary.over(int(exitstatus))
+        self._diary.over(int(session.exitstatus))
 
     def _watch(self) -> None:
         while True:
