@@ -105,6 +105,10 @@ class _Report:
         return self._entry.files
 
     @property
+    def known_size(self) -> int:
+        return self._entry.known_size
+
+    @property
     def levels(self) -> Sequence[Bucket]:
         return self._entry.levels
 

@@ -121,6 +121,11 @@ class Entry:
         return TokenPair(self.owner, self.helper, self.job.helper_flags)
 
     @property
+    def known_size(self) -> int:
+        """Bytes of the files whose size is known."""
+        return self._tally.size
+
+    @property
     def progress(self) -> JobProgress:
         """Over all files."""
         tally = self._tally

@@ -81,6 +81,11 @@ class Recorder(Protocol):
     def files(self) -> Sequence[FileRecord]: ...
 
     @property
+    def known_size(self) -> int:
+        """Bytes of all files together, as far as their sizes are known; not counted anew at each asking."""
+        ...
+
+    @property
     def levels(self) -> Sequence[Bucket]:
         """What limits the speed, from the machine to the job; others when the job's priority changes."""
         ...
@@ -841,7 +846,7 @@ class Attempt:
         most = self._recorder.job.maximum_download_size
         if most is None:
             return
-        others = sum(file.size or 0 for file in self._recorder.files if file.index != download.index)
+        others = self._recorder.known_size - (self._recorder.files[download.index].size or 0)
         if others + size > most:
             message = f"the job may have {most} bytes, and its files have at least {others + size}"
             code = ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_LIMIT_REACHED

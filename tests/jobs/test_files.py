@@ -13,6 +13,7 @@ import pytest
 import bits_async as bits
 from bits_async import ErrorCode, FileRange, JobState
 from bits_async.jobs import transfer
+from bits_async.jobs.model import FileRecord
 from bits_async.testing import FakeNetwork, fake_token
 from bits_async.transport.ranges import Slice
 from tests.waiting import until
@@ -526,6 +527,28 @@ async def test_a_job_may_have_exactly_its_maximum_download_size(network, job, ou
     await job.set_maximum_download_size(400_000)
     await job.add_file(URL, out / "f")
     assert await finished(job) == BODY
+
+
+async def test_of_a_job_with_a_maximum_download_size_each_file_costs_the_same_however_many_there_are(network, manager, out, monkeypatch):
+    asked, honest = 0, FileRecord.size
+
+    def counted(file: FileRecord) -> int | None:
+        nonlocal asked
+        asked += 1
+        return honest.fget(file)
+
+    async def cost(count: int) -> float:
+        nonlocal asked
+        job = await manager.create_job("many", priority=bits.JobPriority.FOREGROUND)
+        await job.set_maximum_download_size(count * len(BODY))
+        await job.add_file_set([bits.FileInfo(URL, out / f"{count}-{number}") for number in range(count)])
+        asked = 0
+        await job.resume()
+        await job.wait()
+        return asked / count
+
+    monkeypatch.setattr(FileRecord, "size", property(counted))
+    assert await cost(24) <= 1.5 * await cost(4)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**64, 1.5, "1", True])
