@@ -19,6 +19,7 @@ from tests.left_out import find_program
 NAMES = ("bitsalice", "bitsbob", "bitshelper")
 MARK = "made by the tests of bits_async"
 RANGE = (20001, 29999)
+TOOLS = ("useradd", "usermod", "userdel", "groupadd", "groupmod", "groupdel", "gpasswd", "chage", "passwd", "chpasswd", "vipw")
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class LocalUser:
 def local_users() -> Iterator[Mapping[str, LocalUser]]:
     """The users, while the `with` block runs."""
     with _lock_file("use") as use:
-        with _change():
+        with changing_accounts():
             fcntl.flock(use, fcntl.LOCK_SH)
             for name in NAMES:
                 _make(name)
         try:
             yield {name: _read(name) for name in NAMES}
         finally:
-            with _change():
+            with changing_accounts():
                 if _is_last(use):
                     for name in NAMES:
                         _remove(name)
@@ -62,11 +63,29 @@ def _lock_file(purpose: str) -> Iterator[int]:
 
 
 @contextmanager
-def _change() -> Iterator[None]:
-    """Only one run at a time begins or ends its use, so nobody removes users that another has just found to exist."""
+def changing_accounts() -> Iterator[None]:
+    """Only one process of the tests at a time changes the user database, or finds out what is in it to change.
+
+    The tools wait for one another for some seconds only; and nobody removes users that another has just found to exist.
+    """
     with _lock_file("change") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        _break_stale_locks()
         yield
+
+
+def _break_stale_locks() -> None:
+    """A tool that was killed leaves its lock, which others keep to as long as there is a process of that number, whatever it is."""
+    for name in ("passwd", "shadow", "group", "gshadow", "subuid", "subgid"):
+        lock = Path(f"/etc/{name}.lock")
+        try:
+            holder = Path(f"/proc/{int(lock.read_text().rstrip(chr(0)))}/comm").read_text().strip()
+        except FileNotFoundError:
+            holder = ""
+        except ValueError:
+            continue  # being written
+        if not holder or holder not in TOOLS:
+            lock.unlink(missing_ok=True)
 
 
 def _is_last(use: int) -> bool:
@@ -117,22 +136,22 @@ def _run(*command: str) -> None:
 def own_user() -> Iterator[LocalUser]:
     """A user of this test alone, whose account it may change."""
     name = f"bitsown{os.getpid()}"
-    with _change():
+    with changing_accounts():
         _make(name)
     try:
         yield _read(name)
     finally:
-        with _change():
+        with changing_accounts():
             _remove(name)
 
 
 def change_account(name: str, *options: str) -> None:
     """usermod(8), while nobody else changes the user database."""
-    with _change():
+    with changing_accounts():
         _run("usermod", *options, name)
 
 
 def remove_account(name: str) -> None:
     """The account is gone."""
-    with _change():
+    with changing_accounts():
         _remove(name)

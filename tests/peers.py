@@ -16,6 +16,7 @@ machine only, whatever the host is called, so any host name may be used in a URL
 
 import asyncio
 import contextlib
+import select
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -180,7 +181,7 @@ class Connection:
             _abort(writer)
         self.writer.close()
         try:
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(10):
                 await self.writer.wait_closed()
         except (OSError, TimeoutError):
             _abort(self.writer)
@@ -583,11 +584,21 @@ class SilentKdc:
     """A KDC that takes every connection and datagram and never answers: half a minute of silence for libkrb5."""
 
     def __enter__(self) -> Self:
-        self._tcp = socket.create_server(("127.0.0.1", 0))  # the kernel accepts; nobody reads
-        self.port: int = self._tcp.getsockname()[1]
-        self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._udp.bind(("127.0.0.1", self.port))
-        return self
+        while True:
+            self._tcp = socket.create_server(("127.0.0.1", 0))  # the kernel accepts; nobody reads
+            self.port: int = self._tcp.getsockname()[1]
+            self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            try:
+                self._udp.bind(("127.0.0.1", self.port))
+            except OSError:  # its number is taken there
+                self.__exit__()
+            else:
+                return self
+
+    @property
+    def asked(self) -> bool:
+        """Somebody waits for an answer."""
+        return bool(select.select([self._tcp, self._udp], [], [], 0)[0])
 
     def __exit__(self, *_: object) -> None:
         self._tcp.close()

@@ -20,7 +20,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
@@ -36,6 +37,8 @@ NTLM_DOMAIN = "BITS"
 
 APACHE_MODULES = Path("/usr/lib/apache2/modules")
 SQUID_HELPERS = Path("/usr/lib/squid")
+PATIENCE = 30.0  # seconds for a server to start, and to write a line of its log: more than a loaded machine needs
+TICK = 0.002  # seconds: what servers keep of a moment
 
 
 # -- directories, ports, processes
@@ -53,6 +56,14 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@contextmanager
+def closed_port() -> Iterator[int]:
+    """A port at which nobody listens, and nobody begins to while the block runs."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def poll(check: Callable[[], bool], *, deadline: float, what: str) -> None:
@@ -148,7 +159,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        poll(lambda: self._ended() or self._listens(), deadline=20, what=f"{self.name} does not listen")
+        poll(lambda: self._ended() or self._listens(), deadline=PATIENCE, what=f"{self.name} does not listen")
         if self._ended():
             raise ServerFailed(f"{self.name} ended:\n{self.output()}")
 
@@ -206,29 +217,43 @@ def give_to(user: str, directory: Path) -> None:
 
 # -- logs
 
-Line = TypeVar("Line")
+Line = TypeVar("Line", bound="Entry")
+
+
+class Entry(Protocol):
+    """A line of a log."""
+
+    @property
+    def begun(self) -> float:
+        """When the request came, in seconds since 1970."""
+        ...
 
 
 class Log(Generic[Line]):
-    """A server's access log. Lines come after the answer, so reading it is waiting for them."""
+    """A server's access log. Lines come after the answer, some of them in a later test: reading it is waiting for those that are due, and
+    passing over those of requests that came before `clear`.
+    """
 
     def __init__(self, path: Path, parse: Callable[[str], Line | None]) -> None:
         self.path, self._parse = path, parse
-        self._start = 0
+        self._start, self._since = 0, 0.0
 
     def clear(self) -> None:
-        """Forget what is there; later lines count from here."""
+        """Forget what is there, and what is still to be written of requests that have come."""
         self._start = len(self._lines())
+        time.sleep(2 * TICK)  # no request of the test before came in the tick in which the first of this one may
+        self._since = time.time() - TICK
 
     def _lines(self) -> list[str]:
         text = self.path.read_text(errors="replace")
         return text[: text.rfind("\n") + 1].splitlines()  # a line is complete when its end is written
 
-    def read(self, expect: int = 0, *, deadline: float = 10, **match: object) -> list[Line]:
+    def read(self, expect: int = 0, *, deadline: float = PATIENCE, **match: object) -> list[Line]:
         """The lines with these fields, once there are at least `expect` of them."""
         end = time.monotonic() + deadline
         while True:
-            found = [line for text in self._lines()[self._start :] if (line := self._parse(text)) is not None]
+            parsed = [line for text in self._lines()[self._start :] if (line := self._parse(text)) is not None]
+            found = [line for line in parsed if line.begun >= self._since]
             chosen = [line for line in found if all(getattr(line, name) == value for name, value in match.items())]
             if len(chosen) >= expect:
                 return chosen
@@ -250,12 +275,16 @@ class Hit:
     sent: int
     range: str | None
     keepalive: int
+    begun: float
 
 
 def parse_hit(text: str) -> Hit | None:
-    client, server, user, method, target, status, sent, wanted, keepalive = text.split("\t")
+    """A line of Apache's, with the microsecond in which the request came; of nginx's, with the second of its end and how long it took."""
+    client, server, user, method, target, status, sent, wanted, keepalive, *when = text.split("\t")
     name = None if user in ("-", '""') else user.replace("\\\\", "\\")
-    return Hit(int(client), int(server), name, method, target, int(status), int(sent), None if wanted == "-" else wanted, int(keepalive))
+    begun = int(when[0]) / 1e6 if len(when) == 1 else float(when[0]) - float(when[1])
+    asked = None if wanted == "-" else wanted
+    return Hit(int(client), int(server), name, method, target, int(status), int(sent), asked, int(keepalive), begun)
 
 
 @dataclass(frozen=True)
@@ -268,14 +297,15 @@ class Passage:
     target: str
     status: int
     sent: int
+    begun: float
 
 
 def parse_passage(text: str) -> Passage | None:
-    client, user, request, status, sent, note = text.split("\t")
+    client, user, request, status, sent, note, begun = text.split("\t")
     if "transaction-end" in note or note.startswith("error:"):
         return None  # the end of a connection, no request
     method, _, target = request.partition(" ")
-    return Passage(int(client), None if user == "-" else user, method, target, int(status), int(sent))
+    return Passage(int(client), None if user == "-" else user, method, target, int(status), int(sent), float(begun))
 
 
 # -- the realm
@@ -473,7 +503,7 @@ class Apache(Server):
     def url(self, path: str = "/pub/big", *, tls: bool = False) -> str:
         return f"https://localhost:{self.tls_port}{path}" if tls else f"http://localhost:{self.port}{path}"
 
-    def hits(self, expect: int = 0, *, deadline: float = 10, **match: object) -> list[Hit]:
+    def hits(self, expect: int = 0, *, deadline: float = PATIENCE, **match: object) -> list[Hit]:
         """Log lines with these fields (user, status, method, target ...), once there are at least `expect` of them."""
         return self.log.read(expect, deadline=deadline, **match)
 
@@ -512,7 +542,7 @@ Listen 127.0.0.1:{self.tls12_port} https
 TypesConfig /dev/null
 DocumentRoot {self.root}
 Alias /slow {self.root}
-LogFormat "%{{remote}}p\\t%{{local}}p\\t%u\\t%m\\t%U%q\\t%>s\\t%B\\t%{{Range}}i\\t%k" fields
+LogFormat "%{{remote}}p\\t%{{local}}p\\t%u\\t%m\\t%U%q\\t%>s\\t%B\\t%{{Range}}i\\t%k\\t%{{usec}}t" fields
 CustomLog {self.log.path} fields
 ServerLimit 1
 StartServers 1
@@ -616,7 +646,7 @@ class Squid(Server):
     def environment(self) -> Mapping[str, str]:
         return {"KRB5RCACHENAME": "none:"} | ({"KRB5_CONFIG": str(self._kdc.krb5_conf)} if self._kdc else {})
 
-    def hits(self, expect: int = 0, *, deadline: float = 10, **match: object) -> list[Passage]:
+    def hits(self, expect: int = 0, *, deadline: float = PATIENCE, **match: object) -> list[Passage]:
         """Log lines with these fields (user, status, method, target), once there are at least `expect` of them.
 
         A tunnel's line comes when the tunnel is closed.
@@ -653,7 +683,7 @@ class Squid(Server):
 visible_hostname localhost
 pid_filename {self.directory}/squid.pid
 cache_log {self.directory}/cache.log
-logformat fields %>p\t%un\t%rm %ru\t%>Hs\t%<st\t%Ss%err_code
+logformat fields %>p\t%un\t%rm %ru\t%>Hs\t%<st\t%Ss%err_code\t%tS
 access_log stdio:{self.log.path} fields
 coredump_dir {self.directory}
 cache_mem 8 MB
@@ -722,7 +752,7 @@ class Nginx(Server):
     def url(self, path: str, *, tls: bool = False) -> str:
         return f"https://localhost:{self.tls_port}{path}" if tls else f"http://localhost:{self.port}{path}"
 
-    def hits(self, expect: int = 0, *, deadline: float = 10, **match: object) -> list[Hit]:
+    def hits(self, expect: int = 0, *, deadline: float = PATIENCE, **match: object) -> list[Hit]:
         """Log lines with these fields (status, method, target ...), once there are at least `expect` of them."""
         return self.log.read(expect, deadline=deadline, **match)
 
@@ -762,7 +792,7 @@ http {{
  large_client_header_buffers 4 64k;
  map $ssl_client_s_dn $who {{ default '-'; ~CN=(?<name>[^,]+) $name; }}
  log_format fields '$remote_port\\t$server_port\\t$who\\t$request_method\\t$uri$is_args$args\\t'
-  '$status\\t$body_bytes_sent\\t$told\\t$connection_requests';
+  '$status\\t$body_bytes_sent\\t$told\\t$connection_requests\\t$msec\\t$request_time';
  map $http_range $told {{ '' '-'; default $http_range; }}
  access_log {self.log.path} fields;
 {scratch}

@@ -22,7 +22,7 @@ from tests.active_directory import ActiveDirectory
 from tests.realms import Apache
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-DEADLINE = 50
+DEADLINE = 150
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ class Service:
     def _ask(self, request: urllib.request.Request) -> tuple[int, Any]:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=10) as answer:
+            with opener.open(request, timeout=60) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             with error:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import http.client
+import os
 import shutil
 import socket
 import threading
@@ -25,7 +26,7 @@ from bits_async.identity.tokens import Token
 from tests.auth.conftest import Threads, a_token
 from tests.local_users import LocalUser
 from tests.peers import Authority
-from tests.realms import PASSWORDS, Apache, MitKdc, Squid
+from tests.realms import PASSWORDS, Apache, MitKdc, Squid, closed_port, write_krb5_conf
 from tests.rules import NTLM_OVER_HTTP, PEERS
 
 pytestmark = pytest.mark.realm
@@ -82,9 +83,9 @@ class Client:
     def __init__(self, url: str, *flows: AuthFlow, authority: Authority | None = None) -> None:
         origin = Origin.of(url)
         if authority is None:
-            self.http = http.client.HTTPConnection(origin.host, origin.port, timeout=10)
+            self.http = http.client.HTTPConnection(origin.host, origin.port, timeout=30)
         else:
-            self.http = http.client.HTTPSConnection(origin.host, origin.port, timeout=10, context=authority.client())
+            self.http = http.client.HTTPSConnection(origin.host, origin.port, timeout=30, context=authority.client())
         self.flows = {flow._seat: flow for flow in flows}
         self.statuses: list[int] = []
 
@@ -223,7 +224,7 @@ async def test_t26_a_ticket_that_is_not_taken_is_not_shown_again(
     with pytest.raises(AuthFailed, match="refused before"):
         await again.answer(["Negotiate"], method="GET", target="/")
     assert token.network is not None
-    Path(token.network.ccache.removeprefix("FILE:")).touch()  # type: ignore[union-attr]  # kinit makes a new revision
+    os.utime(token.network.ccache.removeprefix("FILE:"), (0, 0))  # type: ignore[union-attr]  # kinit makes a new revision
     assert await make_flow(apache.url(), token).answer(["Negotiate"], method="GET", target="/")
 
 
@@ -357,11 +358,9 @@ async def test_implicit_credentials_are_never_talked_down_to_ntlm(kdc: MitKdc, m
 async def test_a_kdc_that_is_down_is_a_transient_error(
     kdc: MitKdc, make_flow: Callable[..., AuthFlow], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from tests.realms import free_port, write_krb5_conf
-
     token = own(kdc, "alice")
-    monkeypatch.setenv("KRB5_CONFIG", str(write_krb5_conf(tmp_path / "krb5.conf", {kdc.realm: free_port()})))
-    with pytest.raises(NetworkError) as caught:
+    with closed_port() as port, pytest.raises(NetworkError) as caught:
+        monkeypatch.setenv("KRB5_CONFIG", str(write_krb5_conf(tmp_path / "krb5.conf", {kdc.realm: port})))
         await make_flow("http://localhost:1", token).answer(["Negotiate"], method="GET", target="/")
     assert caught.value.transient
     assert "no KDC of the realm answers" in str(caught.value)
@@ -410,7 +409,7 @@ async def test_t04_a_users_threads_open_the_users_cache_and_nobody_elses(
     files = TokenExecutor(token, threads=1, name="security")
 
     async def security(function: Callable[..., Any], *args: Any) -> Any:
-        return await files.run_security(function, *args, deadline=10)
+        return await files.run_security(function, *args, deadline=30)
 
     try:
         flow = make_flow(apache.url(), token, security=security)

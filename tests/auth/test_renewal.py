@@ -20,7 +20,7 @@ from bits_async.identity.kerberos import Cache, Lifetime, silent_kdc
 from bits_async.identity.threads import TokenExecutors
 from bits_async.identity.tokens import Token
 from bits_async.testing import FakeClock
-from tests.waiting import let_things_happen, until
+from tests.waiting import Deadlines, let_things_happen, until
 
 ALICE = "alice@BITS.TEST"
 HOUR = 600.0  # a short one: time is waited for in steps
@@ -53,7 +53,7 @@ class Kdc:
         self.asked.append(what)
         self.threads.add(threading.current_thread().name)
         if self.silence is not None:
-            self.silence.wait(10)
+            self.silence.wait(50)
         if self.failure is not None:
             raise self.failure
         now = self.now()
@@ -107,19 +107,20 @@ class Place:
         """As a lane does; the cache that is shown."""
         offer = Offer(AuthScheme.NEGOTIATE, token.network, None, None, True, credential_fingerprint(token.network, b"k"), ALICE, token)
         with self.executors.lease(token, "security") as security:
-            found = await security.run_security(self.tickets.ready, offer, deadline=10)
+            found = await security.run_security(self.tickets.ready, offer, deadline=30)
         assert isinstance(found, spnego.KerberosCCache)
         return found.ccache
 
     async def passes(self, seconds: float) -> None:
         """Time, in steps in which somebody can wake."""
         while seconds > 0:
-            await self._rest()
+            await self.rest()
             self.clock.advance(min(seconds, LONGEST_SLEEP))
             seconds -= LONGEST_SLEEP
         await let_things_happen()
+        await self.rest()
 
-    async def _rest(self) -> None:
+    async def rest(self) -> None:
         """Until whoever woke is asleep again: nobody uses a thread, and nobody begins to while the loop goes round."""
         still = 0
         while still < 20:
@@ -230,11 +231,15 @@ async def test_a_kdc_that_fails_costs_nothing_while_the_ticket_is_good_and_is_as
 
 async def test_a_kdc_that_is_silent_keeps_one_thread_and_no_login_waits_for_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renewing, "KDC_DEADLINE", 0.5)
+    monkeypatch.setattr(asyncio, "timeout", (deadlines := Deadlines(0.5)).timeout)
     token = by_password()
     first = await place.login(token)
     place.kdc.silence = threading.Event()
-    await place.passes(8 * HOUR)
+    passing = asyncio.create_task(place.passes(8 * HOUR))
+    await until(lambda: place.kdc.asked == ["password", first])
+    deadlines.pass_now()
     await until(lambda: place.executors.retired == 1, "for the thread to be given up")
+    await passing
     await place.passes(1.5 * HOUR)
     assert await place.login(token) == first
     assert (place.kdc.asked, place.executors.retired) == (["password", first], 1)
@@ -249,7 +254,7 @@ async def test_a_ticket_that_cannot_be_renewed_is_replaced_with_the_password_whe
     assert place.kdc.asked == ["password"]
     assert await place.login(token) == first
     await until(lambda: len(place.kdc.asked) == 2)
-    await let_things_happen()
+    await place.rest()
     assert await place.login(token) == "ours-2"
 
 

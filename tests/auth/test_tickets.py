@@ -20,7 +20,7 @@ from bits_async.auth.policy import AuthScheme, Offer, Refusals, account_fingerpr
 from bits_async.auth.tickets import KDC, Tickets, credential_of, descend, target_of
 from bits_async.errors import AuthFailed, ErrorCode, NetworkError
 from bits_async.identity.kerberos import explain, kerberos
-from tests.realms import MitKdc, free_port, write_krb5_conf
+from tests.realms import MitKdc, closed_port, write_krb5_conf
 
 NEGOTIATE = AuthScheme.NEGOTIATE
 
@@ -184,8 +184,8 @@ def test_the_revision_is_the_state_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_kdc_that_is_down_is_a_transient_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KRB5_CONFIG", str(write_krb5_conf(tmp_path / "krb5.conf", {"DOWN.TEST": free_port()})))
-    with pytest.raises(NetworkError) as caught:
+    with closed_port() as port, pytest.raises(NetworkError) as caught:
+        monkeypatch.setenv("KRB5_CONFIG", str(write_krb5_conf(tmp_path / "krb5.conf", {"DOWN.TEST": port})))
         Tickets().ready(explicit("alice@DOWN.TEST", "pw"))
     assert caught.value.transient
     with pytest.raises(AuthFailed, match="no KDC is configured") as refused:
@@ -199,7 +199,7 @@ def test_nobody_waits_for_anothers_question_for_ever(monkeypatch: pytest.MonkeyP
 
     def silent(_: object) -> None:
         asked.set()
-        go_on.wait(10)
+        go_on.wait(50)
         raise ValueError
 
     monkeypatch.setattr(module, "_first_ticket", silent)
@@ -211,7 +211,7 @@ def test_nobody_waits_for_anothers_question_for_ever(monkeypatch: pytest.MonkeyP
 
     first = threading.Thread(target=ask)
     first.start()
-    assert asked.wait(10)
+    assert asked.wait(30)
     with pytest.raises(NetworkError, match="did not answer"):
         tickets.ready(explicit("alice@BITS.TEST", "pw"))
     go_on.set()

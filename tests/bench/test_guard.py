@@ -61,7 +61,7 @@ def counted(served: Nginx, tmp_path_factory: pytest.TempPathFactory) -> Mapping[
     """What each phase cost; "connections": how many there were in all."""
     command = order(served, tmp_path_factory.mktemp("counted"), trace=True)
     served.log.clear()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
     assert done.returncode == 0, done.stderr
     phases = {line.pop("phase"): line for line in map(json.loads, done.stdout.splitlines())}
     hits = served.hits(expect=FILES)
@@ -78,7 +78,7 @@ def calls(served: Nginx, tmp_path_factory: pytest.TempPathFactory) -> Mapping[st
     directory = tmp_path_factory.mktemp("traced")
     trace = directory / "trace"
     command = [find_program("strace") or "strace", "-f", "-qq", "-o", str(trace), *order(served, directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
     assert done.returncode == 0, done.stderr
     return phases_of(trace.read_text(errors="replace"))
 

@@ -56,7 +56,7 @@ def run(script: str, *arguments: object, signalled: signal.Signals | None = None
     """Runs a script to its end and returns what it printed. It must end well, or by the signal."""
     process = start(script, *arguments)
     try:
-        out, err = process.communicate(timeout=45)
+        out, err = process.communicate(timeout=150)
     except BaseException:
         process.kill()
         process.communicate()

@@ -16,8 +16,13 @@ cat /proc/$$/stat > stat; echo $at > cwd; umask > umask; echo done > done
 class Seen:
     """What `LOOK` wrote."""
 
+    @staticmethod
+    def is_whole(directory: Path) -> bool:
+        """The command has written all."""
+        return (directory / "done").exists() and (directory / "done").read_text() == "done\n"
+
     def __init__(self, directory: Path) -> None:
-        assert (directory / "done").read_text() == "done\n"
+        assert self.is_whole(directory)
         self.owner = (directory / "done").stat().st_uid
         lines = (line.partition(":") for line in (directory / "status").read_text().splitlines())
         self.status = {name: value.split() for name, _, value in lines}

@@ -5,7 +5,6 @@ import contextvars
 import gc
 import os
 import threading
-import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Any
@@ -21,7 +20,7 @@ from bits_async.identity.ambient import current_token, impersonate
 from bits_async.identity.threads import TokenExecutor, TokenExecutors, in_own_thread, run_as
 from bits_async.identity.tokens import LocalIdentity, Token
 from tests.identity import child
-from tests.waiting import until
+from tests.waiting import Deadlines, until
 
 
 class Chameleon:
@@ -83,7 +82,7 @@ class Gate:
 
     def __call__(self) -> str:
         self.entered.release()
-        assert self._open.wait(30)
+        assert self._open.wait(50)
         self.left = True
         return "through"
 
@@ -91,10 +90,7 @@ class Gate:
         self._open.set()
 
     async def reached(self) -> None:
-        end = time.monotonic() + 10
-        while not self.entered.acquire(blocking=False):
-            assert time.monotonic() < end
-            await asyncio.sleep(0.001)
+        await until(lambda: self.entered.acquire(blocking=False))
 
 
 @pytest.fixture
@@ -165,7 +161,7 @@ async def test_no_callers_context_reaches_a_thread(executor: TokenExecutor, toke
 async def test_the_loops_default_executor_is_never_used(executor: TokenExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asyncio.get_running_loop(), "_default_executor", object())
     await executor.run(os.getpid)
-    await executor.run_security(os.getpid, deadline=5)
+    await executor.run_security(os.getpid, deadline=30)
     await executor.spawn(os.getpid)
     await run_as(executor.token, os.getpid)
     await Token.for_user(os.geteuid())
@@ -195,7 +191,7 @@ async def test_an_executor_that_cannot_take_its_identity_is_broken_for_good(
     errors = []
     for use in (
         lambda: executor.run(called.append, 1),
-        lambda: executor.run_security(called.append, 2, deadline=5),
+        lambda: executor.run_security(called.append, 2, deadline=30),
         lambda: executor.run(called.append, 3),
     ):
         with pytest.raises(ImpersonationFailed) as caught:
@@ -230,7 +226,7 @@ async def test_a_dedicated_thread_that_cannot_be_born_fails_its_call(executor: T
 async def test_t01_what_was_done_as_somebody_else_is_not_handed_out(executor: TokenExecutor, identity: Chameleon, manner: str) -> None:
     call = {
         "run": lambda: executor.run(identity.lose),
-        "security": lambda: executor.run_security(identity.lose, deadline=5),
+        "security": lambda: executor.run_security(identity.lose, deadline=30),
         "spawn": lambda: executor.spawn(identity.lose),
         "pool": lambda: asyncio.wrap_future(executor.pool.submit(identity.lose)),
     }[manner]
@@ -319,7 +315,7 @@ async def test_the_error_of_a_cancelled_call_is_not_reported_as_forgotten(execut
             case "run":
                 await executor.run(fail)
             case "security":
-                await executor.run_security(fail, deadline=10)
+                await executor.run_security(fail, deadline=30)
             case "spawn":
                 await executor.spawn(fail)
 
@@ -368,28 +364,29 @@ async def test_a_file_call_that_never_returns_is_given_up(executor: TokenExecuto
 
 
 async def test_a_security_call_returns_in_time(executor: TokenExecutor) -> None:
-    assert await executor.run_security(divmod, 7, 2, deadline=5) == (3, 1)
+    assert await executor.run_security(divmod, 7, 2, deadline=30) == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        await executor.run_security(divmod, 7, 0, deadline=5)
+        await executor.run_security(divmod, 7, 0, deadline=30)
 
 
 @pytest.mark.parametrize("how", ["deadline", "cancel"])
 async def test_a_security_call_is_abandoned_and_its_thread_replaced(
-    executor: TokenExecutor, identity: Chameleon, gate: Gate, how: str
+    executor: TokenExecutor, identity: Chameleon, gate: Gate, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deadline = 0.25 if how == "deadline" else 30  # a thread has begun by then, on a loaded machine too
-    calls = [asyncio.create_task(executor.run_security(gate, deadline=deadline)) for _ in range(2)]
+    monkeypatch.setattr(asyncio, "timeout", (deadlines := Deadlines(0.25)).timeout)
+    calls = [asyncio.create_task(executor.run_security(gate, deadline=0.25)) for _ in range(2)]
     await gate.reached()
     await gate.reached()
-    if how == "cancel":
-        for call in calls:
-            call.cancel()
+    if how == "deadline":
+        deadlines.pass_now()
+    for call in calls if how == "cancel" else ():
+        call.cancel()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(each) for each in outcomes] == [TimeoutError if how == "deadline" else asyncio.CancelledError] * 2
     assert not gate.left
     assert executor.retired == 2
     assert not executor.broken
-    assert await executor.run_security(os.getpid, deadline=5) == os.getpid()  # both threads are stuck, yet there is one
+    assert await executor.run_security(os.getpid, deadline=30) == os.getpid()  # both threads are stuck, yet there is one
     gate.open()
     await until(lambda: sum(name in {t.name for t in threading.enumerate()} for name in identity.born) == 1)
 
@@ -413,7 +410,7 @@ async def test_a_call_that_raises_timeouterror_itself_keeps_its_thread(executor:
         raise TimeoutError("of the callable")
 
     with pytest.raises(TimeoutError, match="of the callable"):
-        await executor.run_security(fail, deadline=5)
+        await executor.run_security(fail, deadline=30)
     assert executor.retired == 0
 
 
@@ -452,7 +449,7 @@ async def test_a_discarded_executor_requires_the_token(token: Token, gate: Gate)
     with pytest.raises(TokenRequired) as caught:
         await waiting
     assert caught.value.identity == "alice"
-    for use in (executor.run(os.getpid), executor.run_security(os.getpid, deadline=5)):
+    for use in (executor.run(os.getpid), executor.run_security(os.getpid, deadline=30)):
         with pytest.raises(TokenRequired):
             await use
     with pytest.raises(TokenRequired):
@@ -479,14 +476,14 @@ async def test_a_closed_token_is_used_no_more(executor: TokenExecutor) -> None:
 
 async def test_closing_serves_what_waits_and_leaves_no_thread(no_leaks: None, token: Token) -> None:
     executor = TokenExecutor(token, threads=2)
-    done: list[int] = []
+    before, done = set(threading.enumerate()), list[int]()
     calls = [asyncio.create_task(executor.run(done.append, number)) for number in range(50)]
     move = executor.spawn(done.append, 50)
     await asyncio.sleep(0)
     await executor.aclose()
     await asyncio.gather(*calls, move)
     assert sorted(done) == list(range(51))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("bits-files-alice")]
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("bits-files-alice")]
     with pytest.raises(RuntimeError, match="closed"):
         await executor.run(os.getpid)
     await executor.aclose()
@@ -515,22 +512,28 @@ async def test_an_executor_that_is_forgotten_ends_its_threads(token: Token, iden
 
 @pytest.mark.posix  # the test asks for ids, or starts a child that does
 def test_a_stuck_thread_does_not_keep_the_interpreter_from_exiting() -> None:
-    begin = time.monotonic()
     out = child.run(
         """
         async def main():
             executor = TokenExecutor(Token.for_process())
-            executor.spawn(time.sleep, 60)
-            try:
-                await executor.run_security(time.sleep, 60, deadline=0.05)
-            except TimeoutError:
-                print("abandoned", executor.retired)
+            executor.spawn(time.sleep, 600)
+            call = asyncio.create_task(executor.run_security(hang, deadline=600))
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+            call.cancel()
+            await asyncio.wait([call])
+            print("abandoned", executor.retired)
+
+        def hang():
+            begun.set()
+            time.sleep(600)
+
+        begun = threading.Event()
 
         asyncio.run(main())
         """
     )
     assert out == "abandoned 1\n"
-    assert time.monotonic() - begin < 20
 
 
 # -- run_as
@@ -598,15 +601,14 @@ async def test_an_executor_that_nobody_uses_is_closed(
 
 async def test_of_many_tokens_that_take_turns_a_few_keep_their_threads(no_leaks: None, executors: TokenExecutors) -> None:
     tokens = [Token._make(Chameleon()) for _ in range(200)]
-    before = threading.active_count()
+    born: list[threading.Thread] = []
     for token in tokens:
         with executors.lease(token, "files") as files, executors.lease(token, "security") as security:
-            await files.run(os.getpid)
-            await security.run(os.getpid)
-    await until(lambda: threading.active_count() - before <= threads.IDLE_EXECUTORS)
+            born += await files.run(threading.current_thread), await security.run(threading.current_thread)
+    await until(lambda: sum(thread.is_alive() for thread in born) <= threads.IDLE_EXECUTORS)
     with executors.lease(tokens[-1], "files") as files:
-        assert files.token is tokens[-1]
-        assert threading.active_count() - before == threads.IDLE_EXECUTORS, "those that were used last"
+        assert await files.run(threading.current_thread) is born[-2]
+        assert sum(thread.is_alive() for thread in born) == threads.IDLE_EXECUTORS, "those that were used last"
     await executors.aclose()
 
 
@@ -632,10 +634,14 @@ async def test_a_discarded_token_is_required_by_whoever_still_uses_it(executors:
     executors.discard(token)
 
 
-async def test_threads_given_up_are_counted(executors: TokenExecutors, token: Token, gate: Gate) -> None:
+async def test_threads_given_up_are_counted(executors: TokenExecutors, token: Token, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asyncio, "timeout", (deadlines := Deadlines(0.25)).timeout)
     with executors.lease(token, "security") as security:
+        call = asyncio.create_task(security.run_security(gate, deadline=0.25))
+        await gate.reached()
+        deadlines.pass_now()
         with pytest.raises(TimeoutError):
-            await security.run_security(gate, deadline=0.25)  # a thread has begun by then, on a loaded machine too
+            await call
         assert executors.retired == 1
     await executors.aclose()
     assert executors.retired == 1

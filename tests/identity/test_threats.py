@@ -21,6 +21,7 @@ from bits_async.identity.threads import TokenExecutor, run_as
 from bits_async.identity.tokens import Token
 from tests.identity import child
 from tests.local_users import LocalUser
+from tests.waiting import until
 
 pytestmark = pytest.mark.privileged
 
@@ -130,7 +131,8 @@ async def test_t01_the_check_takes_microseconds(users: Mapping[str, LocalUser]) 
     import timeit
 
     token = await Token.for_user("bitsalice")
-    seconds = await run_as(token, lambda: min(timeit.repeat(token.local.check, number=1000, repeat=5)))
+    timer = time.thread_time  # its own: not that of whoever else the processor works for
+    seconds = await run_as(token, lambda: min(timeit.repeat(token.local.check, number=1000, repeat=5, timer=timer)))
     assert seconds / 1000 < 50e-6  # 3 on an idle machine
 
 
@@ -199,10 +201,7 @@ async def test_t02_a_token_thread_starts_no_process_and_no_thread(users: Mapping
         await run_as(token, birth)
     if isinstance(caught.value, ImpersonationFailed):
         assert "bitsalice may start no process and no thread" in str(caught.value)
-    end = time.monotonic() + 5
-    while set(threading.enumerate()) - threads:  # the thread of run_as ends a moment after its outcome came
-        assert time.monotonic() < end
-        await asyncio.sleep(0.001)
+    await until(lambda: not set(threading.enumerate()) - threads)  # the thread of run_as ends a moment after its outcome came
 
 
 @pytest.mark.parametrize("birth", BIRTHS[:-3], ids=NAMES[:-3])
@@ -357,7 +356,7 @@ def test_t03_the_user_of_a_token_can_neither_signal_nor_trace_the_process(users:
         assert process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout.readline() == f"alive {alice.uid}\n"
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
 
 
 async def test_t03_only_the_ids_of_file_access_change(users: Mapping[str, LocalUser]) -> None:

@@ -27,7 +27,7 @@ async def told(*found: dict[str, LoggedOn] | OSError, count: int) -> list[Sessio
     sessions = Wts(Looks(*found), every=0)
     await sessions.start()
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return [await sessions.ended() for _ in range(count)]
     finally:
         await sessions.stop()

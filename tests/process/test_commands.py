@@ -66,7 +66,7 @@ async def test_t05_a_job_s_command_runs_as_its_setter_under_a_root_service(
         with bits.impersonate(await bits.Token.for_user(alice.uid)):
             await job.set_notify_cmd_line(SH, [SH, "-c", LOOK, "look", str(hers)])
         await job.resume()
-        await until(lambda: (hers / "done").exists())
+        await until(lambda: Seen.is_whole(hers))
         seen = Seen(hers)
         check(seen, alice, str(job.id))
         assert seen.capabilities()["CapBnd"] == 0
