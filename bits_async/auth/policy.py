@@ -29,6 +29,12 @@ MAX_USER_NAME: Final = 300  # BITS's own limits
 MAX_PASSWORD: Final = 65535
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+_DROPPED: Final = re.compile(r"[\x00-\x20\x7f]")  # by urlsplit, silently
+_NO_HOST: Final = re.compile(r"[\s%/?#@\\\[\]:]")
+_NUMBER: Final = re.compile(r"(?:\d+|0x[0-9a-f]*)")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_KIND: Final = re.compile(r"[A-Za-z0-9_]+")
+_IN_REALM: Final = re.compile(r"[^@]+@[^@]+")
 _PROCESS_KEY: Final = secrets.token_bytes(32)  # fingerprints that never leave the process need no stored key
 
 
@@ -107,7 +113,7 @@ class Origin:
             InvalidArgument: no scheme, no host, or a port or host name that cannot be.
         """
         try:
-            if re.search(r"[\x00-\x20\x7f]", url):
+            if _DROPPED.search(url):
                 raise ValueError("characters that urlsplit would silently drop")
             parts = urlsplit(url)
             return _origin(parts.scheme.lower(), parts.netloc.rpartition("@")[2])
@@ -145,7 +151,7 @@ def _normal_host(host: str) -> str:
 
         host = idna.encode(host, uts46=True).decode("ascii")
     host = host[:-1] if host.endswith(".") else host
-    if not host or re.search(r"[\s%/?#@\\\[\]:]", host):
+    if not host or _NO_HOST.search(host):
         raise ValueError("no host name")
     return host
 
@@ -154,7 +160,7 @@ def _is_literal(host: str) -> bool:
     """An IP address, also in the short forms that resolvers still read (127.1, 0x7f000001, 2130706433)."""
     if ":" in host:
         return True
-    return re.fullmatch(r"(?:\d+|0x[0-9a-f]*)", host.rpartition(".")[2]) is not None
+    return _NUMBER.fullmatch(host.rpartition(".")[2]) is not None
 
 
 # -- what may be shown -----------------------------------------------------------------------------------------------------------
@@ -192,9 +198,9 @@ class AuthCredentials:
             raise _refused("the user name is too long", ErrorCode.BG_E_USERNAME_TOO_LARGE)
         if len(self.password) > MAX_PASSWORD:
             raise _refused("the password is too long", ErrorCode.BG_E_PASSWORD_TOO_LARGE)
-        if not self.user_name or re.search(r"[\x00-\x1f\x7f]", self.user_name):
+        if not self.user_name or _CONTROL.search(self.user_name):
             raise _refused("the user name is empty or has control characters")
-        if self.scheme is AuthScheme.BASIC and (":" in self.user_name or re.search(r"[\x00-\x1f\x7f]", self.password)):
+        if self.scheme is AuthScheme.BASIC and (":" in self.user_name or _CONTROL.search(self.password)):
             raise _refused("BASIC cannot carry a colon in the user name, nor control characters")
 
 
@@ -633,7 +639,7 @@ def kind_of(credential: object | None) -> CredentialKind:
 def cache_type(credential: object) -> str:
     """FILE, MEMORY, KCM, ... of a KerberosCCache; a name without a type is a file."""
     kind, colon, _ = _cache_name(credential).partition(":")
-    return kind.upper() if colon and re.fullmatch(r"[A-Za-z0-9_]+", kind) else "FILE"
+    return kind.upper() if colon and _KIND.fullmatch(kind) else "FILE"
 
 
 def _cache_name(credential: object) -> str:
@@ -660,7 +666,7 @@ def _mechanisms(offer: Offer, rules: AuthRules) -> tuple[str, ...]:
     if kind is CredentialKind.HASH:
         return ("ntlm",)
     name = offer.user_name or getattr(offer.credential, "username", None) or ""
-    if kind is CredentialKind.PASSWORD and ("\\" in name or not re.fullmatch(r"[^@]+@[^@]+", name)):
+    if kind is CredentialKind.PASSWORD and ("\\" in name or not _IN_REALM.fullmatch(name)):
         return ("ntlm",)
     return ("kerberos", "ntlm") if rules.ntlm_in_negotiate else ("kerberos",)
 

@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from typing import Any, Final
 from uuid import UUID
 
@@ -71,7 +72,7 @@ def owners(db: sqlite3.Connection, job_ids: Sequence[UUID]) -> dict[UUID, str]:
 
 def put(db: sqlite3.Connection, table: str, rows: Sequence[Values], *, key: Sequence[str]) -> None:
     if rows:
-        each(db, _upsert(table, tuple(rows[0]), key), rows)
+        each(db, _upsert(table, tuple(rows[0]), tuple(key)), rows)
 
 
 def update(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
@@ -79,7 +80,8 @@ def update(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
     return f"UPDATE {table} SET {changes} WHERE {which}"  # noqa: S608 - our own names
 
 
-def _upsert(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
+@cache
+def _upsert(table: str, columns: tuple[str, ...], key: tuple[str, ...]) -> str:
     """A row is changed in place: it keeps its number, and what refers to it."""
     names, values = ", ".join(columns), ", ".join(f":{c}" for c in columns)
     changes = ", ".join(f"{c} = excluded.{c}" for c in columns if c not in key)

@@ -173,6 +173,11 @@ class _Download:
         return sum(each.written - each.start for each in self.pieces)
 
     @property
+    def is_all_there(self) -> bool:
+        """The one piece that is fetched is the rest of the file, and has come."""
+        return self.piece.done and not (self.segments or self.record.wanted)
+
+    @property
     def at_risk(self) -> bool:
         """Bytes are in a part file that a loss of power would take."""
         return any(each.durable < each.written for each in self.pieces)
@@ -954,8 +959,8 @@ class Attempt:
         self._recorder.moved(download.index, download.count)
 
     async def _checkpoint_when_due(self, download: _Download) -> None:
-        if self._recorder.job.high_performance:
-            return
+        if self._recorder.job.high_performance or download.is_all_there:
+            return  # what is all there is made durable at once, as a whole file
         clock, count = self._shop.clock, download.count
         if count - download.checkpoint_from >= CHECKPOINT_BYTES or clock.monotonic() - download.checkpoint_at >= CHECKPOINT_SECONDS:
             download.checkpoint_at, download.checkpoint_from = clock.monotonic(), count  # segments have one checkpoint between them

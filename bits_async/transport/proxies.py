@@ -22,6 +22,9 @@ _SCHEMES: Final = ("http", "https")
 _ENTRY: Final = re.compile(r"(?:https?=)?(?:([a-z][a-z0-9+.-]*)://)?([^/?#\\]*)/?", re.IGNORECASE)
 _WANTED: Final = re.compile(r"(https?)=", re.IGNORECASE)
 _SEPARATOR: Final = re.compile(r"[\s;]+")
+_COMMA: Final = re.compile(r"[\s,]+")
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_BEYOND_HOST: Final = re.compile(r"[/?#\\]")
 
 
 class ProxyUsage(enum.Enum):
@@ -119,7 +122,7 @@ def resolve(settings: ProxySettings, environment: Mapping[str, str]) -> ProxySet
     proxies = tuple(
         f"{scheme}={_without_user(value)}" for scheme in _SCHEMES if (value := _variable(variables, f"{scheme}_proxy", default=everything))
     )
-    exceptions = tuple(entry for entry in re.split(r"[\s,]+", _variable(variables, "no_proxy") or "") if entry)
+    exceptions = tuple(entry for entry in _COMMA.split(_variable(variables, "no_proxy") or "") if entry)
     _limit(proxies, ErrorCode.BG_E_PROXY_LIST_TOO_LARGE, "proxy")
     _limit(exceptions, ErrorCode.BG_E_PROXY_BYPASS_LIST_TOO_LARGE, "bypass")
     return ProxySettings(ProxyUsage.PRECONFIG, proxies, exceptions, resolved=True)
@@ -294,10 +297,10 @@ def _without_user(value: str) -> str:
 
     Where a slash comes before that `@` nobody can tell the host from the password, so nothing is kept and the route fails.
     """
-    match = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value)
+    match = _SCHEME.match(value)
     scheme = match[0] if match else ""
     user, _, rest = value[len(scheme) :].rpartition("@")
-    return scheme if re.search(r"[/?#\\]", user) else scheme + rest
+    return scheme if _BEYOND_HOST.search(user) else scheme + rest
 
 
 def _invalid(why: str, url: str) -> BitsError:
