@@ -191,7 +191,6 @@ class Notifier:
         self._closing = False
         self._places: dict[tuple[str, str], asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(AT_ONCE))
         self._at_work: dict[asyncio.Task[None], Outbox] = {}
-        self._untold: list[Subject] = []  # whose news could not be journalled as told
 
     # -- what happened ----------------------------------------------------------------------------------------------------------------
 
@@ -256,11 +255,8 @@ class Notifier:
         self._closing = True
 
     def go_on(self) -> None:
-        """Tell again, also what was told and could not be journalled as told."""
+        """Tell again. Whose news are to be looked at says the engine: also what was told and could not be journalled as told."""
         self._closing = False
-        untold, self._untold = self._untold, []
-        for subject in untold:
-            self.look(subject)
 
     async def stop(self, grace: float) -> None:
         """Tell nobody any more. Callbacks and commands that are at work have `grace` seconds to end, and are then cancelled; what they
@@ -292,7 +288,7 @@ class Notifier:
                 else:
                     await self._pause(box, due - self._clock.monotonic())
         except BitsError:
-            self._untold.append(subject)  # the journal cannot be used: it is told again when it can, in this process or in the next
+            pass  # the journal cannot be used: it is told again when it can, in this process or in the next
         except Exception as error:
             log.error("job %s: a defect in bits_async ended its notifications", subject.job.id, exc_info=error)
         finally:

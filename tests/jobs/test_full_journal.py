@@ -22,6 +22,7 @@ import bits_async as bits
 from bits_async import ErrorCode, JobState, WaitingReason
 from bits_async.jobs import statements, transfer
 from bits_async.jobs.faults import LONGEST_PAUSE, REMINDER, JournalFault
+from bits_async.jobs.store import SqliteStore
 from bits_async.testing import FakeNetwork, fake_token
 from tests.waiting import until
 
@@ -398,6 +399,91 @@ async def test_what_a_night_of_failures_leaves_in_the_log_is_a_line_an_attempt_a
     assert all(str(job.id) in line for line in loud)
     assert "BG_E_NO_PROGRESS" in loud[-1]
     assert "waits to be resumed" in loud[-1]
+
+
+# -- what was under way when it broke is taken up where it was ----------------------------------------------------------------------
+
+
+async def test_a_job_whose_line_could_not_be_read_is_looked_for_again(network, manager, journal, out, monkeypatch):
+    job, honest = await job_of(manager, out), SqliteStore.in_line
+
+    async def unreadable(*args: Any, **named: Any) -> Any:
+        found = await honest(*args, **named)
+        if found:
+            monkeypatch.setattr(SqliteStore, "in_line", honest)
+            raise bits.StoreError("told to fail", code=ErrorCode.ERROR_WRITE_FAULT, transient=True)
+        return found
+
+    monkeypatch.setattr(SqliteStore, "in_line", unreadable)
+    await job.resume()
+    await job.wait()
+    assert await job.complete() == (out / "a.bin",)
+
+
+async def test_jobs_that_were_to_go_on_with_the_network_when_the_journal_broke_go_on_with_the_journal(network, manager, journal, out):
+    waiting = [await job_of(manager, out, name) for name in ("a", "b")]
+    network.disconnect()
+    for each in waiting:
+        await each.resume()
+    await until(lambda: all(each.waiting and each.waiting.reason is WaitingReason.NETWORK for each in waiting))
+    journal.break_()
+    network.reconnect()
+    await until(lambda: manager.journal_fault is not None)
+    journal.mend()
+    for each in waiting:
+        await each.wait()
+
+
+async def test_a_command_that_was_found_to_be_owed_when_the_journal_broke_is_run_when_it_can_be_used(network, journal, out, monkeypatch):
+    network.fail_command()
+    async with bits.BitsManager(store=journal.path) as manager:
+        job = await job_of(manager, out)
+        await job.set_notify_cmd_line("/bin/true")
+        await job.resume()
+        await until(lambda: network.commands)
+    del job
+    manager, honest = bits.BitsManager(store=journal.path), SqliteStore.owing
+
+    async def found(store: SqliteStore, *args: Any) -> Any:
+        page = await honest(store, *args)
+        if page and manager.journal_fault is None:
+            monkeypatch.setattr(SqliteStore, "owing", honest)
+            journal.break_()
+            with pytest.raises(bits.StoreError):
+                await manager.create_job("new")
+        return page
+
+    monkeypatch.setattr(SqliteStore, "owing", found)
+    async with manager:
+        await until(lambda: manager.journal_fault is not None)
+        assert len(network.commands) == 1
+        journal.mend()
+        await until(lambda: len(network.commands) == 2)
+
+
+async def test_news_of_a_job_that_nobody_holds_are_told_again_if_it_could_not_be_journalled_that_they_were(network, manager, journal, out):
+    heard: list[str] = []
+    out_of_line = asyncio.Event()
+
+    class Callback(bits.BackgroundCopyCallback):
+        async def job_transferred(self, job: bits.Job) -> None:
+            heard.append(job.display_name)
+            await out_of_line.wait()
+            if len(heard) == 1:
+                journal.break_()
+
+    job = await job_of(manager, out)
+    engine, job_id = manager._desk.engine, job.id
+    await job.set_notify_interface(Callback())
+    await job.resume()
+    await until(lambda: heard and not engine.roster.candidates)
+    del job
+    out_of_line.set()
+    await until(lambda: manager.journal_fault is not None and not engine.notifier._at_work)
+    gc.collect()
+    journal.mend()
+    await until(lambda: len(heard) == 2)
+    await until(lambda: (entry := engine.roster.live(job_id)) is None or not entry.job.owed)
 
 
 # -- how long, how often -------------------------------------------------------------------------------------------------------------
