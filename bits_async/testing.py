@@ -7,7 +7,8 @@
 Managers made inside the `with` use the fake. Answers pass the same judge as real ones. Time jumps: whenever the engine only waits for a
 moment (a retry, say), that moment comes at once, so that a test of an hour of retries takes a fraction of it.
 Callbacks are called as ever; notification commands are written down (`network.commands`) and not run.
-To look at what happens between two moments, stop the clock (`network.clock.freeze()`) and the servers (`network.pause()`).
+To look at what happens between two moments, stop the clock (`network.clock.freeze()`) and the servers (`network.pause()`): where only
+the servers are silent, the next moment may be the one at which a job has waited for too long, three months later.
 """
 
 import asyncio
@@ -45,7 +46,7 @@ _at_work: ContextVar[bool] = ContextVar("bits_async_at_work", default=False)
 class FakeClock:
     """A clock that jumps to the next moment somebody waits for, as soon as the event loop has been idle for an instant.
 
-    Or, after `freeze()`, one that only `advance()` moves.
+    Or, after `freeze()` and until `thaw()`, one that only `advance()` moves.
     """
 
     def __init__(self) -> None:
@@ -66,8 +67,14 @@ class FakeClock:
         return self._elapsed
 
     def freeze(self) -> None:
-        """Time stands still from now on, but for `advance()`."""
+        """Time stands still from now on, but for `advance()`, until `thaw()`."""
         self._frozen = True
+
+    def thaw(self) -> None:
+        """Time goes on by itself again."""
+        self._frozen = False
+        if self._sleepers:
+            self._arm()
 
     def advance(self, seconds: float) -> None:
         """Let that much time pass, and wake everybody who waits for a moment in it."""
@@ -192,6 +199,7 @@ class FakeNetwork:
         self._served: dict[str, _Served] = {}
         self._failures: list[_Failure] = []
         self._connected = True
+        self._changes: list[bool] = []  # each time the network was lost (False) and back
         self._silent_after: int | None = None
         self._news = asyncio.Event()  # of silence and disconnection
         self._undo: Undo[Seams | None] | None = None
@@ -264,12 +272,16 @@ class FakeNetwork:
 
     def disconnect(self) -> None:
         """The network is lost: jobs wait for it (BG_E_NETWORK_DISCONNECTED) until `reconnect()`. Their managers notice at once."""
-        self._connected = False
-        self._tell()
+        self._set_connected(False)
 
     def reconnect(self) -> None:
         """The network is back, and every server can be reached again."""
-        self._connected = True
+        self._set_connected(True)
+
+    def _set_connected(self, connected: bool) -> None:
+        if connected is not self._connected:
+            self._changes.append(connected)
+        self._connected = connected
         self._tell()
 
     def _watch(self) -> Connectivity:
@@ -348,17 +360,17 @@ class _FakeConnectivity:
 
     def __init__(self, network: FakeNetwork) -> None:
         self._network = network
-        self._told = True
+        self._told = len(network._changes) - (not network._connected)  # so many changes are old; that it is lost now is news
 
     @property
     def connected(self) -> bool:
         return self._network._connected
 
     async def changed(self) -> bool:
-        while self._told == self.connected:
+        while self._told == len(self._network._changes):
             await self._network._news.wait()
-        self._told = self.connected
-        return self._told
+        self._told = len(self._network._changes)
+        return self.connected
 
     async def reaches(self, host: str) -> bool:
         return self.connected

@@ -42,3 +42,12 @@ async def test_the_frozen_clock_does_not_jump(clock: testing.FakeClock) -> None:
     assert (clock.monotonic(), sleeper.done()) == (0, False)
     clock.advance(60)
     await until(sleeper.done)
+
+
+async def test_the_clock_that_was_frozen_goes_on_when_it_is_thawed(clock: testing.FakeClock) -> None:
+    clock.freeze()
+    sleeper = asyncio.create_task(clock.sleep(60))
+    await asyncio.sleep(0)
+    clock.thaw()
+    await sleeper
+    assert clock.monotonic() == 60

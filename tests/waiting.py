@@ -7,12 +7,19 @@ from typing import Final
 DEADLINE: Final = 60.0  # seconds: more than a loaded machine needs, less than a test has
 
 
+class Pace:
+    """How long a look at what goes on takes: `--jitter` changes it, and every test holds all the same."""
+
+    between_looks = 0.001  # seconds
+    moment = True  # False: nothing has the time to happen
+
+
 async def until(done: Callable[[], object], what: str = "", *, deadline: float = DEADLINE) -> None:
     """Returns when it is so."""
     end = asyncio.get_running_loop().time() + deadline
     while not done():
         assert asyncio.get_running_loop().time() < end, f"waited in vain {what}"
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(Pace.between_looks)
 
 
 class Deadlines:
@@ -42,7 +49,7 @@ class Deadlines:
 
 
 async def let_things_happen() -> None:
-    """Nothing is expected to happen: give it a moment to happen all the same."""
-    for _ in range(50):
+    """Nothing is expected to happen: give it a moment to happen all the same. What has to happen is waited for by `until`."""
+    for _ in range(50 if Pace.moment else 1):
         await asyncio.sleep(0)
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0.01 if Pace.moment else 0)

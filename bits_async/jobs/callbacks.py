@@ -286,7 +286,7 @@ class Notifier:
                 elif due == math.inf:
                     break
                 else:
-                    await self._pause(box, due - self._clock.monotonic())
+                    await sooner(box.news, self._timer(due))
         except BitsError:
             pass  # the journal cannot be used: it is told again when it can, in this process or in the next
         except Exception as error:
@@ -294,8 +294,8 @@ class Notifier:
         finally:
             box.task = None
 
-    async def _pause(self, box: Outbox, delay: float) -> None:
-        await sooner(box.news, self._clock.sleep(delay))
+    async def _timer(self, moment: float) -> None:
+        await self._clock.sleep(moment - self._clock.monotonic())  # less than was left when the moment was found
 
     async def _deliver(self, subject: Subject, due: Due) -> None:
         """To the callback; where there is none or it failed, a job's end to the command. What is owed is tried again later."""

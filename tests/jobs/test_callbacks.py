@@ -20,6 +20,7 @@ import spnego
 import bits_async as bits
 from bits_async import ErrorCode, JobState, NotifyFlags, WaitingReason
 from bits_async.identity.logon import NetworkOnly
+from bits_async.jobs import callbacks
 from bits_async.jobs.callbacks import commander
 from bits_async.testing import FakeNetwork, fake_token
 from tests.waiting import let_things_happen, until
@@ -137,7 +138,7 @@ async def test_without_flags_a_callback_is_told_of_the_end_only(scene: Scene) ->
     assert job.notify_flags == F.JOB_TRANSFERRED | F.JOB_ERROR
     await job.set_notify_interface(told)
     await job.resume()
-    await job.wait()
+    await until(lambda: told.heard)
     await let_things_happen()
     assert told.heard == ["transferred"]
 
@@ -280,6 +281,7 @@ async def test_a_file_whose_content_was_refused_is_not_told_of(scene: Scene) -> 
     await job.wait()
     await job.files[0].set_validation_state(False)
     await job.set_notify_interface(told)
+    await until(lambda: told.heard)
     await let_things_happen()
     assert told.heard == [("error", ErrorCode.BG_E_VALIDATION_FAILED)]
 
@@ -404,8 +406,7 @@ async def test_modifications_are_merged_until_the_interval_is_over(scene: Scene)
     await until(lambda: told.heard)
     for text in ("two", "three", "four"):
         await job.set_description(text)
-    await let_things_happen()
-    scene.advance(0.4)
+    scene.advance(0.4)  # also before the wait for the end of the interval has begun
     await let_things_happen()
     assert told.heard == ["modification"]
     scene.advance(0.1)
@@ -413,6 +414,25 @@ async def test_modifications_are_merged_until_the_interval_is_over(scene: Scene)
     scene.advance(100)
     await let_things_happen()
     assert told.heard == ["modification"] * 2  # no echo of being told
+
+
+async def test_the_interval_ends_in_time_however_late_the_wait_for_its_end_begins(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = callbacks.sooner
+
+    async def late(*what: Any) -> None:
+        if not scene.network.clock.monotonic():
+            scene.advance(0.4)
+        await honest(*what)
+
+    monkeypatch.setattr(callbacks, "sooner", late)
+    job, told = await scene.job(flags=F.JOB_MODIFICATION), Told()
+    await job.set_notify_interface(told)
+    await job.set_description("one")
+    await until(lambda: told.heard)
+    await job.set_description("two")
+    await until(lambda: scene.network.clock.monotonic() == 0.4)
+    scene.advance(0.1)
+    await until(lambda: len(told.heard) == 2)
 
 
 async def test_the_interval_is_a_property_of_the_job(scene: Scene) -> None:
@@ -455,14 +475,20 @@ async def test_ranges_are_told_of_when_they_are_there_for_good_and_each_byte_onc
     job, told = await scene.job(flags=F.FILE_RANGES_TRANSFERRED | F.JOB_TRANSFERRED), Told()
     await job.set_on_demand_mode(True)
     await job.set_notify_interface(told)
+
+    def found() -> list[tuple[int, int | None]]:
+        heard = [ranges for what, name, *ranges in told.heard if (what, name) == ("ranges", "a")]
+        return [(each.initial_offset, each.length) for ranges in heard for each in ranges]
+
     for ranges in ([bits.FileRange(100, 50), bits.FileRange(300, 10)], [bits.FileRange(120, 100)]):
+        told_before = len(found())
         await job.files[0].request_file_ranges(ranges)
         await job.resume()
         await job.wait()
         scene.advance(1)
-        await let_things_happen()
-    found = [each for what, name, *each in told.heard if (what, name) == ("ranges", "a")]
-    assert [(each.initial_offset, each.length) for told in found for each in told] == [(100, 50), (300, 10), (150, 70)]
+        await until(lambda told_before=told_before: len(found()) > told_before)
+    await let_things_happen()
+    assert found() == [(100, 50), (300, 10), (150, 70)]
 
 
 async def test_ranges_are_told_of_before_the_end_whatever_the_interval(scene: Scene) -> None:
@@ -668,6 +694,7 @@ async def test_a_command_is_told_of_the_end_only_and_not_at_all_with_disable(sce
         await job.set_notify_cmd_line(PROGRAM)
         await job.resume()
         await job.wait()
+        await until(lambda runs=runs: len(scene.network.commands) >= runs)
         await let_things_happen()
         assert len(scene.network.commands) == runs
 
@@ -689,6 +716,7 @@ async def test_at_most_four_commands_of_a_user_run_at_a_time(scene: Scene, monke
         await job.resume()
         await job.wait()
         jobs.append(job)
+    await until(lambda: len(running) == 5)
     await let_things_happen()
     assert sorted(running) == ["alice"] * 4 + ["bob"]
     with bits.impersonate(fake_token("carol")):

@@ -76,6 +76,7 @@ async def method_too_late(s: Scene) -> None:
 
 
 async def certificates_while_active(s: Scene) -> None:
+    s.network.clock.freeze()
     s.network.pause()
     await s.add()
     await s.job.resume()

@@ -66,11 +66,13 @@ async def job(manager: bits.BitsManager) -> bits.Job:
 
 async def stopped_at(network: FakeNetwork, job: bits.Job, after: int, total: int) -> None:
     """Resume the job, let it come so far in the body of one answer, until `total` bytes of the job are there, and suspend it."""
+    network.clock.freeze()  # nobody has waited for too long meanwhile; here and below
     network.pause(after=after)
     await job.resume()
     await until(lambda: job.progress.bytes_transferred >= total)
     await job.suspend()
     network.resume()
+    network.clock.thaw()
 
 
 async def finished(job: bits.Job) -> bytes:
@@ -314,6 +316,7 @@ async def test_a_url_that_is_signed_again_goes_on_by_its_etag(network, job, out)
 async def test_a_running_job_goes_over_to_the_new_name_at_once(network, job, out):
     network.serve(OTHER, NEW)
     file = await job.add_file(URL, out / "f")
+    network.clock.freeze()
     network.pause(after=100_000)
     await job.resume()
     await until(lambda: job.progress.bytes_transferred)
@@ -463,6 +466,7 @@ async def test_a_file_can_be_refused_while_the_job_is_still_transferring_the_nex
     first = await job.add_file(URL, out / "f")
     await job.add_file(OTHER, out / "g")
     network.serve(OTHER, NEW * 2)
+    network.clock.freeze()
     network.pause(after=500_000)
     await job.resume()
     await until(lambda: job.progress.bytes_transferred > 600_000)
@@ -571,7 +575,8 @@ async def test_what_is_set_before_the_first_resume_stays_as_it_is_afterwards(net
     assert getattr(job, name) == value
 
 
-async def test_dynamic_content_begins_anew_after_every_interruption(network, job, out):
+async def test_dynamic_content_begins_anew_after_every_interruption(network, job, out, monkeypatch):
+    monkeypatch.setattr(transfer, "RECONNECT_DELAYS", (0.0,) * transfer.RECONNECTS)
     network.serve(URL, BODY, cut_after=100_000)
     await job.set_dynamic_content(True)
     await job.add_file(URL, out / "f")
@@ -589,6 +594,7 @@ async def test_dynamic_content_is_transferred_in_the_foreground_only(network, ma
     await job.resume()
     assert job.waiting.reason is bits.WaitingReason.NOT_FOREGROUND
     assert network.requests == []
+    network.clock.freeze()
     network.pause(after=100_000)
     await job.set_priority(bits.JobPriority.FOREGROUND)
     await until(lambda: job.progress.bytes_transferred)
@@ -832,6 +838,7 @@ async def test_the_download_position_says_what_comes_first(network, job, demande
 
 async def test_a_running_job_turns_to_what_is_asked_for_now(network, job, demanded):
     await demanded.request_file_ranges([FileRange(0, 300_000)])
+    network.clock.freeze()
     network.pause(after=100_000)
     await job.resume()
     await until(lambda: job.progress.bytes_transferred >= 90_000)

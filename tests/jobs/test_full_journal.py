@@ -146,7 +146,8 @@ async def test_a_journal_that_cannot_be_written_pauses_everything_and_says_so_an
         waiting = asyncio.ensure_future(job.wait())
         refused, clock = journal.refused, network.clock.monotonic()
         await until(lambda: network.clock.monotonic() > clock + 600)
-        assert 9 <= journal.refused - refused <= 30  # about once a minute, none of it a job's
+        minutes = (network.clock.monotonic() - clock) / 60
+        assert 0.9 * minutes - 1 <= journal.refused - refused <= 3 * minutes  # about once a minute, none of it a job's
         assert not waiting.done()
         journal.mend()
         await waiting
@@ -328,8 +329,7 @@ async def test_a_download_that_is_cancelled_while_its_managers_journal_is_full_i
         await going
     network.clock.freeze()
     network.pause()
-    journal.mend()
-    network.clock.advance(LONGEST_PAUSE)
+    await goes_on(network, manager, journal)
     await until(lambda: job.state is JobState.SUSPENDED)
 
 
@@ -536,9 +536,12 @@ async def paused(network: FakeNetwork, manager: bits.BitsManager, journal: Journ
 
 
 async def goes_on(network: FakeNetwork, manager: bits.BitsManager, journal: Journal) -> None:
+    def tried_again() -> bool:
+        network.clock.advance(LONGEST_PAUSE)  # each time: a try that had begun before may still fail
+        return manager.journal_fault is None
+
     journal.mend()
-    network.clock.advance(LONGEST_PAUSE)
-    await until(lambda: manager.journal_fault is None)
+    await until(tried_again)
 
 
 async def test_t25_a_log_off_takes_the_helpers_token_though_nothing_can_be_journalled(network, manager, journal, out):
@@ -563,7 +566,7 @@ async def test_t25_a_log_off_ends_the_tokens_of_jobs_that_cannot_be_read(network
     await paused(network, manager, journal)
     del job, _
     gc.collect()
-    assert engine.roster.live(job_id) is None
+    await until(lambda: engine.roster.live(job_id) is None)
     forgotten = []
 
     async def unreadable(*args: object) -> None:

@@ -49,8 +49,9 @@ async def followed(job: bits.Job) -> AsyncIterator[list[JobState]]:
     async with job.events(follow=True) as stream:
         listener = asyncio.ensure_future(listen(stream))
         try:
+            await until(lambda: states)
             yield states
-            await let_things_happen()
+            await until(lambda: not stream._queue)
         finally:
             listener.cancel()
             await asyncio.wait([listener])

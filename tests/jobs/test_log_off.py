@@ -28,6 +28,7 @@ NETWORK, LOCAL = HelperTokenFlags.NETWORK, HelperTokenFlags.LOCAL_FILE
 @pytest.fixture
 def network() -> Iterator[FakeNetwork]:
     with FakeNetwork() as network:
+        network.clock.freeze()  # no job has waited for too long where the servers are silent
         network.serve(URL, BODY)
         yield network
 
@@ -91,7 +92,6 @@ async def test_an_unfinished_job_that_needs_its_helper_is_in_error_at_once(
         await job.resume()
         await state(job, JobState.CONNECTING, JobState.TRANSFERRING)
     elif before == "retrying":
-        network.clock.freeze()
         network.fail(URL, times=1)
         await job.resume()
         await state(job, JobState.TRANSIENT_ERROR)
@@ -222,7 +222,8 @@ async def test_t05_a_command_is_not_run_as_a_setter_who_logged_off_while_nobody_
     del job
     gc.collect()
     assert manager._desk is not None
-    assert manager._desk.engine.roster.live(job_id) is None
+    roster = manager._desk.engine.roster
+    await until(lambda: roster.live(job_id) is None)
     network.log_off("s1")
     await settled(manager)
     assert bob.closed

@@ -14,6 +14,7 @@ import spnego
 import bits_async as bits
 from bits_async.jobs.engine import Engine
 from bits_async.testing import FakeNetwork, fake_token
+from tests.waiting import until
 
 URL = "https://files.example.test/a.bin"
 BODY = bytes(range(256)) * 1024
@@ -229,6 +230,8 @@ async def test_cancel_leaves_nothing_behind(network, store, out):
 
 async def test_suspend_stops_and_resume_goes_on_from_there(network, store, out):
     network.serve(URL, BODY * 40)
+    network.clock.freeze()
+    network.pause(after=3_000_000)  # so that it has not come to its end
     async with bits.BitsManager(store=store) as manager:
         job = await make_job(manager, out)
         await job.resume()
@@ -237,6 +240,7 @@ async def test_suspend_stops_and_resume_goes_on_from_there(network, store, out):
                 if isinstance(event, bits.Progress) and event.bytes_transferred > 0:
                     break
         await job.suspend()
+        network.resume()
         assert job.state is bits.JobState.SUSPENDED
         (part,) = parts(out)
         size = (out / part).stat().st_size
@@ -437,6 +441,8 @@ async def test_one_background_job_runs_at_a_time_and_all_foreground_jobs(network
 
 async def test_a_high_job_takes_the_place_of_a_running_low_one_which_loses_no_byte(network, store, out):
     network.serve(URL + "low", BODY * 160)
+    network.clock.freeze()
+    network.pause(after=3_000_000)  # so that it has not come to its end; the other one is smaller
     async with bits.BitsManager(store=store) as manager:
         low = await make_job(manager, out, URL + "low", "low", priority=bits.JobPriority.LOW)
         high = await make_job(manager, out, priority=bits.JobPriority.HIGH)
@@ -448,6 +454,7 @@ async def test_a_high_job_takes_the_place_of_a_running_low_one_which_loses_no_by
         await high.resume()
         await high.wait()
         assert low.state is not bits.JobState.TRANSFERRED
+        network.resume()
         await low.wait()
         starts = [r.start for r in network.requests if r.url == URL + "low"]
         assert len(starts) == 2
@@ -696,10 +703,7 @@ async def test_t07_after_a_restart_the_owner_must_come_back_itself(network, stor
     async with bits.BitsManager(store=store, logon=logon) as manager:
         with bits.impersonate(fake_token("root", elevated=True)):
             seen = await manager.get_job(job.id)
-        deadline = asyncio.get_running_loop().time() + 5
-        while not asked or "not the owner" not in str(seen.waiting):
-            assert asyncio.get_running_loop().time() < deadline
-            await asyncio.sleep(0.01)
+        await until(lambda: asked and "not the owner" in str(seen.waiting))
         assert seen.waiting.reason is bits.WaitingReason.NO_OWNER_TOKEN
         assert asked == ["alice"]
         assert network.requests == []
@@ -908,15 +912,16 @@ async def test_a_closed_manager_leaves_no_thread_task_or_descriptor(network, sto
     import os
 
     gc.collect()
-    before = len(os.listdir("/proc/self/fd")), threading.active_count(), len(asyncio.all_tasks())
+
+    def there() -> tuple[int, int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), len(asyncio.all_tasks())
+
+    before = there()
     async with bits.BitsManager(store=store) as manager:
         await manager.download(URL, out / "a.bin")
         job = await make_job(manager, out)
         await job.resume()
-    deadline = asyncio.get_running_loop().time() + 5
-    while (len(os.listdir("/proc/self/fd")), threading.active_count(), len(asyncio.all_tasks())) != before:
-        assert asyncio.get_running_loop().time() < deadline
-        await asyncio.sleep(0.02)
+    await until(lambda: there() == before)
 
 
 async def test_an_unknown_job_and_a_wrong_id_are_told_apart(network, store):
@@ -1005,10 +1010,7 @@ async def test_a_job_that_nobody_touches_is_cancelled_with_its_part_files(networ
         await job.resume()
         await job.wait()
         assert len(parts(out)) == 1
-        deadline = asyncio.get_running_loop().time() + 10
-        while job.state is not bits.JobState.CANCELLED:
-            assert asyncio.get_running_loop().time() < deadline
-            await asyncio.sleep(0.01)
+        await until(lambda: job.state is bits.JobState.CANCELLED)
         assert parts(out) == []
 
 

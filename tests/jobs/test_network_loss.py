@@ -165,6 +165,19 @@ async def test_a_network_that_comes_back_ends_every_retry_delay(network: Servers
     assert network.clock.monotonic() == 0
 
 
+async def test_a_network_that_was_lost_and_is_back_before_anybody_looks_ends_them_too(
+    network: Servers, manager: bits.BitsManager, tmp_path: Path
+) -> None:
+    network.serve(URL, b"", status=503)
+    job = await a_job(manager, tmp_path)
+    await job.resume()
+    await until(lambda: job.state is S.TRANSIENT_ERROR)
+    network.serve(URL, BODY)
+    network.disconnect()
+    network.reconnect()
+    await job.wait()
+
+
 async def test_a_job_resumed_without_a_network_waits_for_it(network: Servers, manager: bits.BitsManager, tmp_path: Path) -> None:
     network.disconnect()
     job = await a_job(manager, tmp_path)

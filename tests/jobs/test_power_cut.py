@@ -210,6 +210,7 @@ async def live(network: FakeNetwork, disk: Disk, manager: bits.BitsManager) -> N
 
 
 async def stopped(network: FakeNetwork, job: bits.Job) -> None:
+    network.clock.freeze()  # it has not waited for too long meanwhile
     network.pause(after=120_000)
     await job.resume()
     async with job.events() as events:
@@ -218,6 +219,7 @@ async def stopped(network: FakeNetwork, job: bits.Job) -> None:
                 break
     await job.suspend()
     network.resume()
+    network.clock.thaw()
 
 
 async def end(job: bits.Job, name: str, say: Callable[[str], None]) -> None:

@@ -165,10 +165,12 @@ def held_at(network: FakeNetwork, number: int, after: int) -> Iterator[None]:
 
 async def stop_in_the_body_of(network: FakeNetwork, job: bits.Job, number: int) -> None:
     """Some bytes of that file have come when it is suspended."""
+    network.clock.freeze()
     with held_at(network, number, after=500):
         await job.resume()
         await until(lambda: len(network.requests) == number + 1 and job.progress.bytes_transferred > sum(map(len, BODIES[:number])))
         await job.suspend()
+    network.clock.thaw()
 
 
 async def test_bytes_that_came_of_a_small_file_are_not_fetched_again_after_a_suspend(network, job, out):
