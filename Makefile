@@ -143,7 +143,7 @@ packages:
 
 # elogind is a real logind without systemd. It cannot be installed beside systemd's libraries, so it is unpacked.
 elogind: packages
-	@[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -e .make/elogind/lib/elogind/elogind ] || exit 0
+	@[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -e .make/elogind/unpacked ] || exit 0
 	rm -rf .make/elogind && mkdir -p .make/elogind && cd .make/elogind
 	download() { apt-get -o APT::Sandbox::User=root download elogind libelogind0 >../elogind.log 2>&1 </dev/null; }
 	if ! download && ! { apt-get update >/dev/null 2>&1 && download; }; then
@@ -151,6 +151,7 @@ elogind: packages
 		exit 1
 	fi
 	for package in *.deb; do dpkg-deb -x "$$package" . && rm "$$package"; done
+	touch unpacked
 
 install-test: packages elogind $(VENV)/pyvenv.cfg
 	@mkdir -p .make

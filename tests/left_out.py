@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-ELOGIND = HERE.parent / ".make" / "elogind" / "lib" / "elogind"
+ELOGIND = HERE.parent / ".make" / "elogind"  # where `make test` unpacks it
 OUTPUT = "left_out"  # what a process of pytest-xdist tells the one that reports
 SBIN = ("/usr/sbin", "/sbin")  # where Debian keeps servers; not on every user's PATH
 
@@ -72,12 +72,20 @@ def missing_strace() -> str | None:
     return f"strace may not trace here: {done.stderr.strip()}" if done.returncode else None
 
 
+def find_elogind() -> tuple[Path, Path] | None:
+    """Its program, and the directory of its library; None: it was not unpacked."""
+    places = (ELOGIND / "lib/elogind/elogind", ELOGIND / "usr/libexec/elogind")  # Debian 12, Debian 13
+    program = next((place for place in places if place.exists()), None)
+    library = next(ELOGIND.glob("**/libelogind-shared-*.so"), None)
+    return None if program is None or library is None else (program, library.parent)
+
+
 def missing_logind() -> str | None:
     """A mount namespace, a bus, and elogind, which cannot be installed beside systemd's libraries and is unpacked."""
     if sys.platform == "win32" or os.geteuid() != 0:
         return "this is not root"
     absent = [name for name in ("dbus-daemon", "dbus-send", "unshare") if not find_program(name)]
-    absent += [] if (ELOGIND / "elogind").exists() else ["elogind 246, as Debian 12 has it, unpacked"]
+    absent += [] if find_elogind() else ["elogind, unpacked"]
     absent += [] if importlib.util.find_spec("dbus_fast") else ["the extra 'sessions'"]
     return f"not there: {', '.join(absent)}" if absent else None
 
