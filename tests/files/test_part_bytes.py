@@ -24,7 +24,7 @@ from bits_async.identity import kernel, native
 from bits_async.identity.threads import TokenExecutor
 from bits_async.transport.ranges import Detached, Slice
 from tests.files.putting import JOB, Put, open_below, plugged, put_by_receive, write
-from tests.waiting import until
+from tests.waiting import DEADLINE, until
 
 DATA = os.urandom(3 << 20)
 
@@ -362,7 +362,7 @@ async def test_receive_can_be_stopped_while_it_rests(part: PartFile) -> None:
         task = asyncio.ensure_future(part.receive(Detached(ours, b"", len(DATA)), piece, Meter(1), stop))
         await until(lambda: piece.written > 0)
         stop.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             assert await task == piece.written
 
 

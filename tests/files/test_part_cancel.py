@@ -305,7 +305,7 @@ async def test_a_part_file_with_a_lost_thread_is_unusable_and_its_descriptors_ou
     await until(door.reached.is_set)
     begin = time.monotonic()
     await cancelled(task)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 9, "else it would be the 10 s of everybody else"
     for use in (write(part, 0, [b"x"]), part.length(), part.sync(), part.commit(mtime=None), part.discard()):
         with pytest.raises((LocalFileError, ImpersonationFailed)):
             await use

@@ -16,7 +16,7 @@ from bits_async import InvalidArgument, JobPriority, JobState, testing
 from bits_async.identity import native
 from bits_async.limits import Bucket
 from bits_async.testing import FakeClock, FakeNetwork
-from tests.waiting import until
+from tests.waiting import DEADLINE, until
 
 URL = "https://h.test/file"
 BODY = bytes(range(256)) * 1024
@@ -204,7 +204,7 @@ async def test_a_job_that_rests_is_stopped_at_once(network: FakeNetwork, store: 
         await job.set_maximum_bandwidth(1000)
         await job.resume()
         await until(lambda: moved(job))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await getattr(job, how)()
         if how == "suspend":
             assert moved(job) == testing.PIECE, "what had arrived is kept"

@@ -32,6 +32,7 @@ from bits_async import ErrorCode
 from bits_async.jobs import transfer
 from bits_async.transport import lane
 from tests.peers import HONEST, Fault, Hold, Origin, answer, redirect
+from tests.waiting import until
 
 SIZE, HALF = 300_000, 170_000
 OLD, NEW = os.urandom(SIZE), os.urandom(SIZE)
@@ -243,6 +244,7 @@ async def test_a_part_file_that_somebody_makes_longer_meanwhile_is_thrown_away(v
     visit.origin.fault("/file", Fault(hold=hold))
     call = asyncio.ensure_future(visit.error())
     await hold.reached.wait()
+    await until(lambda: [each for each in visit.out.parent.iterdir() if each.stat().st_size])
     (part,) = visit.out.parent.iterdir()
     os.truncate(part, SIZE + 1)
     hold.release()
@@ -259,11 +261,12 @@ async def test_chunks_with_and_without_trailers(visit, way):
     assert await visit.get() == OLD
 
 
-async def test_416_on_a_file_of_unknown_length_that_was_complete_already(visit):
+async def test_416_on_a_file_of_unknown_length_that_was_complete_already(visit, monkeypatch):
+    monkeypatch.setattr(transfer, "WRITE_BATCH", 1)
     hold = Hold(after=SIZE)
     visit.origin.fault("/file", Fault(chunked=True, hold=hold))
     call = asyncio.ensure_future(visit.get())
-    await hold.reached.wait()
+    await until(lambda: [each.stat().st_size for each in visit.out.parent.iterdir()] == [SIZE])
     visit.origin.drop_connections()  # before the last chunk
     assert await call == OLD
     assert visit.ranges == [None, f"bytes={SIZE}-"]
@@ -398,14 +401,12 @@ async def test_a_server_that_sends_byte_after_byte_is_given_up_on_and_its_bytes_
     monkeypatch.setattr(lane, "DETACH_FROM", 1 if thread else 1 << 30)
     monkeypatch.setattr(transfer, "RECONNECTS", 0)
     visit.origin.always("/file", Fault(rate=40))
-    timeouts = bits.Timeouts(idle=20, low_speed_limit=1000, low_speed_time=0.3)
+    timeouts = bits.Timeouts(low_speed_limit=1000, low_speed_time=0.5)
     async with bits.BitsManager(store=memory_dir / "queue.db", ssl=NO_TLS, timeouts=timeouts) as manager:
         job = await manager.create_job("slow", priority=bits.JobPriority.FOREGROUND)
         await job.add_file(visit.url, visit.out)
         await job.resume()
-        async with asyncio.timeout(10):
-            while job.state is not bits.JobState.TRANSIENT_ERROR:  # noqa: ASYNC110 - it has no event
-                await asyncio.sleep(0.01)
+        await until(lambda: job.state is bits.JobState.TRANSIENT_ERROR)
         assert job.error.code == ErrorCode.ERROR_WINHTTP_TIMEOUT
         assert "too slow" in job.error.message
         assert 0 < job.progress.bytes_transferred < 1000

@@ -23,6 +23,7 @@ from bits_async.testing import FakeNetwork, fake_token
 from bits_async.transport.client_certificates import MAX_FILE, read_key_pair
 from tests.certificates import Authority, ClientTls, ServerTls
 from tests.peers import Connection, Origin, redirect
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.local_users import LocalUser
@@ -408,9 +409,7 @@ async def test_t25_a_certificate_that_is_removed_closes_its_connections(place, a
 
 
 async def origin_closed(origin: Origin) -> None:
-    async with asyncio.timeout(10):
-        while origin.open_connections:  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0.005)
+    await until(lambda: not origin.open_connections)
 
 
 async def test_t24_with_an_ssl_context_of_the_application_s_a_certificate_is_refused(place, authority):

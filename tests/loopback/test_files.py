@@ -23,6 +23,7 @@ OLD, NEW = os.urandom(SIZE), os.urandom(SIZE)
 RANGES = [FileRange(300_000, 200_000), FileRange(10, 90), FileRange(100_000, 150_000), FileRange(599_000)]
 ON_THE_WIRE = ["bytes=300000-499999", "bytes=10-99", "bytes=100000-249999", "bytes=599000-599999"]
 STAMP = 1_700_000_000.0
+HELD = 200_090 + 100_000 - (32 << 10)  # bytes in the file when the third answer stopped after 100,000, but for less than one write
 ROOT = Path(__file__).parents[2]
 
 
@@ -171,8 +172,7 @@ async def resumed(scene: Scene, change: Callable[[], None]) -> bytes:
     scene.origin.fault("/file", Fault(), Fault(), Fault(hold=hold))
     async with scene.manager() as manager:
         job = await scene.job(manager)
-        await hold.reached.wait()
-        await until(lambda: job.progress.bytes_transferred > 220_000)
+        await until(lambda: job.progress.bytes_transferred > HELD)
         await job.suspend()
         change()
         await job.resume()
@@ -184,8 +184,7 @@ async def opened_again(scene: Scene, change: Callable[[], None]) -> bytes:
     scene.origin.fault("/file", Fault(), Fault(), Fault(hold=hold))
     async with scene.manager() as manager:
         job = await scene.job(manager)
-        await hold.reached.wait()
-        await until(lambda: job.progress.bytes_transferred > 220_000)
+        await until(lambda: job.progress.bytes_transferred > HELD)
     change()
     async with scene.manager() as manager:
         return await scene.finish(await manager.get_job(job.id))

@@ -34,7 +34,8 @@ BODY = os.urandom(100_000)
 SERVER, PROXY = AuthTarget
 HTTP_401, HTTP_407 = 0x80190191, 0x80190197
 MIB = 1 << 20
-QUICK = Timeouts(connect=0.5, response=0.5, idle=0.5, auth=0.5)
+QUICK = Timeouts(connect=0.5, response=0.5, idle=0.5, auth=0.5)  # where a peer that answers at all is not the point
+QUICKER_THAN = 25.0  # seconds: less than the defaults, more than a busy machine makes of half a second
 
 
 @pytest.fixture(autouse=True)
@@ -416,10 +417,9 @@ async def test_t26_a_head_without_end_costs_little_memory_and_ends_the_connectio
     async with Raw(talk) as peer:
         with little_memory():
             if at == "origin":
-                error = await failure(tmp_path, peer.url, timeouts=QUICK)
+                error = await failure(tmp_path, peer.url)
             else:
-                through = {"proxy": peer.base_url, "ssl": authority.client()}
-                error = await failure(tmp_path, "https://origin.example/f", timeouts=QUICK, **through)
+                error = await failure(tmp_path, "https://origin.example/f", proxy=peer.base_url, ssl=authority.client())
         assert error.code == ErrorCode.BG_E_TOO_LARGE  # interim answers count together with the head that they go before
         assert peer.written < 32 * MIB
 
@@ -452,7 +452,7 @@ async def test_t26_a_head_without_end_costs_little_memory_and_ends_the_connectio
 )
 async def test_t26_an_answer_whose_framing_can_be_read_in_two_ways_is_never_taken_for_a_file(tmp_path, said):
     async with Raw(said) as peer:
-        error = await failure(tmp_path, peer.url, timeouts=QUICK)
+        error = await failure(tmp_path, peer.url)
         assert error.code in (ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorCode.BG_E_MISSING_FILE_SIZE)
         assert error.context is ErrorContext.REMOTE_FILE
         assert not error.transient
@@ -481,7 +481,7 @@ async def test_t23_a_location_with_control_characters_is_no_place_to_go(tmp_path
     said = b"HTTP/1.1 302 Found\r\nLocation: " + bad.encode() + b"\r\nContent-Length: 0\r\n\r\n"
     async with Raw(said) as peer:
         with pytest.raises(bits.BitsError):
-            await fetch(tmp_path, peer.url, timeouts=QUICK)
+            await fetch(tmp_path, peer.url)
         assert b"X-Evil" not in b"".join(peer.requests)
 
 
@@ -502,7 +502,7 @@ async def test_t23_a_challenge_with_control_characters_is_not_answered(authority
     """What is echoed in the answer must not carry what ends a line."""
     said = b"HTTP/1.1 401 no\r\nWWW-Authenticate: " + challenge.encode() + b"\r\nContent-Length: 0\r\n\r\n"
     async with Raw(said, tls=authority.server) as peer:
-        await failure(tmp_path, peer.url, every_login(), ssl=authority.client(), timeouts=QUICK)
+        await failure(tmp_path, peer.url, every_login(), ssl=authority.client())
         assert peer.shown == []
 
 
@@ -623,13 +623,14 @@ async def test_t26_a_challenge_whose_body_drips_is_answered_when_its_time_is_ove
 
     async with Raw(talk) as peer:
         began = time.monotonic()
-        given = [login(target, AuthScheme.DIGEST) for target in AuthTarget]
+        given, timeouts = [login(target, AuthScheme.DIGEST) for target in AuthTarget], Timeouts(auth=1)
         if at == "origin":
-            error = await failure(tmp_path, peer.url, given, timeouts=QUICK)
+            error = await failure(tmp_path, peer.url, given, timeouts=timeouts)
         else:
-            error = await failure(tmp_path, "https://origin.example/f", given, proxy=peer.base_url, ssl=authority.client(), timeouts=QUICK)
+            proxied = {"proxy": peer.base_url, "ssl": authority.client(), "timeouts": timeouts}
+            error = await failure(tmp_path, "https://origin.example/f", given, **proxied)
         assert error.http_status == 404
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < QUICKER_THAN
 
 
 # -- bodies --------------------------------------------------------------------------------------------------------------------------------
@@ -655,7 +656,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 async def test_t26_a_chunk_bomb_is_no_file(tmp_path, bomb):
     async with Raw(CHUNKED + bomb) as peer:
         with little_memory():
-            error = await failure(tmp_path, peer.url, timeouts=QUICK)
+            error = await failure(tmp_path, peer.url)
         assert error.code in (ErrorCode.BG_E_INVALID_SERVER_RESPONSE, ErrorCode.BG_E_CONNECTION_CLOSED)
         assert not (tmp_path / "f").exists()
 
@@ -795,7 +796,7 @@ async def test_a_slow_peer_is_given_up_when_its_time_is_over(authority, tmp_path
         error = await failure(tmp_path, url, proxy=proxy, ssl=authority.client(), timeouts=QUICK)
         assert error.code == ErrorCode.ERROR_WINHTTP_TIMEOUT
         assert error.transient
-        assert 0.4 < time.monotonic() - began < 5
+        assert 0.4 < time.monotonic() - began < QUICKER_THAN
 
 
 @NOTHING_LEFT

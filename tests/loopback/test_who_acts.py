@@ -5,7 +5,6 @@ privilege, threads that remember which token they were born in). Of the network:
 the same of a real KDC, Apache and Squid. `docs/who-acts.md` is the table for people, and must say the same.
 """
 
-import asyncio
 import os
 import threading
 from collections import defaultdict
@@ -26,6 +25,7 @@ from tests.identity.somebody import Somebody
 from tests.loopback.test_client_certificates import Asking
 from tests.peers import USERS, Door, Origin, Proxy
 from tests.rules import NTLM_OVER_HTTP
+from tests.waiting import until
 
 NONE, LOCAL, NETWORK = HelperTokenFlags.NONE, HelperTokenFlags.LOCAL_FILE, HelperTokenFlags.NETWORK
 ALL_FLAGS = (NONE, LOCAL, NETWORK, LOCAL | NETWORK)
@@ -328,9 +328,7 @@ async def test_the_command_runs_as_whoever_set_it(memory_dir: Path, flags: Helpe
                 await job.set_notify_cmd_line("/bin/true")
             await job.resume()
             await job.wait()
-            async with asyncio.timeout(10):
-                while not fake.commands:  # noqa: ASYNC110 - the command of a fake has no event
-                    await asyncio.sleep(0.001)
+            await until(lambda: fake.commands)
     assert TABLE[COMMAND][flags] == "its setter"
     assert {command.identity for command in fake.commands} == {setter}
 
@@ -349,9 +347,7 @@ async def test_the_command_is_the_setter_for_the_kernel_too(
             await job.set_notify_cmd_line("/bin/sh", ["/bin/sh", "-c", f"touch {world.out}/told"])
         await job.resume()
         await job.wait()
-        async with asyncio.timeout(20):
-            while not (world.out / "told").exists():  # noqa: ASYNC110 - another process has no event
-                await asyncio.sleep(0.005)
+        await until((world.out / "told").exists)
         assert users["bitshelper"].owns(world.out / "told")
 
 
