@@ -250,8 +250,11 @@ class Engine:
             StoreError: the journal cannot be used.
         """
         self.notifier.commands = self._run and not self._hold
-        await self._store.recover(self.clock.now(), TokenRequired("the helper token did not survive the restart"))
-        self._turns = await self._store.last_turn()
+        found = await self._store.recover(self.clock.now(), TokenRequired("the helper token did not survive the restart"))
+        self._turns = found.turn
+        self._moment, self._moments_stale = found.moment, False
+        self._looked_through, self._owing_from = (0 if some else None for some in (found.awaiting, found.owing))
+        self.roster.open(found.queued)
         if self._run:
             await self._conditions.open(self._conditions_changed, self._network_back)
             self._loop_task = self.task(self._loop(), "bits-engine")

@@ -209,7 +209,7 @@ class Roster:
         self._stay: dict[UUID, Entry] | None = {} if hold else None
         self._running: dict[UUID, Entry] = {}
         self._line: dict[JobPriority, list[Entry]] = {}
-        self._stale = set(JobPriority)  # whose line may have become another
+        self._stale = set[JobPriority]()  # whose line may have become another
         self._first = {each: AHEAD if each is JobPriority.FOREGROUND else min(places + SPARE, AHEAD) for each in JobPriority}
         self._length = dict(self._first)  # of the line, at most
         self._cut: set[JobPriority] = set()  # more jobs may stand behind the line
@@ -229,6 +229,10 @@ class Roster:
     def __iter__(self) -> Iterator[Entry]:
         """The jobs that are in memory now."""
         return iter(list(self._live.values()))
+
+    def open(self, queued: Collection[JobPriority]) -> None:
+        """The journal has QUEUED jobs of these priorities."""
+        self._stale.update(queued)
 
     # -- one job ------------------------------------------------------------------------------------------------------------------------
 
@@ -283,7 +287,14 @@ class Roster:
         self._remnants.pop(entry.job.id, None)
         if self._stay is not None:
             self._stay.pop(entry.job.id, None)
-        self._stale.add(entry.job.priority)
+        self._leave_line(entry)
+
+    def _leave_line(self, entry: Entry) -> None:
+        """Of those behind it, if there are any, one comes up."""
+        priority = entry.job.priority
+        self._line[priority] = [each for each in self._line.get(priority, ()) if each is not entry]
+        if priority in self._cut:
+            self._stale.add(priority)
 
     def keep(self, entry: Entry) -> None:
         """Remember what the journal does not keep of it: at the end of each command and attempt."""
@@ -314,14 +325,15 @@ class Roster:
     def begin(self, entry: Entry) -> None:
         """The job has an attempt."""
         self._running[entry.job.id] = entry
-        self._stale.add(entry.job.priority)
+        self._leave_line(entry)
         self._length[entry.job.priority] = self._first[entry.job.priority]
 
     def end(self, entry: Entry) -> None:
         """It has none any more."""
         if self._running.get(entry.job.id) is entry:
             del self._running[entry.job.id]
-        self._stale.add(entry.job.priority)
+        if entry.job.state is JobState.QUEUED:
+            self._stale.add(entry.job.priority)
         self.keep(entry)
 
     # -- the line -----------------------------------------------------------------------------------------------------------------------
@@ -399,9 +411,10 @@ class Roster:
     def owner_found(self, key: OwnerKey, token: Token) -> Sequence[Entry]:
         """A token that matches the owner key: every job of that very owner has its owner again. Returns those that waited for it."""
         self._owners[key] = token
-        self._absent.discard(key)
+        if key in self._absent:  # else no job of his was passed over
+            self._absent.discard(key)
+            self._stale.update(JobPriority)
         self._reasons.pop(key, None)
-        self._stale.update(JobPriority)
         waited = [entry for entry in self if entry.owner is None and entry.job.owner == key]
         for entry in waited:
             entry.owner = token

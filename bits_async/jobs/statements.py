@@ -1,8 +1,8 @@
 """The SQL of the journal: what is asked of all jobs by index, without loading them, and what writes and reads their rows."""
 
 import sqlite3
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Final
 from uuid import UUID
@@ -29,7 +29,7 @@ def each(db: sqlite3.Connection, sql: str, rows: Sequence[Values]) -> None:
 
 @contextmanager
 def all_or_nothing(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """As `transaction`, for those who are in the store's thread."""
+    """All that is written in it, durable at its end, or nothing. For those who are in the store's thread."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield db
@@ -38,25 +38,6 @@ def all_or_nothing(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         if db.in_transaction:  # else SQLite rolled back by itself, or the commit got there first
             db.execute("ROLLBACK")
         raise
-
-
-@asynccontextmanager
-async def transaction(db: aiosqlite.Connection) -> AsyncIterator[None]:
-    """All that is written in it, durable at its end, or nothing."""
-    await db.execute_fetchall("BEGIN IMMEDIATE")
-    try:
-        yield
-        await db.execute_fetchall("COMMIT")
-    except BaseException:
-        await _roll_back(db)
-        raise
-
-
-async def _roll_back(db: aiosqlite.Connection) -> None:
-    try:
-        await db.execute_fetchall("ROLLBACK")
-    except sqlite3.Error:
-        pass  # SQLite rolled back by itself, or the commit got there first
 
 
 def owners(db: sqlite3.Connection, job_ids: Sequence[UUID]) -> dict[UUID, str]:
@@ -118,7 +99,13 @@ IN_LINE: Final = """
 PROBE: Final = "INSERT OR REPLACE INTO settings VALUES ('probe', zeroblob(:size))"
 PROBED: Final = "DELETE FROM settings WHERE name = 'probe'"
 COMMITTED: Final = "UPDATE files SET committed = 1, validated = 1 WHERE job_id = :job_id AND file_index = :file_index"
-LAST_TURN: Final = "SELECT ifnull(max(turn), 0) AS turn FROM jobs WHERE turn > 0"
+OUTLOOK: Final = """
+    SELECT (SELECT ifnull(max(turn), 0) FROM jobs WHERE turn > 0) AS turn,
+        (SELECT json_group_array(value) FROM json_each(:priorities)
+            WHERE EXISTS (SELECT * FROM jobs INDEXED BY jobs_by_turn WHERE state = 0 AND priority = value)) AS queued,
+        (SELECT min(ifnull(retry_at, gives_up_at)) FROM jobs INDEXED BY jobs_by_moment WHERE state = 5) AS moment,
+        EXISTS (SELECT * FROM jobs INDEXED BY jobs_awaiting WHERE state = 5 AND retry_at IS NULL AND number > 0) AS awaiting,
+        EXISTS (SELECT * FROM jobs INDEXED BY jobs_owing WHERE owed <> 0 AND notify_program IS NOT NULL AND number > 0) AS owing"""
 IS_BUSY: Final = "SELECT EXISTS (SELECT * FROM jobs WHERE state IN (0, 1, 2, 5)) AS busy"
 DUE: Final = """
     SELECT id FROM jobs INDEXED BY jobs_by_moment WHERE ifnull(retry_at, gives_up_at) <= :now AND state = 5

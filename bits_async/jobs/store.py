@@ -99,6 +99,17 @@ _TRANSIENT: Final = frozenset(_FAULTS) - {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE
 PROBE_BYTES: Final = 64 << 10  # bytes; more than any single change of a job takes
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a journal has to offer at its opening: what it has none of need not be asked for."""
+
+    turn: int  # the highest that a job has had; 0: none
+    queued: frozenset[JobPriority]  # priorities of QUEUED jobs
+    moment: datetime | None  # the first at which a job is due
+    awaiting: bool  # jobs in TRANSIENT_ERROR without a next attempt: they wait for an event
+    owing: bool  # jobs with a command that is to be run
+
+
 class Store(Protocol):
     """What the manager needs of a journal."""
 
@@ -121,10 +132,10 @@ class Store(Protocol):
             StoreError: another manager holds it, somebody else may have written it, or it cannot be read. It is left as it was.
         """
 
-    async def recover(self, now: datetime, lost_helper: BitsError) -> None:
+    async def recover(self, now: datetime, lost_helper: BitsError) -> Outlook:
         """Put what the last manager left behind in order, before anything is loaded: jobs that were at work are QUEUED, unfinished ones
         with helper flags are in ERROR with `lost_helper` (each as its own job's), no retry is farther off than its delay, because the
-        wall clock may have been changed, and who waits for an event has the rest of his time before him.
+        wall clock may have been changed, and who waits for an event has the rest of his time before him. Returns what is there then.
         """
 
     async def load(self, job_ids: Collection[UUID] | None = None) -> list[StoredJob]:
@@ -143,9 +154,6 @@ class Store(Protocol):
             absent: owners whose jobs are passed over.
             count: how many at most.
         """
-
-    async def last_turn(self) -> int:
-        """The highest turn that a job has had; 0: none."""
 
     async def is_busy(self) -> bool:
         """Whether a job is QUEUED, CONNECTING, TRANSFERRING or TRANSIENT_ERROR."""
@@ -469,29 +477,34 @@ class SqliteStore:
 
     # -- asked of all jobs: by index, without loading them
 
-    async def recover(self, now: datetime, lost_helper: BitsError) -> None:
+    async def recover(self, now: datetime, lost_helper: BitsError) -> Outlook:
         """See `Store.recover`."""
         error = row_of(**{f"error_{name}": value for name, value in lost_helper.fields().items() if name != "job_id"})
         await finish(self._recover(error | {"now": column_value(now), "floor": RETRY_DELAY_FLOOR}))
+        return await self._outlook()
 
     async def _recover(self, values: Values) -> None:
-        lost = ", ".join(f"{column} = :{column}" for column in values if column.startswith("error_"))
         async with self._turn:
-            db, _ = self._opened()
+            self._opened()
             with self._translated():
-                async with statements.transaction(db):
-                    for sql in (*statements.RECOVERY, statements.LOST_HELPERS.format(error=lost)):
-                        await db.execute_fetchall(sql, values)
+                await self._in_thread(partial(self._put_in_order, values))
+
+    def _put_in_order(self, values: Values) -> None:
+        lost = ", ".join(f"{column} = :{column}" for column in values if column.startswith("error_"))
+        with statements.all_or_nothing(self._raw) as db:
+            for sql in (*statements.RECOVERY, statements.LOST_HELPERS.format(error=lost)):
+                db.execute(sql, values)
+
+    async def _outlook(self) -> Outlook:
+        row = (await self._ask(statements.OUTLOOK, priorities=json.dumps([each.value for each in JobPriority])))[0]
+        queued = frozenset(map(JobPriority, json.loads(row["queued"])))
+        return Outlook(row["turn"], queued, maybe_time(row["moment"]), bool(row["awaiting"]), bool(row["owing"]))
 
     async def in_line(self, priority: JobPriority, *, dynamic: bool, absent: Collection[OwnerKey], count: int) -> list[UUID]:
         """See `Store.in_line`."""
         keys = json.dumps([owner_text(key) for key in absent])
         rows = await self._ask(statements.IN_LINE, priority=priority, dynamic=dynamic, absent=keys, count=count)
         return [UUID(row["id"]) for row in rows]
-
-    async def last_turn(self) -> int:
-        """See `Store.last_turn`."""
-        return int((await self._ask(statements.LAST_TURN))[0]["turn"])
 
     async def is_busy(self) -> bool:
         """See `Store.is_busy`."""

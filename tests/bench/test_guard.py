@@ -104,6 +104,12 @@ def test_a_job_of_one_file_is_journalled_only_when_something_must_not_be_lost(co
     assert counted[phase]["transactions"] <= budget
 
 
+@pytest.mark.parametrize(("phase", "budget"), [("warm up", 12), (BASE, 13), ("spliced", 14)])
+def test_a_job_of_one_file_asks_the_journal_and_the_threads_of_its_file_little(counted, phase, budget):
+    """The journal, as a manager opened it, is not asked for what it has none of; nobody who starts or ends makes it look up the others."""
+    assert counted[phase]["hops"] <= budget
+
+
 # -- a large file: per MiB, what it costs more than the job around it, which is what a job of one small file costs
 
 

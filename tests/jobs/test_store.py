@@ -25,10 +25,21 @@ from bits_async.files.records import PartRecord
 from bits_async.identity.tokens import HelperTokenFlags
 from bits_async.jobs import statements
 from bits_async.jobs import store as store_module
-from bits_async.jobs.model import FileRecord, GrantRemoved, JobPriority, JobRecord, JobRemoved, JobState, OwnerKey, StoredJob
+from bits_async.jobs.model import (
+    FileRecord,
+    GrantRemoved,
+    JobPriority,
+    JobRecord,
+    JobRemoved,
+    JobState,
+    NotifyCmdLine,
+    NotifyFlags,
+    OwnerKey,
+    StoredJob,
+)
 from bits_async.jobs.schema import APPLICATION_ID, SCHEMA
 from bits_async.jobs.secrets import make_private
-from bits_async.jobs.store import SqliteStore, Store
+from bits_async.jobs.store import Outlook, SqliteStore, Store
 from bits_async.transport.digests import Digests
 from bits_async.transport.options import HttpOptions
 from bits_async.transport.proxies import ProxySettings
@@ -526,7 +537,22 @@ async def test_those_who_come_next_are_the_longest_waiting_of_their_class(path: 
         names = {job.id: job.display_name for job in queued}
         line = await store.in_line(JobPriority.NORMAL, dynamic=False, absent=[], count=3)
         assert [names[job_id] for job_id in line] == ["a", "b", "c"]
-        assert await store.last_turn() == 7
+
+
+async def test_at_its_opening_a_journal_says_what_there_is_to_look_for(path: Path) -> None:
+    now, waits = a_job().created, {"state": JobState.TRANSIENT_ERROR}
+    gone = make_error(ErrorCode.BG_E_TOKEN_REQUIRED, ErrorContext.GENERAL_QUEUE_MANAGER, "it is gone")
+    async with opened(path) as store:
+        assert await store.recover(now, gone) == Outlook(0, frozenset(), None, awaiting=False, owing=False)
+        await store.save(a_job(state=JobState.SUSPENDED, turn=7), a_job(**waits, retry_at=now + timedelta(seconds=9)))
+        await store.save(a_job(state=JobState.TRANSFERRING, priority=JobPriority.HIGH), a_job(state=JobState.QUEUED))
+        await store.save(a_job(**waits, retry_at=now + timedelta(seconds=7)))
+        moment = now + timedelta(seconds=7)
+        queued = frozenset({JobPriority.HIGH, JobPriority.NORMAL})
+        assert await store.recover(now, gone) == Outlook(7, queued, moment, awaiting=False, owing=False)
+        command = NotifyCmdLine("/bin/true", ())
+        await store.save(a_job(**waits), a_job(notify_cmd_line=command, owed=NotifyFlags.JOB_TRANSFERRED))
+        assert await store.recover(now, gone) == Outlook(7, queued, moment, awaiting=True, owing=True)
 
 
 async def test_jobs_of_absent_owners_and_dynamic_content_are_passed_over(path: Path) -> None:
@@ -649,7 +675,7 @@ async def test_what_is_asked_of_all_jobs_is_answered_by_an_index_without_sorting
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(statements, "fetch", explained)
             await store.in_line(JobPriority.NORMAL, dynamic=False, absent=[ALICE], count=64)
-            await store.last_turn()
+            await store.recover(now, make_error(ErrorCode.BG_E_TOKEN_REQUIRED, ErrorContext.GENERAL_QUEUE_MANAGER, "it is gone"))
             await store.is_busy()
             await store.due(now, 64)
             await store.next_due(now)
