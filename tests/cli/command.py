@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.waiting import until
 
-DEADLINE = 30
+DEADLINE = 90
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Result:
     @property
     def complaint(self) -> str:
         """The one line on standard error."""
-        (line,) = self.err.splitlines()
-        return line
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        return lines[0]
 
 
 class Running:

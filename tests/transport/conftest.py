@@ -35,7 +35,7 @@ def party(security: Security, trust: ssl.SSLContext) -> Callable[..., Party]:
         proxy=ProxySettings.no_proxy(),
         tls=TlsSettings(trust),
         rules=NTLM_OVER_HTTP,
-        timeouts=Timeouts(connect=10, response=10, idle=10, auth=10),
+        timeouts=Timeouts(connect=30, response=30, idle=30, auth=30),
         security=security,  # type: ignore[arg-type]
     )
 

@@ -20,10 +20,11 @@ from bits_async.transport.connector import LEG_BODY_LIMIT, LaneConnector, Login,
 from bits_async.transport.exchange import HEAD_LIMIT, Wire, request_head
 from bits_async.transport.timeouts import Timeouts
 from bits_async.transport.tls import TlsSettings
+from tests.realms import closed_port
 from tests.transport.wire import Connection, Origin, Proxy, Request, Server, nothing_left_over
 from tests.waiting import until
 
-TIMEOUTS = Timeouts(connect=5, response=5, idle=5, auth=5)
+TIMEOUTS = Timeouts(connect=30, response=30, idle=30, auth=30)
 TUNNEL = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
@@ -526,17 +527,16 @@ async def test_an_untrusted_certificate_is_refused_in_a_tunnel_too(server_tls: s
 
 
 async def test_nothing_listens_and_nobody_knows_the_name(trust: ssl.SSLContext) -> None:
-    async with Origin() as origin:
-        pass
-    for url, code in (
-        (origin.base, ErrorCode.BG_E_CONNECT_FAILURE),
-        ("http://nobody.invalid", ErrorCode.ERROR_WINHTTP_NAME_NOT_RESOLVED),
-    ):
-        connector = LaneConnector(Route(Place.of(url)), TlsSettings(trust), Login(Seat.PROXY, lambda *_: pytest.fail("asked")))
-        error = await failure(connector.open(f"{url}/file?secret=1", TIMEOUTS))
-        assert error.code == code
-        assert error.transient
-        await connector.aclose()
+    with closed_port() as port:
+        for url, code in (
+            (f"http://localhost:{port}", ErrorCode.BG_E_CONNECT_FAILURE),
+            ("http://nobody.invalid", ErrorCode.ERROR_WINHTTP_NAME_NOT_RESOLVED),
+        ):
+            connector = LaneConnector(Route(Place.of(url)), TlsSettings(trust), Login(Seat.PROXY, lambda *_: pytest.fail("asked")))
+            error = await failure(connector.open(f"{url}/file?secret=1", TIMEOUTS))
+            assert error.code == code
+            assert error.transient
+            await connector.aclose()
 
 
 # -- nothing is left over -----------------------------------------------------------------------------------------------------

@@ -51,8 +51,8 @@ from tests.transport.wire import (
     grant,
     nothing_left_over,
     ntlm,
-    until,
 )
+from tests.waiting import DEADLINE, until
 
 MakeParty = Callable[..., Party]
 SERVER, PROXY = AuthTarget.SERVER, AuthTarget.PROXY
@@ -225,17 +225,15 @@ async def test_chunks_that_say_more_than_the_range_are_refused(lanes: Lanes, par
 async def test_silence_in_the_body_ends_after_the_idle_timeout_and_slow_writing_does_not(lanes: Lanes, party: MakeParty) -> None:
     async def stall(connection: Connection) -> None:
         await connection.send(whole(CONTENT)[: -len(CONTENT) // 2])
-        await asyncio.sleep(60)
+        await asyncio.sleep(3600)
 
-    patience = Timeouts(connect=5, response=5, idle=0.2, auth=5)
+    patience = Timeouts(connect=3600, response=3600, idle=0.2, auth=3600)
     async with scripted(whole(CONTENT), stall) as origin:
         async with lanes.get(party(timeouts=patience), Asked(f"{origin.base}/file")) as body:
             async for _ in body:
                 await asyncio.sleep(0.5)  # our own slowness is not the server's silence
-        begun = asyncio.get_running_loop().time()
         error = await failure(fetch(lanes, party(timeouts=patience), f"{origin.base}/file"))
         assert (error.code, error.transient) == (ErrorCode.ERROR_WINHTTP_TIMEOUT, True)
-        assert asyncio.get_running_loop().time() - begun < 5
 
 
 async def test_a_head_that_never_comes_ends_after_the_response_timeout(lanes: Lanes, party: MakeParty) -> None:
@@ -804,7 +802,7 @@ async def interactive_server(tmp_path: Path, ca: trustme.CA) -> AsyncIterator[tu
     pipe = asyncio.subprocess.PIPE
     server = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.STDOUT)
     assert server.stdout is not None
-    await asyncio.wait_for(server.stdout.readuntil(b"ACCEPT"), 10)
+    await asyncio.wait_for(server.stdout.readuntil(b"ACCEPT"), DEADLINE)
     yield server, port
     server.kill()
     await server.communicate()
@@ -834,7 +832,7 @@ async def test_keys_renewed_in_the_middle_of_a_detached_body(
             server.stdin.write(b"a" * (half - 10))
             await drained(detached, half)
             server.stdin.write(b"K\n")  # and the answer is asked for
-            await asyncio.wait_for(server.stdout.readuntil(b"SSL_do_handshake"), 10)
+            await asyncio.wait_for(server.stdout.readuntil(b"SSL_do_handshake"), DEADLINE)
             server.stdin.write(b"b" * half)
             await drained(replace(detached, already=b""), half)
             if not last:  # the next request is read with the keys that we answered with

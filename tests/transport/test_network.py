@@ -52,6 +52,7 @@ from bits_async.transport.network import (
     watch_network,
 )
 from bits_async.transport.proxies import ProxySettings
+from tests.waiting import DEADLINE
 
 ROOT = Path(__file__).parents[2]
 
@@ -315,7 +316,7 @@ def polling(machine: Machine, clock: FakeClock | None = None) -> PollingConnecti
 
 
 async def soon(watcher: network.Connectivity) -> bool:
-    return await asyncio.wait_for(watcher.changed(), 5)
+    return await asyncio.wait_for(watcher.changed(), DEADLINE)
 
 
 async def silent(watcher: network.Connectivity) -> None:
@@ -452,9 +453,9 @@ def test_the_way_to_loopback_is_found_without_sending_anything() -> None:
 
 
 async def test_the_system_s_resolver_is_asked_and_a_hanging_one_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "LOOKUP_TIMEOUT", 0.1)
     names = network._Names()
     assert await names("localhost")
+    monkeypatch.setattr(network, "LOOKUP_TIMEOUT", 0.1)
     never = asyncio.Event()
 
     async def hang(*_: object, **__: object) -> list[object]:
@@ -549,7 +550,7 @@ async def test_a_question_in_the_middle_of_a_look_that_fails_does_not_lose_the_n
     await asyncio.sleep(0)
     watcher._stale = True
     assert await watcher.reaches("10.0.0.9")  # nothing is proven
-    assert await asyncio.wait_for(waiting, 5) is False
+    assert await asyncio.wait_for(waiting, DEADLINE) is False
 
 
 async def test_a_neighbour_that_may_be_reached_again_is_told_before_there_is_a_network() -> None:
@@ -568,7 +569,9 @@ async def test_a_neighbour_that_may_be_reached_again_is_told_before_there_is_a_n
 
 CHILD = """
 import asyncio, select, sys, time
+from bits_async.transport import network
 from bits_async.transport.network import watch_network
+network.SETTLE = float(sys.argv[1])
 
 async def news(network):
     while True:
@@ -621,7 +624,7 @@ class Namespace:
     async def hears(self, *words: str) -> list[str]:
         """The next line, which must begin with these words."""
         assert self._process.stdout is not None
-        line = (await asyncio.wait_for(self._process.stdout.readline(), 15)).decode().split()
+        line = (await asyncio.wait_for(self._process.stdout.readline(), DEADLINE)).decode().split()
         assert line[: len(words)] == list(words)
         return line
 
@@ -639,12 +642,14 @@ class Namespace:
 
 
 @pytest.fixture
-async def namespace() -> AsyncIterator[Namespace]:
-    """One with nothing but a loopback that is down. The machine's own interfaces are out of its reach."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        "unshare", "--net", sys.executable, "-c", CHILD, stdin=pipe, stdout=pipe, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+async def namespace(request: pytest.FixtureRequest) -> AsyncIterator[Namespace]:
+    """One with nothing but a loopback that is down. The machine's own interfaces are out of its reach.
+
+    The parameter, if there is one: seconds of quiet that the watcher waits for, in place of its own.
+    """
+    pipe, settle = asyncio.subprocess.PIPE, getattr(request, "param", network.SETTLE)
+    command = ("unshare", "--net", sys.executable, "-c", CHILD, str(settle))
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     made = Namespace(process)
     try:
         await made.hears("watching", "NetlinkConnectivity", "False")
@@ -652,7 +657,7 @@ async def namespace() -> AsyncIterator[Namespace]:
         yield made
         assert process.stdin is not None
         process.stdin.close()
-        rest, _ = await asyncio.wait_for(process.communicate(), 15)
+        rest, _ = await asyncio.wait_for(process.communicate(), DEADLINE)
         assert rest == b"", "news that nothing accounts for"
         assert process.returncode == 0
     finally:
@@ -728,11 +733,12 @@ async def test_a_default_route_that_comes_later_is_told_too(namespace: Namespace
 
 
 @pytest.mark.privileged
+@pytest.mark.parametrize("namespace", [2.0], indirect=True)  # an instant that lasts, where another program has the processor
 async def test_a_cable_that_is_out_for_an_instant_is_no_loss(namespace: Namespace) -> None:
     await namespace.ip(*CABLE, "addr add 192.0.2.2/24 dev near")
     await namespace.hears("news", "True")
     await namespace.ip(*("link set far down", "link set far up") * 5)
-    await asyncio.sleep(1.5)  # a silence cannot be polled for
+    await asyncio.sleep(3)  # a silence cannot be polled for
     assert await namespace.reaches("192.0.2.9")
 
 
