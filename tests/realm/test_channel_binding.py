@@ -7,6 +7,7 @@ authority, so that our own verification has nothing against him, and relays ever
 import asyncio
 import contextlib
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable
 
@@ -164,35 +165,35 @@ async def test_t24_a_server_that_shows_a_new_certificate_gets_tokens_bound_to_it
     """Certificates are renewed while we run; the binding is that of the connection the token goes over."""
     old, new = authority.issue(), authority.issue()
     owner = realm.owner
-    async with bits.BitsManager(store=tmp_path / "queue.db", ssl=authority.client()) as manager:
-        async with Origin(door=realm.door(old), tls=old) as origin:
-            job = await manager.create_job("renewed", priority=JobPriority.FOREGROUND, owner=owner)
-            for given in realm.credentials:
-                await job.set_credentials(given.target, given.scheme, None, None)
-            await job.add_file(origin.serve("/f", BODY), tmp_path / "f1")
-            await job.resume()
-            await job.wait()
-            port = origin.port
-        async with OriginAt(port, door=realm.door(new), tls=new) as origin:
-            await job.add_file(origin.serve("/f", BODY), tmp_path / "f2")
-            await job.resume()
-            await job.wait()
-            await job.complete()
-            assert {seen.user for seen in origin.passed} == {realm.user}
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        async with bits.BitsManager(store=tmp_path / "queue.db", ssl=authority.client()) as manager:
+            async with OriginAt(place, door=realm.door(old), tls=old) as origin:
+                job = await manager.create_job("renewed", priority=JobPriority.FOREGROUND, owner=owner)
+                for given in realm.credentials:
+                    await job.set_credentials(given.target, given.scheme, None, None)
+                await job.add_file(origin.serve("/f", BODY), tmp_path / "f1")
+                await job.resume()
+                await job.wait()
+            async with OriginAt(place, door=realm.door(new), tls=new) as origin:
+                await job.add_file(origin.serve("/f", BODY), tmp_path / "f2")
+                await job.resume()
+                await job.wait()
+                await job.complete()
+                assert {seen.user for seen in origin.passed} == {realm.user}
     assert (tmp_path / "f2").read_bytes() == BODY
 
 
 class OriginAt(Origin):
-    """An origin on the port of an earlier one."""
+    """An origin at a place that it shares with an earlier one: nobody else listens there in between."""
 
-    def __init__(self, port: int, *, door: Door, tls: ServerTls) -> None:
+    def __init__(self, place: socket.socket, *, door: Door, tls: ServerTls) -> None:
         super().__init__(door=door, tls=tls)
-        self._wanted = port
+        self._place = place
 
     async def __aenter__(self) -> "OriginAt":
         assert self.tls is not None
-        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self._wanted, ssl=self.tls.context)
-        self.port = self._wanted
+        self._listener = await asyncio.start_server(self._accept, sock=self._place.dup(), ssl=self.tls.context)
+        self.port = self._place.getsockname()[1]
         return self
 
 

@@ -21,14 +21,14 @@ from bits_async.transport import lane
 from tests.active_directory import ActiveDirectory
 from tests.peers import SilentKdc
 from tests.realms import Apache, MitKdc, write_krb5_conf
-from tests.waiting import until
+from tests.waiting import Deadlines, until
 
 pytestmark = pytest.mark.realm
 
 ALLOWED = 1024 * 1024  # for all of them together; a context built from a password by pyspnego leaves 3 KB behind
 
 COUNT = """
-import asyncio, gc, json, os, sys, threading
+import asyncio, gc, json, os, sys, threading, time
 
 import bits_async as bits
 from bits_async.auth.policy import AuthScheme, Offer
@@ -41,6 +41,8 @@ user, password, keytab, many = sys.argv[1], sys.stdin.read(), sys.argv[2], int(s
 
 def figures():
     gc.collect()
+    while [thread for thread in threading.enumerate() if thread.name.startswith("bits-")]:
+        time.sleep(0.001)  # an outcome is there a moment before its thread has ended
     resident = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return resident, len(os.listdir("/proc/self/fd")), threading.active_count()
 
@@ -85,7 +87,8 @@ def growth(directory: ActiveDirectory, what: str, many: int) -> list[int]:
     """Of resident memory, descriptors and threads."""
     keytab = directory.keytab("engine")
     command = [sys.executable, "-c", COUNT, directory.principal("alice"), str(keytab), str(many), what]
-    done = subprocess.run(command, env=os.environ, input=directory.password("alice"), capture_output=True, text=True, check=True)
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}  # how many there are, and how full, is a matter of which threads meet
+    done = subprocess.run(command, env=environment, input=directory.password("alice"), capture_output=True, text=True, check=True)
     found: list[int] = json.loads(done.stdout)
     return found
 
@@ -130,12 +133,16 @@ async def test_fifty_tokens_at_work_have_bounded_threads_and_descriptors_and_giv
         await done
         assert most[0] - before[0] <= 2 * 50 * 4, "four of each kind for each token at the very most"
         assert most[1] - before[1] <= 2 * 8 + 3 * 50 * jobs_each, "sockets for the connections, a directory and two files for each job"
-        await until(lambda: quiet(manager) and figures() == before, f"for threads and descriptors to be {before} again")
+        await until(
+            lambda: quiet(manager) and all(now <= then for now, then in zip(figures(), before, strict=True)),
+            f"for threads and descriptors to be {before} again",
+        )
         for token in tokens:
             await manager._network.forget(token)  # type: ignore[union-attr]
             token.close()
         assert repr(manager._tickets) in ("<Tickets: 0>", "<Tickets: 1>")
-    assert len(apache.hits(user=kdc.principal("alice"), target="/neg/small", status=200)) == 50 * jobs_each + 1
+    logins = 50 * jobs_each + 1
+    assert len(apache.hits(expect=logins, user=kdc.principal("alice"), target="/neg/small", status=200)) == logins
 
 
 async def fetch(manager: bits.BitsManager, token: Token, apache: Apache, path: Path) -> None:
@@ -164,7 +171,8 @@ async def test_a_silent_kdc_costs_a_job_the_deadline_and_one_thread_and_the_loop
     kdc: MitKdc, apache: Apache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr(lane, "SECURITY_DEADLINE", 0.3)
+    monkeypatch.setattr(lane, "SECURITY_DEADLINE", 41.0)
+    monkeypatch.setattr(asyncio, "timeout", (deadlines := Deadlines(41.0)).timeout)
     token = Token.for_network(spnego.Password("alice@SILENT.TEST", "password"))
     (apache.root / "neg" / "small").write_bytes(b"small")
     before = figures()[0]
@@ -173,12 +181,15 @@ async def test_a_silent_kdc_costs_a_job_the_deadline_and_one_thread_and_the_loop
         monkeypatch.setenv("KRB5_CONFIG", str(write_krb5_conf(tmp_path / "krb5.conf", realms)))
         async with bits.BitsManager(store=tmp_path / "queue.db") as manager:
             with pytest.raises(bits.NetworkError, match="KDC did not answer") as caught:
-                await fetch(manager, token, apache, tmp_path / "silent")
+                fetching = asyncio.create_task(fetch(manager, token, apache, tmp_path / "silent"))
+                await until(lambda: silent.asked)
+                deadlines.pass_now()
+                await fetching
             assert caught.value.transient
             assert manager._executors is not None
             assert manager._executors.retired == 1
-            monkeypatch.setattr(lane, "SECURITY_DEADLINE", 10)
+            monkeypatch.setattr(lane, "SECURITY_DEADLINE", 40.0)
             other = Token.for_network(spnego.Password(kdc.principal("alice"), kdc.password("alice")))
             await fetch(manager, other, apache, tmp_path / "other")
             assert manager._executors.retired == 1
-    await until(lambda: figures()[0] == before, "for the thread that waited for the KDC to hear that it is gone")
+    await until(lambda: figures()[0] <= before, "for the thread that waited for the KDC to hear that it is gone")

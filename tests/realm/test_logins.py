@@ -3,7 +3,6 @@ r"""Logins at both seats, by the public API over real sockets: which scheme, ove
 The NTLM and Digest peers are those of `tests/peers.py` (real acceptors); Apache and Squid stand for the servers that people have.
 """
 
-import asyncio
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ import bits_async as bits
 from bits_async import AuthCredentials, AuthScheme, AuthTarget, ErrorCode, ErrorContext, HelperTokenFlags, JobPriority, JobState, Token
 from tests.peers import USERS, Authority, Door, Fault, Hold, Misbehaviour, Origin, Proxy, Seen, Server, answer
 from tests.rules import NTLM_OVER_HTTP
+from tests.waiting import until
 
 ALICE, HELPER = USERS
 BODY = os.urandom(300_000)
@@ -766,5 +766,4 @@ async def test_t25_a_replaced_credential_closes_its_connections_at_once(tmp_path
         await one.run(0)
         assert origin.open_connections == 1
         await one.jobs[0].set_credentials(SERVER, NTLM, HELPER, USERS[HELPER])
-        async with asyncio.timeout(5):
-            await asyncio.gather(*origin._open)
+        await until(lambda: not origin.open_connections)

@@ -32,6 +32,7 @@ from tests.active_directory import ActiveDirectory
 from tests.local_users import LocalUser as LocalAccount
 from tests.peers import SilentKdc
 from tests.realms import Apache, MitKdc, write_krb5_conf
+from tests.waiting import Deadlines, until
 
 pytestmark = pytest.mark.realm
 SECRET = "correct-horse-battery-staple"
@@ -127,27 +128,22 @@ async def test_a_realm_without_a_kdc_is_told_from_a_wrong_password(ad: ActiveDir
 
 
 async def test_a_silent_kdc_costs_the_deadline_and_never_the_loop(
-    ad: ActiveDirectory, silent_kdc: SilentKdc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ad: ActiveDirectory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("KRB5_CONFIG", str(write_krb5_conf(tmp_path / "krb5.conf", {"SILENT.TEST": silent_kdc.port})))
     monkeypatch.setattr("bits_async.identity.logon.LOGON_DEADLINE", 0.3)
-    ticks, before = 0, set(threading.enumerate())
-
-    async def tick() -> None:
-        nonlocal ticks
-        while True:
-            ticks += 1
-            await asyncio.sleep(0.01)
-
-    ticking = asyncio.create_task(tick())
-    with pytest.raises(LogonFailed) as caught:
-        await logon_user("alice@SILENT.TEST", SECRET)
-    ticking.cancel()
-    assert caught.value.code == ErrorCode.ERROR_NO_LOGON_SERVERS
-    assert ticks > 5
-    stuck = [thread for thread in threading.enumerate() if thread.name.startswith("bits-logon") and thread not in before]
-    assert len(stuck) == 1  # given up: it ends when libkrb5 does
-    assert stuck[0].daemon
+    monkeypatch.setattr(asyncio, "timeout", (deadlines := Deadlines(0.3)).timeout)
+    before = set(threading.enumerate())
+    with SilentKdc() as silent:
+        monkeypatch.setenv("KRB5_CONFIG", str(write_krb5_conf(tmp_path / "krb5.conf", {"SILENT.TEST": silent.port})))
+        logging_on = asyncio.create_task(logon_user("alice@SILENT.TEST", SECRET))
+        await until(lambda: silent.asked)  # the loop goes on
+        deadlines.pass_now()
+        with pytest.raises(LogonFailed) as caught:
+            await logging_on
+        assert caught.value.code == ErrorCode.ERROR_NO_LOGON_SERVERS
+        stuck = [thread for thread in threading.enumerate() if thread.name.startswith("bits-logon") and thread not in before]
+        assert len(stuck) == 1  # given up: it ends when libkrb5 does
+        assert stuck[0].daemon
 
 
 async def test_a_kdc_that_only_claims_the_realm_logs_nobody_on(

@@ -19,7 +19,7 @@ from bits_async.identity.kerberos import look_into
 from bits_async.identity.threads import TokenExecutors
 from tests.peers import Fault, Hold, Origin
 from tests.realms import Apache, MitKdc, Squid
-from tests.waiting import until
+from tests.waiting import DEADLINE, until
 
 if TYPE_CHECKING:
     from tests.local_users import LocalUser
@@ -51,7 +51,7 @@ class Meanwhile:
 
     async def reached(self) -> None:
         for hold in self._holds:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(DEADLINE):
                 await hold.reached.wait()
 
     def go_on(self) -> None:
@@ -133,16 +133,19 @@ async def test_tickets_of_owner_and_helper_are_renewed_while_a_transfer_goes_on_
 async def test_tickets_that_cannot_be_renewed_end_the_identity_and_a_job_goes_on_with_new_ones_or_without_the_helper(
     kdc: MitKdc, apache: Apache, tmp_path: Path, meanwhile: Meanwhile
 ) -> None:
-    file = tmp_path / "alice.ccache"
-    life = 3
+    """They end in the middle: what kinit writes then lives no longer than a moment."""
+    files = {name: tmp_path / name for name in ("alice", "bob", "bob too")}
     url = apache.url("/neg/big")
-    kdc.ccache("alice", file=file, life=life)
-    others = [kdc.ccache("bob", directory=tmp_path, life=life) for _ in range(2)]
+    for name, file in files.items():
+        kdc.ccache(name.split()[0], file=file)
+    alice, bob, bob_too = (cached(f"FILE:{file}") for file in files.values())
     async with manager(tmp_path) as queue:
-        of_owner = await begun(queue, [url, meanwhile.url(), url], tmp_path, owner=cached(f"FILE:{file}"))
-        of_helper = [await begun(queue, [url, meanwhile.url(), url], tmp_path, helper=cached(each)) for each in others]
+        of_owner = await begun(queue, [url, meanwhile.url(), url], tmp_path, owner=alice)
+        of_helper = [await begun(queue, [url, meanwhile.url(), url], tmp_path, helper=each) for each in (bob, bob_too)]
         await meanwhile.reached()
-        ended = time.time() + life + 1
+        for name, file in files.items():
+            kdc.ccache(name.split()[0], file=file, life=1)
+        ended = time.time() + 2
         await until(lambda: time.time() > ended)
         meanwhile.go_on()
         for job, name in ((of_owner, "alice"), *((each, "bob") for each in of_helper)):
@@ -151,7 +154,7 @@ async def test_tickets_that_cannot_be_renewed_end_the_identity_and_a_job_goes_on
             assert (caught.value.code, job.state) == (ErrorCode.BG_E_TOKEN_REQUIRED, JobState.ERROR)
             assert "kinit" in caught.value.advice
             assert "set_helper" in caught.value.advice or "helper token" in caught.value.advice
-        kdc.ccache("alice", file=file)
+        kdc.ccache("alice", file=files["alice"])
         await of_owner.resume()
         again, without = of_helper
         await help_with(again, cached(kdc.ccache("helper", directory=tmp_path)))
@@ -179,20 +182,20 @@ async def test_t04_a_user_s_cache_is_renewed_by_his_own_threads_and_somebody_els
     token = await Token.for_user("bitsalice", network=spnego.KerberosCCache(mine))
     offer = Offer(AuthScheme.NEGOTIATE, token.network, principal=token.principal, holder=token, process=False, fingerprint="1")
     with executors.lease(token, "security") as security:
-        assert await security.run_security(tickets.ready, offer, deadline=10) == token.network
+        assert await security.run_security(tickets.ready, offer, deadline=45) == token.network
         (renewal,) = tickets.renewals()
         ahead = renewal.when - time.time() + 1
         begun = look_into(mine)[1].starts
         await until(lambda: time.time() > begun + 1.1, "for another second to begin: else both tickets end in the same")
-        await security.run_security(tickets.renew, renewal, deadline=10)
-        renewed = await security.run_security(tickets.ready, offer, deadline=10)
+        await security.run_security(tickets.renew, renewal, deadline=45)
+        renewed = await security.run_security(tickets.ready, offer, deadline=45)
         assert isinstance(renewed, spnego.KerberosCCache)
         assert (renewed.ccache.startswith("MEMORY:bits-"), renewed.principal) == (True, kdc.principal("alice"))
         shutil.chown(mine.removeprefix("FILE:"), 0)
         with pytest.raises(bits.AuthFailed, match="may not be read"):
-            await security.run_security(tickets.renew, renewal, deadline=10)
+            await security.run_security(tickets.renew, renewal, deadline=45)
         with pytest.raises(bits.AuthFailed, match="may not be read"):
-            await security.run_security(tickets.ready, offer, deadline=10)
+            await security.run_security(tickets.ready, offer, deadline=45)
     assert tickets.renewals() == [], "what was renewed went with the right to it"
     await executors.aclose()
     await tickets.aclose()

@@ -22,6 +22,7 @@ from bits_async.jobs import transfer
 from examples.embedded import HOP_BY_HOP, Head, body_pieces, port_of
 from tests.peers import Connection, Cut, Proxy, Seen
 from tests.realms import PASSWORDS, Apache, Nginx, Squid
+from tests.waiting import DEADLINE
 
 pytestmark = pytest.mark.realm
 
@@ -262,7 +263,7 @@ async def on_demand(place: Place, url: str, store: Path, ranges: list[bits.FileR
         await job.set_on_demand_mode(True)
         await file.request_file_ranges(ranges)
         await job.resume()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE):
             while job.state is not bits.JobState.SUSPENDED:
                 assert job.error is None
                 await asyncio.sleep(0.01)
@@ -302,7 +303,7 @@ async def test_through_squid_a_file_goes_on_or_arrives_wholly_in_its_new_version
         await job.set_credentials(AuthTarget.PROXY, AuthScheme.DIGEST, "alice", PASSWORDS["alice"])
         await job.add_file(url_of(server, place, "slow"), place.out)
         await job.resume()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE):
             while not job.progress.bytes_transferred:  # noqa: ASYNC110 - it has no event
                 await asyncio.sleep(0.002)
         await job.suspend()
