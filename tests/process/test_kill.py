@@ -163,7 +163,7 @@ async def test_a_200_mib_download_killed_again_and_again_fetches_nothing_twice(s
 async def test_in_another_boot_nothing_durable_is_fetched_again_and_the_rest_is(scene, large):
     """What the journal does not call durable may be lost: it is garbage here."""
     scene.serve(large)
-    scene.origin.fault("/file", Fault(rate=200 * MIB))
+    scene.origin.fault("/file", Fault(rate=200 * MIB, hold=Hold(after=199 * MIB)))
     length = await scene.killed_at(lambda: 32 * MIB <= scene.journalled < scene.length, store=str(scene.store))
     durable = scene.durable
     assert 32 * MIB <= durable < length
@@ -179,7 +179,7 @@ async def test_in_another_boot_nothing_durable_is_fetched_again_and_the_rest_is(
 async def test_in_the_same_boot_more_than_the_journal_knows_is_kept(scene, small):
     """The comparison is with the file as the dead process left it, not with its journal."""
     scene.serve(small)
-    scene.origin.fault("/file", Fault(rate=10 * MIB))
+    scene.origin.fault("/file", Fault(rate=10 * MIB, hold=Hold(after=6 * MIB - 1)))
     length = await scene.killed_at(lambda: 2 * MIB <= scene.journalled < scene.length, store=str(scene.store), checkpoint=2 * MIB)
     durable = scene.durable
     assert 2 * MIB <= durable < length
@@ -191,7 +191,7 @@ async def test_in_the_same_boot_more_than_the_journal_knows_is_kept(scene, small
 @pytest.mark.parametrize("lost", ["what is not durable", "more than that", "everything", "the name"])
 async def test_after_a_power_cut_the_file_is_right(scene, small, lost):
     scene.serve(small)
-    scene.origin.fault("/file", Fault(rate=10 * MIB))
+    scene.origin.fault("/file", Fault(rate=10 * MIB, hold=Hold(after=6 * MIB - 1)))
     await scene.killed_at(lambda: 2 * MIB <= scene.journalled < scene.length, store=str(scene.store), checkpoint=2 * MIB)
     durable = scene.durable
     keeps = {"what is not durable": durable, "more than that": durable - 1, "everything": 0}
@@ -210,7 +210,7 @@ async def test_killed_twice_in_the_boot_after_the_second_run_counts_too(scene, s
     scene.serve(small)
     first, second = Hold(after=3 * MIB), Hold(after=2 * MIB)
     scene.origin.fault("/file", Fault(hold=first), Fault(hold=second))
-    await scene.killed_at(lambda: scene.length >= 2 * MIB, store=str(scene.store), checkpoint=MIB)
+    await scene.killed_at(lambda: scene.length >= 2 * MIB and scene.journalled >= MIB, store=str(scene.store), checkpoint=MIB)
     durable = scene.durable
     scene.reboot()
     length = await scene.killed_at(lambda: second.reached.is_set() and scene.length > durable + MIB // 2, store=str(scene.store))
