@@ -9,8 +9,11 @@ import contextvars
 import time
 from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
-from typing import Any, Protocol, TypeVar
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Protocol, TypeVar
+
+STEP: Final = timedelta(seconds=2)  # by so much the wall clock may run away from the monotonic one before it was changed
+LOOK: Final = 30.0  # seconds between two looks whether it was
 
 T = TypeVar("T")
 
@@ -28,6 +31,10 @@ class Clock(Protocol):
 
     async def sleep(self, seconds: float) -> None:
         """Return after that many seconds of `monotonic`."""
+        ...
+
+    async def changed(self) -> None:
+        """Return when the wall clock was changed (by NTP, by hand, by a sleep of the machine) since the call: soon after, not at once."""
         ...
 
     def working(self) -> AbstractContextManager[None]:
@@ -50,9 +57,21 @@ class SystemClock:
         """Return after that many seconds."""
         await asyncio.sleep(seconds)
 
+    async def changed(self) -> None:
+        """Return when the wall clock was changed since the call, half a minute later at most."""
+        began = beginning(self)
+        while abs(beginning(self) - began) < STEP:  # noqa: ASYNC110 - nothing tells it (timerfd is in Python from 3.13)
+            await asyncio.sleep(LOOK)
+
     def working(self) -> AbstractContextManager[None]:
         """The machine's time passes in any case."""
         return nullcontext()
+
+
+def beginning(clock: Clock) -> datetime:
+    """What the wall clock showed at the beginning of the monotonic one: another value, and somebody has changed it."""
+    monotonic, wall = clock.monotonic(), clock.now()
+    return wall - timedelta(seconds=monotonic)
 
 
 async def sooner(event: asyncio.Event, other: Coroutine[Any, Any, None]) -> None:

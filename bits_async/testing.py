@@ -56,10 +56,11 @@ class FakeClock:
         self._numbers = itertools.count()
         self._jump: asyncio.Handle | None = None
         self._frozen = False
+        self._settings: set[asyncio.Future[None]] = set()  # who waits for a change of it
         self._busy = 0  # attempts that do something other than sleep: time does not jump over them
 
     def now(self) -> datetime:
-        """1 January 2030 plus what has passed."""
+        """1 January 2030 plus what has passed, and by how much it was set."""
         return self._start + timedelta(seconds=self._elapsed)
 
     def monotonic(self) -> float:
@@ -83,6 +84,22 @@ class FakeClock:
             _, _, future = heapq.heappop(self._sleepers)
             if not future.done():
                 future.set_result(None)
+
+    def set_wall_clock(self, by: float) -> None:
+        """Somebody changes the wall clock by so many seconds, forwards or (below 0) backwards; `monotonic` goes on as it was."""
+        self._start += timedelta(seconds=by)
+        for future in self._settings:
+            if not future.done():
+                future.set_result(None)
+
+    async def changed(self) -> None:
+        """Return when `set_wall_clock()` is called."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._settings.add(future)
+        try:
+            await future
+        finally:
+            self._settings.discard(future)
 
     async def sleep(self, seconds: float) -> None:
         """Return when the clock has come there."""

@@ -29,7 +29,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from ..auth.policy import Origin
-from ..clock import Clock, finish, sooner
+from ..clock import STEP, Clock, beginning, finish, sooner
 from ..errors import (
     BitsError,
     ErrorCode,
@@ -84,7 +84,6 @@ from .store import Store
 from .transfer import Attempt, Workshop
 
 COMMIT_AT_ONCE: Final = 256  # files that are renamed in one hop and journalled in one transaction
-CLOCK_STEP: Final = timedelta(seconds=2)  # by so much the wall clock may run away from the monotonic one before the journal follows
 
 log = logging.getLogger("bits_async.jobs")
 
@@ -222,7 +221,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._turns = 0
         self._looked = self.clock.monotonic(), self.clock.now()  # when this round of the loop began
-        self._offset = _offset(*self._looked)
+        self._offset = beginning(self.clock)
         self._moment: datetime | None = None  # the next one at which the journal has something due
         self._moments_stale = True
         self._idle_moments: dict[bool, datetime] = {}  # the next ones at which nobody has touched a job (of elevated owners) for too long
@@ -232,7 +231,7 @@ class Engine:
         self._owing_from: int | None = 0  # of the jobs with a command that is to be run: looked through so far; None: all
         self._blocked: Counter[JobPriority] = Counter()  # queued jobs that group policy has put off since it last said something else
         self._setters: dict[OwnerKey, Token] = {}  # who came and had set commands
-        self._loop_task: asyncio.Task[None] | None = None
+        self._loop_tasks: set[asyncio.Task[None]] = set()
         self._searches: dict[str, asyncio.Task[None]] = {}
         self.notifier = Notifier(clock=self.clock, task=self.task, told=self._told, changed=self.announce, run_command=run_command)
 
@@ -257,7 +256,7 @@ class Engine:
         self.roster.open(found.queued)
         if self._run:
             await self._conditions.open(self._conditions_changed, self._network_back)
-            self._loop_task = self.task(self._loop(), "bits-engine")
+            self._loop_tasks = {self.task(self._loop(), "bits-engine"), self.task(self._watch_the_clock(), "bits-clock")}
 
     async def _restored(self, entry: Entry) -> None:
         """What the journal does not say of a job that was read from it."""
@@ -289,9 +288,10 @@ class Engine:
         The journal is closed by its owner, the manager, afterwards.
         """
         self.closed = True
-        if self._loop_task is not None:
-            self._loop_task.cancel()
-            await asyncio.wait({self._loop_task})
+        for task in self._loop_tasks:
+            task.cancel()
+        if self._loop_tasks:
+            await asyncio.wait(self._loop_tasks)
         for task in self._searches.values():
             task.cancel()
         telling = self.task(self.notifier.stop(grace), "bits-notifier-end")
@@ -954,6 +954,12 @@ class Engine:
             except Exception as error:
                 self._fail_by_defect(error)
 
+    async def _watch_the_clock(self) -> None:
+        """The loop sleeps by the monotonic clock: when the wall clock was changed, it looks what that makes due (a schedule, say)."""
+        while True:
+            await self.clock.changed()
+            self._wake.set()
+
     async def _round(self) -> None:
         self._wake.clear()
         if self.failure is not None:
@@ -986,9 +992,9 @@ class Engine:
 
     async def _follow_the_clock(self) -> None:
         """Jobs wait by the monotonic clock: when the wall clock was changed, the moments in the journal go with it."""
-        offset = _offset(self.clock.monotonic(), self.clock.now())
+        offset = beginning(self.clock)
         step, before = offset - self._offset, self._offset
-        if abs(step) < CLOCK_STEP:
+        if abs(step) < STEP:
             return
         waiting = {entry: entry.job for entry in self.roster if entry.job.state is JobState.TRANSIENT_ERROR}
         self._offset = offset
@@ -1447,11 +1453,6 @@ def _empty_frames(error: BaseException | None) -> None:
         seen.add(id(one))
         traceback.clear_frames(one.__traceback__)
         errors += [one.__cause__, one.__context__]
-
-
-def _offset(monotonic: float, wall: datetime) -> datetime:
-    """What the wall clock showed at the beginning of the monotonic one: another value, and somebody has changed it."""
-    return wall - timedelta(seconds=monotonic)
 
 
 def _later(moment: datetime | None, by: timedelta) -> datetime | None:

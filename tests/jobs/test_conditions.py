@@ -112,6 +112,34 @@ async def test_a_running_job_that_policy_blocks_waits_until_the_interval_ends(ne
         await job.wait()
 
 
+@pytest.mark.parametrize("days", [-1, 1])
+async def test_a_wall_clock_that_is_set_counts_for_a_schedule_at_once(network: FakeNetwork, store: Path, tmp_path: Path, days: int) -> None:
+    network.clock.advance(9 * HOUR)
+    async with bits.BitsManager(store=store, policy=GroupPolicy.from_toml(WORK)) as manager:
+        job = await a_job(manager, tmp_path, JobPriority.LOW)
+        await job.resume()
+        await until(lambda: waits(job, WaitingReason.POLICY))
+        network.clock.set_wall_clock(days * 24 * HOUR)
+        await let_things_happen()
+        there = network.clock.now()
+        assert str(job.waiting) == f"held up by group policy until {there:%Y-%m-%d} 17:00", "the same hour of another working day"
+        network.clock.set_wall_clock(-2 * HOUR if days < 0 else 8 * HOUR)
+        await job.wait()
+        assert network.clock.monotonic() == 9 * HOUR
+
+
+async def test_a_running_job_is_interrupted_when_the_wall_clock_is_set_into_an_interval_that_blocks_it(
+    network: FakeNetwork, store: Path, tmp_path: Path
+) -> None:
+    network.pause()
+    async with bits.BitsManager(store=store, policy=GroupPolicy.from_toml(WORK)) as manager:
+        job = await a_job(manager, tmp_path, JobPriority.LOW)
+        await job.resume()
+        await until(lambda: network.requests)
+        network.clock.set_wall_clock(8 * HOUR)
+        await until(lambda: waits(job, WaitingReason.POLICY))
+
+
 async def test_a_blocked_priority_waits_and_the_others_run(network: FakeNetwork, store: Path, tmp_path: Path) -> None:
     network.clock.advance(9 * HOUR)
     async with bits.BitsManager(store=store, policy=GroupPolicy.from_toml(WORK)) as manager:
