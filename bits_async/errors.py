@@ -742,11 +742,14 @@ def _network_code(exc: BaseException) -> tuple[int, str, bool]:
 
 # -- text that others wrote ---------------------------------------------------------------------------------------------------------------
 
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]")
+_BEGINNING = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/?#\\]*)")
+_AUTHORITY = re.compile(r"(?:\[[^\[\]]*\]|[^:\[\]]*)(?::[0-9]*)?")
 
 
 def show_text(text: str, limit: int = 200) -> str:
-    """Text of a peer, fit for one line of a terminal: no control characters or direction marks, bounded (T14)."""
+    """Text of a peer, fit for one line of a terminal: no control characters, direction marks or surrogates (bytes that were not UTF-8, and
+    that no stream takes), bounded (T14)."""
     if not (text.isascii() and text.isprintable()):
         text = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
@@ -754,13 +757,21 @@ def show_text(text: str, limit: int = 200) -> str:
 
 def show_url(url: str) -> str:
     """A URL fit for logs and messages: without user information, with its query shown as `?…` and its fragment left out (T14)."""
-    url = show_text(str(url), 2300).partition("#")[0]
-    base, question, _ = url.partition("?")
-    scheme, slashes, rest = base.partition("://")
-    if slashes:
-        authority, slash, path = rest.partition("/")
-        base = f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+    url = _without_user(str(url)) if "@" in str(url) else str(url)
+    base, question, _ = show_text(url, 2300).partition("#")[0].partition("?")
     return base + ("?…" if question else "")
+
+
+def _without_user(url: str) -> str:
+    """The text without what may be a name and a password, also of what is no URL: where no host and port stand before the `@`, nobody can
+    tell a password with a slash in it from a path, so all that stands before it goes."""
+    match = _BEGINNING.match(url)
+    if match is None:
+        return url.rpartition("@")[2]
+    scheme, authority, rest = match[1], match[2], url[match.end() :]
+    if "@" in authority:
+        return scheme + authority.rpartition("@")[2] + rest
+    return url if _AUTHORITY.fullmatch(authority) else scheme + rest.rpartition("@")[2]
 
 
 class ForeignError(Exception):

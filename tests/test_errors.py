@@ -131,10 +131,28 @@ def test_t14_foreign_exceptions_are_chained_without_what_they_carry():
         ("https://h/a", "https://h/a"),
         ("http://h?x", "http://h?…"),
         ("http://h/\x1b[2J", "http://h/\N{REPLACEMENT CHARACTER}[2J"),
+        ("http://h:80/@a/b@c", "http://h:80/@a/b@c"),
+        ("http://[::1]/@a", "http://[::1]/@a"),
+        ("https://u:p@h/@a?b@c", "https://h/@a?…"),
+        ("u:p@h/a", "h/a"),
+        ("//u:p@h/a", "h/a"),
+        ("http:/u:p@h/a", "h/a"),
+        ("http://u:p/p@h/a", "http://h/a"),
+        ("http://u:p?p@h/a", "http://h/a"),
+        ("http://u:p#p@h/a", "http://h/a"),
+        (r"http://u:p\p@h/a", "http://h/a"),
+        ("h/a?to=http://u:p@x", "x"),
+        ("u:p@h/a?to=http://b@x", "x"),
+        ("http://u:" + "p" * 3000 + "@h/a", "http://h/a"),
     ],
 )
 def test_t14_urls_are_shown_without_query_user_or_escape_codes(url, shown):
     assert errors.show_url(url) == shown
+
+
+@pytest.mark.parametrize("mark", ["\udcff", "\u200f", "\u202e", "\u061c", "\x1b", "\x9b", "\n"])
+def test_t14_what_peers_say_can_be_written_to_any_terminal_and_log(mark):
+    assert errors.show_text(f"a{mark}b") == "a\N{REPLACEMENT CHARACTER}b"
 
 
 def test_located_fills_in_only_what_is_missing_and_keeps_the_class():

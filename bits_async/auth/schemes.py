@@ -264,7 +264,7 @@ class _Digest:
 
     def _proves(self, proof: str, info: Mapping[str, str]) -> bool:
         echoed = info.get("cnonce", self._cnonce) == self._cnonce and info.get("qop", "auth").lower() == "auth"
-        return echoed and hmac.compare_digest(proof.lower().encode(), self._response("").encode())
+        return echoed and hmac.compare_digest(proof.lower().encode("utf-8", "surrogatepass"), self._response("").encode())
 
 
 def new_cnonce() -> str:

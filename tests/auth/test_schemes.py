@@ -370,8 +370,8 @@ async def test_the_server_proves_that_it_knows_the_password(make_flow: MakeFlow)
     assert digest_server(following, "GET", SECRET)
 
 
-@pytest.mark.parametrize("info", ['rspauth="00"', 'rspauth="{}", cnonce="another"'])
-async def test_a_server_that_proves_nothing_is_left(make_flow: MakeFlow, refusals: Refusals, info: str) -> None:
+@pytest.mark.parametrize("info", ['rspauth="00"', 'rspauth="{}", cnonce="another"', 'rspauth="\udcff"'])
+async def test_t26_a_server_that_proves_nothing_is_left(make_flow: MakeFlow, refusals: Refusals, info: str) -> None:
     flow = make_flow(offer(DIGEST))
     await answer(flow, 'Digest realm="x", nonce="n", qop="auth"')
     with pytest.raises(AuthFailed) as caught:
