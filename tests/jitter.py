@@ -24,7 +24,7 @@ from bits_async import testing
 from bits_async.identity import threads
 from tests.waiting import Pace
 
-BUDGET: Final = 4.0  # seconds in which one test is kept waiting: far less than the time it has
+BUDGET: Final = 2.0  # seconds in which one test is kept waiting: far less than the time it has
 ODDS: Final = (0.0, 0.002, 0.02, 0.2, 1.0)  # that a callback, or a thread at the seam, has to wait
 LONGEST: Final = (0.002, 0.02, 0.1, 0.4)  # seconds
 TURNS: Final = (1e-5, 0.005, 0.1)  # seconds that a thread keeps the interpreter while others want it

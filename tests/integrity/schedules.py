@@ -184,7 +184,14 @@ def draw(count: int) -> list[Schedule]:
     found: list[Schedule] = []
 
     @seed(2026)
-    @settings(max_examples=count, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), deadline=None)
+    @settings(
+        max_examples=count,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        deadline=None,
+        derandomize=False,
+    )
     @given(schedules)
     def take(schedule: Schedule) -> None:
         found.append(schedule)

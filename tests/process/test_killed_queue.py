@@ -187,7 +187,7 @@ async def origin() -> AsyncIterator[Origin]:
 
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
 async def test_killed_again_and_again_no_job_and_no_reported_state_is_lost_and_nothing_stray_is_left(nursery, origin, tmp_path, kills):
-    seed = random.randrange(1 << 32)
+    seed = 1 if kills == 20 else random.randrange(1 << 32)  # those who land a change kill at the same moments
     print(f"seed {seed}")
     chance, done, runs = random.Random(seed), 0, 0
     while done < kills:
