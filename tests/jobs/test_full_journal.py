@@ -422,12 +422,14 @@ async def test_a_job_whose_line_could_not_be_read_is_looked_for_again(network, m
 
 async def test_jobs_that_were_to_go_on_with_the_network_when_the_journal_broke_go_on_with_the_journal(network, manager, journal, out):
     waiting = [await job_of(manager, out, name) for name in ("a", "b")]
+    network.clock.freeze()  # nobody has waited for the network for too long
     network.disconnect()
     for each in waiting:
         await each.resume()
     await until(lambda: all(each.waiting and each.waiting.reason is WaitingReason.NETWORK for each in waiting))
     journal.break_()
     network.reconnect()
+    network.clock.thaw()
     await until(lambda: manager.journal_fault is not None)
     journal.mend()
     for each in waiting:
@@ -436,12 +438,14 @@ async def test_jobs_that_were_to_go_on_with_the_network_when_the_journal_broke_g
 
 async def test_a_command_that_was_found_to_be_owed_when_the_journal_broke_is_run_when_it_can_be_used(network, journal, out, monkeypatch):
     network.fail_command()
+    network.clock.freeze()  # the next try is not due yet
     async with bits.BitsManager(store=journal.path) as manager:
         job = await job_of(manager, out)
         await job.set_notify_cmd_line("/bin/true")
         await job.resume()
         await until(lambda: network.commands)
     del job
+    network.clock.thaw()
     manager, honest = bits.BitsManager(store=journal.path), SqliteStore.owing
 
     async def found(store: SqliteStore, *args: Any) -> Any:
