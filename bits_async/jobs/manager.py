@@ -78,6 +78,10 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
 
     For one event loop and one use, not thread-safe: a call from another loop, or before entering, raises RuntimeError.
 
+    Entering raises StoreError where the journal cannot be used (its `advice` says what to do; `transient`: that may be over without
+    anybody's looking at the journal). It is left as it was: a new manager opens it when its volume has room, or can be written, again.
+    What happens to a journal later only pauses the transfers (`journal_fault`). Another program that holds it is waited for, 10 s at most.
+
     Args:
         store: the journal's file; None: the user's own queue (in the user's state directory).
         ssl: for every TLS connection; None: `ssl.create_default_context()`. Never modified, never stored.

@@ -174,22 +174,20 @@ def check_private(path: Path, *, forbidden: int = OTHERS_WRITE) -> None:
 
 
 def os_fault(exc: OSError, path: Path, doing: str) -> StoreError:
-    """The error for a failed call on one of the journal's files."""
-    full = exc.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-    code = ErrorCode.ERROR_WRITE_FAULT
-    if full:
-        code = ErrorCode.ERROR_DISK_FULL
+    """The error for a failed call on one of the journal's files; transient where nobody need look at these files for it to be over."""
+    code, advice, transient = (
+        ErrorCode.ERROR_WRITE_FAULT,
+        "check that the path exists and that this user may write there, or name another journal",
+        False,
+    )
+    if exc.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        code, advice, transient = ErrorCode.ERROR_DISK_FULL, "make room on the volume of the journal, then try again", True
+    elif exc.errno == errno.EROFS:
+        advice, transient = "make its file system writable, then try again", True
     elif exc.errno in (errno.ENOENT, errno.ENOTDIR):
         code = ErrorCode.ERROR_PATH_NOT_FOUND
-    return StoreError(
-        f"cannot {doing} the journal's file: {exc.strerror or type(exc).__name__}",
-        code=code,
-        transient=False,
-        path=path,
-        advice="make room on the volume of the journal"
-        if full
-        else "check that the path exists and that this user may write there, or name another journal",
-    )
+    reason = exc.strerror or type(exc).__name__
+    return StoreError(f"cannot {doing} the journal's file: {reason}", code=code, transient=transient, path=path, advice=advice)
 
 
 def _look(path: Path) -> os.stat_result:

@@ -71,13 +71,11 @@ PRAGMAS: Final = (
     ("checkpoint_fullfsync", "ON", 1),
 )
 
-_FAULTS: Final[Mapping[int, tuple[int, str, str | None]]] = MappingProxyType(  # by SQLite's primary result code
+_FULL: Final = (ErrorCode.ERROR_DISK_FULL, "the volume is full", "make room on the volume of the journal, then try again")
+_FAULTS: Final[Mapping[int, tuple[int, str, str | None]]] = MappingProxyType(  # by SQLite's primary result code, or its extended one
     {
-        sqlite3.SQLITE_FULL: (
-            ErrorCode.ERROR_DISK_FULL,
-            "the volume is full",
-            "make room on the volume of the journal, then try again",
-        ),
+        sqlite3.SQLITE_FULL: _FULL,
+        sqlite3.SQLITE_IOERR_SHMSIZE: _FULL,  # the index of the log could not be made longer
         sqlite3.SQLITE_READONLY: (ErrorCode.ERROR_WRITE_FAULT, "it cannot be written", "make its file system writable, then try again"),
         sqlite3.SQLITE_CANTOPEN: (ErrorCode.ERROR_WRITE_FAULT, "it cannot be opened", "check its directory, then try again"),
         sqlite3.SQLITE_IOERR: (
@@ -94,7 +92,7 @@ _FAULTS: Final[Mapping[int, tuple[int, str, str | None]]] = MappingProxyType(  #
 
 
 # What may be over without anybody's looking at the journal itself.
-_TRANSIENT: Final = frozenset(_FAULTS) - {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_TRANSIENT: Final = frozenset(number & 0xFF for number in _FAULTS) - {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 PROBE_BYTES: Final = 64 << 10  # bytes; more than any single change of a job takes
 
@@ -706,7 +704,9 @@ class SqliteStore:
 def _fault(exc: sqlite3.Error, path: Path) -> StoreError:
     number = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     name = getattr(exc, "sqlite_errorname", type(exc).__name__)
-    code, why, advice = _FAULTS.get(number & 0xFF, (ErrorCode.BG_E_DATABASE_CORRUPT, "it does not fit this program", None))
+    code, why, advice = _FAULTS.get(number) or _FAULTS.get(
+        number & 0xFF, (ErrorCode.BG_E_DATABASE_CORRUPT, "it does not fit this program", None)
+    )
     transient = number & 0xFF in _TRANSIENT
     return StoreError(f"the journal cannot be used: {why} ({name})", code=code, transient=transient, path=path, advice=advice)
 

@@ -21,10 +21,11 @@ import pytest
 import bits_async as bits
 from bits_async import ErrorCode, JobState, WaitingReason
 from bits_async.jobs import statements, transfer
+from bits_async.jobs import store as store_module
 from bits_async.jobs.faults import LONGEST_PAUSE, REMINDER, JournalFault
 from bits_async.jobs.store import SqliteStore
 from bits_async.testing import FakeNetwork, fake_token
-from tests.waiting import until
+from tests.waiting import let_things_happen, until
 
 URL = "https://files.example.test/a.bin"
 BODY = os.urandom(3 << 20)
@@ -381,6 +382,68 @@ async def test_a_volume_that_is_full_for_journal_and_destination_costs_time_only
     assert (small_volume / "a.bin").read_bytes() == body
     loud = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(loud) < 12, [record.getMessage() for record in loud]
+
+
+async def refused(path: Path) -> bits.StoreError:
+    with pytest.raises(bits.StoreError) as caught:
+        async with bits.BitsManager(store=path):
+            pass
+    assert caught.value.transient
+    assert "then try again" in caught.value.advice
+    assert str(path) in str(caught.value)
+    return caught.value
+
+
+def remount(volume: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(volume)], check=True)
+
+
+@pytest.mark.privileged
+async def test_a_journal_that_cannot_be_written_when_it_is_opened_is_left_as_it_was_and_opened_later(network, small_volume, out):
+    """An error then, not a pause: whoever starts the program hears of it, and starts it again."""
+    path, rubbish = small_volume / "queue.db", small_volume / "somebody's"
+    fill(rubbish)
+    assert (await refused(path)).code == ErrorCode.ERROR_DISK_FULL
+    rubbish.unlink()
+    async with bits.BitsManager(store=path) as manager:
+        job = await job_of(manager, out)
+    fill(rubbish)
+    assert (await refused(path)).code == ErrorCode.ERROR_DISK_FULL
+    rubbish.unlink()
+    remount(small_volume, "ro")
+    assert (await refused(path)).code == ErrorCode.ERROR_WRITE_FAULT
+    remount(small_volume, "rw")
+    async with bits.BitsManager(store=path) as manager:
+        job = await manager.get_job(job.id)
+        await job.resume()
+        await job.wait()
+        await job.complete()
+    assert (out / "a.bin").read_bytes() == BODY
+
+
+async def test_a_program_that_holds_the_journal_for_a_moment_when_it_is_opened_is_waited_for(network, journal, out, monkeypatch):
+    async with bits.BitsManager(store=journal.path) as manager:
+        job = await job_of(manager, out)
+    with contextlib.closing(sqlite3.connect(journal.path, isolation_level=None)) as shell:
+        shell.execute("BEGIN IMMEDIATE")
+        with monkeypatch.context() as impatient:
+            impatient.setattr(store_module, "BUSY_TIMEOUT", 0.01)
+            assert (await refused(journal.path)).code == ErrorCode.ERROR_SHARING_VIOLATION
+        honest, asked = SqliteStore._load_key, asyncio.Event()
+
+        async def noted(store: SqliteStore, *args: Any) -> Any:
+            asked.set()
+            return await honest(store, *args)
+
+        monkeypatch.setattr(SqliteStore, "_load_key", noted)
+        opening = asyncio.ensure_future(bits.BitsManager(store=journal.path).__aenter__())
+        await asked.wait()
+        await let_things_happen()
+        assert not opening.done()
+        shell.execute("ROLLBACK")
+        manager = await opening
+        assert (await manager.get_job(job.id)).id == job.id
+        await manager.aclose()
 
 
 async def test_what_a_night_of_failures_leaves_in_the_log_is_a_line_an_attempt_and_one_at_the_end(network, manager, out, caplog):
