@@ -168,12 +168,11 @@ def _is_literal(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AuthCredentials:
-    """Credentials for one target and scheme, as `set_credentials` takes them. None, None: the token's own (NEGOTIATE and NTLM
-    only).
+    """Credentials for one target and scheme, as `set_credentials` takes them. None, None: the token's own (NEGOTIATE and NTLM only).
 
     Raises:
-        InvalidArgument: exactly one of user name and password is None; BASIC or DIGEST without them; not text; too long;
-        control characters.
+        InvalidArgument: exactly one of user name and password is None; BASIC or DIGEST without them; not text; too long; control
+            characters.
     """
 
     target: AuthTarget
@@ -182,10 +181,7 @@ class AuthCredentials:
     password: str | None = field(repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, AuthTarget):
-            raise _refused("target is no AuthTarget", ErrorCode.BG_E_INVALID_AUTH_TARGET)
-        if not isinstance(self.scheme, AuthScheme):
-            raise _refused("scheme is no AuthScheme", ErrorCode.BG_E_INVALID_AUTH_SCHEME)
+        check_target_and_scheme(self.target, self.scheme)
         if (self.user_name is None) != (self.password is None):
             raise _refused("give both user name and password, or neither")
         if self.user_name is None or self.password is None:
@@ -202,6 +198,18 @@ class AuthCredentials:
             raise _refused("the user name is empty or has control characters")
         if self.scheme is AuthScheme.BASIC and (":" in self.user_name or _CONTROL.search(self.password)):
             raise _refused("BASIC cannot carry a colon in the user name, nor control characters")
+
+
+def check_target_and_scheme(target: AuthTarget, scheme: AuthScheme) -> None:
+    """Both are what they are named after.
+
+    Raises:
+        InvalidArgument: the target is not (BG_E_INVALID_AUTH_TARGET), the scheme is not (BG_E_INVALID_AUTH_SCHEME).
+    """
+    if not isinstance(target, AuthTarget):
+        raise _refused("target is no AuthTarget", ErrorCode.BG_E_INVALID_AUTH_TARGET)
+    if not isinstance(scheme, AuthScheme):
+        raise _refused("scheme is no AuthScheme", ErrorCode.BG_E_INVALID_AUTH_SCHEME)
 
 
 def _refused(message: str, code: int = ErrorCode.E_INVALIDARG) -> Exception:
@@ -345,6 +353,9 @@ class AuthRules:
         intranet: the intranet. A name without a dot is not in it by itself.
         allow: they are shown to these peers only; None: to all that the other rules leave. Loopback and IP addresses must be listed here
             to be shown the process's own.
+
+    Raises:
+        InvalidArgument: a rule is of another kind than its attribute.
     """
 
     basic_over_http: frozenset[AuthTarget] = frozenset()
@@ -359,6 +370,20 @@ class AuthRules:
     def __post_init__(self) -> None:
         if not isinstance(self.basic_over_http, frozenset) or not all(isinstance(each, AuthTarget) for each in self.basic_over_http):
             raise InvalidArgument("basic_over_http is a frozenset of AuthTarget")
+        if not isinstance(self.ntlm_in_negotiate, bool):
+            raise InvalidArgument(f"ntlm_in_negotiate is True or False, not {self.ntlm_in_negotiate!r}")
+        kinds: tuple[tuple[str, type, bool], ...] = (
+            ("ntlm", Hosts, True),
+            ("ntlm_over_http", Hosts, False),
+            ("implicit", ImplicitCredentials, False),
+            ("autologon", AutologonLevel, True),
+            ("intranet", Hosts, False),
+            ("allow", Hosts, True),
+        )
+        for name, kind, optional in kinds:
+            value = getattr(self, name)
+            if not (isinstance(value, kind) or (optional and value is None)):  # a rule of another kind would keep nothing back
+                raise InvalidArgument(f"{name} is {kind.__name__}{' or None' if optional else ''}, not {type(value).__name__}")
 
     def listed(self, origin: Origin) -> bool:
         """The peer stands in `allow`."""

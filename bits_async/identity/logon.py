@@ -741,7 +741,7 @@ def _principal(credential: "spnego.Credential | None") -> str | None:
 
 
 def _plain(principal: str | None) -> str:
-    if not principal or show_text(principal, 1000) != principal:
+    if not isinstance(principal, str) or not principal or show_text(principal, 1000) != principal:
         raise InvalidArgument("a credential needs a user name or principal, without control characters")
     return principal
 

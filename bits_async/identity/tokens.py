@@ -367,11 +367,22 @@ class LocalUser:
         user: A name or a uid.
         realms: Whose principals may be mapped at all. Empty: those of the machine's default realm.
         system: Accounts below UID_MIN, root included, may be taken too.
+
+    Raises:
+        InvalidArgument: One of them is of another kind. (A realm that is one text would let in every realm whose name is a part of it.)
     """
 
     user: str | int
     realms: frozenset[str] = frozenset()
     system: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.user, bool) or not isinstance(self.user, str | int):
+            raise InvalidArgument(f"a local user is a name or a uid, not {type(self.user).__name__}")
+        if not isinstance(self.realms, frozenset) or not all(isinstance(each, str) for each in self.realms):
+            raise InvalidArgument('realms is a frozenset of text: frozenset({"REALM"})')
+        if not isinstance(self.system, bool):
+            raise InvalidArgument(f"system is True or False, not {self.system!r}")
 
 
 @dataclass(slots=True)

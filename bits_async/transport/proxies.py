@@ -43,16 +43,27 @@ class ProxySettings:
     Attributes:
         usage: the kind of settings.
         proxy_list: entries `[http=|https=][http://|https://]host[:port]`; of those that fit a URL's scheme the first is used.
-        bypass: hosts that are asked directly: `host`, `*.suffix`, `.suffix`, an address, a network `10.0.0.0/8`, each with
-        `:port` if
+        bypass: hosts that are asked directly: `host`, `*.suffix`, `.suffix`, an address, a network `10.0.0.0/8`, each with `:port` if
             wanted, `<local>` for names without a dot, `*` for all.
         resolved: PRECONFIG only: the lists are what the creating process's environment said.
+
+    Raises:
+        InvalidArgument: no ProxyUsage, a list that is no tuple of text, OVERRIDE without a proxy. (Entries are looked at by `override()`.)
     """
 
     usage: ProxyUsage
     proxy_list: tuple[str, ...] = ()
     bypass: tuple[str, ...] = ()
     resolved: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.usage, ProxyUsage):
+            raise InvalidArgument(f"usage= takes a ProxyUsage, not {type(self.usage).__name__}; ProxySettings.override() names a proxy")
+        for each in (self.proxy_list, self.bypass):
+            if not isinstance(each, tuple) or not all(isinstance(entry, str) for entry in each):
+                raise InvalidArgument("a proxy list, and a bypass list, is a tuple of text; ProxySettings.override() makes them")
+        if self.usage is ProxyUsage.OVERRIDE and not self.proxy_list:
+            raise InvalidArgument("the proxy list is empty; NO_PROXY is how to ask servers directly")
 
     @classmethod
     def preconfig(cls) -> "ProxySettings":

@@ -4,6 +4,7 @@ import itertools
 import struct
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import spnego
@@ -117,6 +118,27 @@ def test_one_text_is_no_list() -> None:
 
 
 # -- NTLM
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"autologon": "never"},  # as text it would forbid nothing
+        {"implicit": "when_set"},
+        {"implicit": None},
+        {"ntlm_in_negotiate": "no"},
+        {"ntlm": ["files.corp.example"]},
+        {"ntlm_over_http": "files.corp.example"},
+        {"ntlm_over_http": None},
+        {"intranet": [".corp.example"]},
+        {"allow": ()},
+        {"basic_over_http": {PROXY}},
+    ],
+    ids=str,
+)
+def test_a_rule_of_another_kind_is_refused_by_its_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match=next(iter(wrong))):
+        AuthRules(**wrong)
 
 
 def test_t22_ntlm_over_plain_http_goes_to_listed_servers_only() -> None:

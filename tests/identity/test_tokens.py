@@ -6,12 +6,13 @@ import gc
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import spnego
 
-from bits_async.errors import TokenRequired
-from bits_async.identity.tokens import HelperTokenFlags, ImpersonationLevel, Token, TokenPair
+from bits_async.errors import InvalidArgument, TokenRequired
+from bits_async.identity.tokens import HelperTokenFlags, ImpersonationLevel, LocalUser, Token, TokenPair
 from tests.identity.somebody import Somebody, a_token
 
 BOTH = HelperTokenFlags.LOCAL_FILE | HelperTokenFlags.NETWORK
@@ -192,3 +193,19 @@ def test_t12_a_helper_that_became_an_administrator_acts_for_an_administrator_onl
                 pair.check_today(pair.helper, today)
         else:
             pair.check_today(pair.helper, today)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"user": None},
+        {"user": True},
+        {"user": "alice", "realms": "CORP.EXAMPLE"},  # as text, "EXAMPLE" would be in it
+        {"user": "alice", "realms": frozenset({5})},
+        {"user": "alice", "system": "no"},
+    ],
+    ids=str,
+)
+def test_t09_a_mapping_to_a_local_user_that_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument):
+        LocalUser(**wrong)

@@ -107,6 +107,21 @@ def test_a_proxy_argument_is_settings_text_or_none(value: Any) -> None:
         ProxySettings.of(value)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("override",),
+        (ProxyUsage.OVERRIDE,),
+        (ProxyUsage.OVERRIDE, "http://proxy"),
+        (ProxyUsage.OVERRIDE, ["proxy"]),
+        (ProxyUsage.OVERRIDE, (5,)),
+    ],
+)
+def test_settings_that_name_no_way_are_refused_and_never_a_direct_connection(wrong: tuple[Any, ...]) -> None:
+    with pytest.raises(InvalidArgument):
+        ProxySettings(*wrong)
+
+
 def test_a_list_holds_text_only() -> None:
     with pytest.raises(InvalidArgument):
         ProxySettings.override([5])  # type: ignore[list-item]
