@@ -4,8 +4,8 @@ Nothing here looks at the disk or at a job.
 """
 
 import importlib.util
-import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,7 +16,7 @@ from ..identity.tokens import HelperTokenFlags
 from ..transport.answers import MAX_URL, check_url
 from ..transport.digests import Digests
 from ..transport.ranges import FileRange
-from .model import CostFlags, FileRecord, JobPriority, NotifyFlags
+from .model import MOST_SECONDS, CostFlags, FileRecord, JobPriority, NotifyFlags
 
 if TYPE_CHECKING:
     from yarl import URL
@@ -68,7 +68,7 @@ def checked_absolute(what: str, path: StrPath) -> Path:
     Raises:
         InvalidArgument: it is not absolute.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str) or "\0" in text or not os.path.isabs(text):
         raise InvalidArgument(f"{what} is named by an absolute path")
     return Path(text)
@@ -95,9 +95,9 @@ def checked_destination(path: StrPath) -> str:
     Raises:
         InvalidArgument: it can only be a directory's, is not text, or has a NUL in it.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str):
-        raise InvalidArgument("a path is text, not bytes")
+        raise InvalidArgument(f"a path is text or a pathlib.Path, not {type(path).__name__}")
     if "\0" in text:
         raise InvalidArgument("a path has no NUL character in it", path=text.replace("\0", "?"))
     if os.path.basename(text) in ("", ".", ".."):
@@ -206,9 +206,9 @@ def checked_text(name: str, text: str, most: int) -> str:
 
 
 def checked_seconds(name: str, value: float) -> float:
-    """Seconds, finite, 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise InvalidArgument(f"{name} takes seconds, 0 or more, not {value!r}")
+    """Seconds, from 0 to `MOST_SECONDS`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_SECONDS:
+        raise InvalidArgument(f"{name} takes seconds, from 0 to {MOST_SECONDS:,}, not {value!r}")
     return float(value)
 
 
@@ -216,7 +216,7 @@ def checked_bandwidth(value: float | None) -> float | None:
     """Bytes per second, finite, more than 0; None: no limit."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise InvalidArgument(f"maximum_bandwidth takes bytes per second, more than 0, or None, not {value!r}")
     return float(value)
 

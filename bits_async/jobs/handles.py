@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 from uuid import UUID
 
-from ..auth.policy import AuthCredentials, AuthScheme, AuthTarget
+from ..auth.policy import AuthCredentials, AuthScheme, AuthTarget, check_target_and_scheme
 from ..errors import (
     AccessDenied,
     BitsError,
@@ -475,6 +475,8 @@ class Job:
             InvalidArgument: as `add_file`; AccessDenied (BG_E_TOO_MANY_FILES_IN_JOB): more than `Limits.files_per_job`.
         """
         self._desk.ready()
+        if not isinstance(files, Iterable):
+            raise InvalidArgument(f"files are given as FileInfo, in a list even if there is one, not {type(files).__name__}")
         return await self._add([checked_file(file) for file in files])
 
     @seen_by_the_helper
@@ -1081,10 +1083,15 @@ class Job:
 
     @seen_by_the_helper
     async def remove_credentials(self, target: AuthTarget, scheme: AuthScheme) -> bool:
-        """Forget what was set; its connections are closed at once. False: nothing was set."""
+        """Forget what was set; its connections are closed at once. False: nothing was set.
+
+        Raises:
+            InvalidArgument: no AuthTarget (BG_E_INVALID_AUTH_TARGET), no AuthScheme (BG_E_INVALID_AUTH_SCHEME).
+        """
         return await self._remove_credentials(target, scheme)
 
     async def _remove_credentials(self, target: AuthTarget, scheme: AuthScheme) -> bool:
+        check_target_and_scheme(target, scheme)
         engine, entry = self._desk.ready(), self._entry
         async with engine.command(entry):
             rest = [grant for grant in entry.grants if (grant.target, grant.scheme) != (target, scheme)]
@@ -1159,11 +1166,12 @@ class Job:
         `partial` is BITS's Complete: in any state, keeps the finished files and drops the rest. `Completion.code` says whether it did.
 
         Raises:
+            InvalidArgument: `partial` is neither True nor False.
             InvalidState: not TRANSFERRED, and not `partial`.
             LocalFileError: a file could not be put in place; the job stays, files that were are available; call it again or cancel.
             TokenRequired: the identity that must do it has no token.
         """
-        return await self._desk.ready().complete(self._entry, partial=partial)
+        return await self._desk.ready().complete(self._entry, partial=checked_bool("partial", partial))
 
     async def wait(self, *, transient: bool = False) -> None:
         """Return when the job is TRANSFERRED or ACKNOWLEDGED; in on-demand mode also when all is there that was asked for, and the job is

@@ -29,6 +29,7 @@ RETRY_DELAY: Final = 600.0  # seconds between a transient error and the next att
 RETRY_DELAY_FLOOR: Final = 5.0
 NO_PROGRESS_TIMEOUT: Final = 14 * 86400.0
 MAX_DOWNLOAD_TIME: Final = 90 * 86400.0
+MOST_SECONDS: Final = 2**32 - 1  # BITS counts them in 32 bits; a date that is further away than this is in no calendar
 NOTIFICATION_INTERVAL: Final = 0.5  # seconds between two modifications that a callback is told of
 
 

@@ -11,7 +11,7 @@ from typing import Final
 from uuid import UUID
 
 from ..errors import BitsError, InvalidArgument
-from .model import RETRY_DELAY_FLOOR, JobPriority, JobState
+from .model import MOST_SECONDS, RETRY_DELAY_FLOOR, JobPriority, JobState
 
 TIME_SLICE: Final = 30.0
 
@@ -48,12 +48,16 @@ class Limits:
         counts = ("background_jobs", "connections_per_host", "jobs_per_user", "jobs_per_machine", "files_per_job")
         for name in (*counts, "ranges_per_file", "name_length"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            unlimited = value is None and name not in ("background_jobs", "connections_per_host")
+            if not unlimited and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidArgument(f"Limits({name}=) takes a whole number from 1, not {value!r}")
         if isinstance(self.disk_reserve, bool) or not isinstance(self.disk_reserve, int) or self.disk_reserve < 0:
             raise InvalidArgument(f"Limits(disk_reserve=) takes bytes, 0 or more, not {self.disk_reserve!r}")
-        if self.job_inactivity_timeout is not None and not 0 < self.job_inactivity_timeout < math.inf:
-            raise InvalidArgument("Limits(job_inactivity_timeout=) takes a positive number of seconds")
+        timeout = self.job_inactivity_timeout
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MOST_SECONDS):
+            raise InvalidArgument(
+                f"Limits(job_inactivity_timeout=) takes seconds, more than 0 and at most {MOST_SECONDS:,}, not {timeout!r}"
+            )
         if isinstance(self.time_slice, bool) or not isinstance(self.time_slice, int | float) or not self.time_slice > 0:
             raise InvalidArgument("Limits(time_slice=) takes a positive number of seconds")
 

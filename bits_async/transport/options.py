@@ -6,7 +6,7 @@ a value. Knows no connection and no certificate; `tls` says what the flags mean 
 
 import enum
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -249,7 +249,9 @@ def _pairs(given: Sequence[tuple[str, str]] | str | None) -> list[tuple[str, str
     if given is None:
         return []
     if not isinstance(given, str):
-        pairs = [tuple(pair) for pair in given]
+        if not isinstance(given, Iterable) or isinstance(given, Mapping):
+            raise InvalidArgument(f"custom headers are pairs of text (a dictionary's items()), not {type(given).__name__}")
+        pairs = [pair if isinstance(pair, tuple | list) else (pair,) for pair in given]
         if not all(len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str) for pair in pairs):
             raise InvalidArgument("custom headers are pairs of text, or text with a CRLF between lines")
         return [(pair[0], pair[1]) for pair in pairs]

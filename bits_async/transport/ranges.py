@@ -287,7 +287,7 @@ def checked_requests(ranges: Iterable[FileRange]) -> tuple[FileRange, ...]:
     Raises:
         InvalidArgument: none, or one of no byte (E_INVALIDARG); an offset that is none (BG_E_INVALID_RANGE).
     """
-    checked = tuple(_checked_range(each) for each in ranges)
+    checked = _checked_each(ranges)
     if not checked or any(each.length == 0 for each in checked):
         raise InvalidArgument("ranges are asked for: at least one, of at least one byte")
     return checked
@@ -300,7 +300,7 @@ def checked_ranges(ranges: Iterable[FileRange]) -> tuple[FileRange, ...]:
         InvalidArgument: none, or one of no byte (E_INVALIDARG); an offset that is none, or the end of the file (BG_E_INVALID_RANGE);
             two that share a byte, or begin at the same one (BG_E_OVERLAPPING_RANGES).
     """
-    checked = tuple(_checked_range(each) for each in ranges)
+    checked = _checked_each(ranges)
     if not checked:
         raise InvalidArgument("a file with ranges has at least one")
     for one, other in pairwise(sorted(checked, key=lambda each: each.initial_offset)):
@@ -310,6 +310,12 @@ def checked_ranges(ranges: Iterable[FileRange]) -> tuple[FileRange, ...]:
     if any(each.length == 0 for each in checked):
         raise InvalidArgument("a range has at least one byte")
     return checked
+
+
+def _checked_each(ranges: Iterable[FileRange]) -> tuple[FileRange, ...]:
+    if not isinstance(ranges, Iterable):
+        raise InvalidArgument(f"ranges are given as FileRange, in a list even if there is one, not {type(ranges).__name__}")
+    return tuple(_checked_range(each) for each in ranges)
 
 
 def _checked_range(given: FileRange) -> FileRange:

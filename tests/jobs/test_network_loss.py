@@ -218,6 +218,19 @@ async def test_a_job_does_not_wait_for_the_network_longer_than_its_no_progress_t
     await job.wait()
 
 
+async def test_the_longest_timeouts_that_a_job_may_have_end_in_no_other_century(
+    network: Servers, manager: bits.BitsManager, tmp_path: Path
+) -> None:
+    job = await a_job(manager, tmp_path)
+    for set_seconds in (job.set_no_progress_timeout, job.set_minimum_retry_delay, job.set_maximum_download_time):
+        await set_seconds(2**32 - 1)
+    network.disconnect()
+    await job.resume()
+    await until(lambda: waits_for_the_network(job))
+    network.reconnect()
+    await job.wait()
+
+
 async def test_with_no_progress_timeout_0_a_lost_network_is_fatal(network: Servers, manager: bits.BitsManager, tmp_path: Path) -> None:
     job = await a_job(manager, tmp_path)
     await job.set_no_progress_timeout(0)

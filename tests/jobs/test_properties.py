@@ -95,7 +95,13 @@ async def test_a_property_is_kept_by_the_journal(tmp_path: Path, manager: bits.B
         ("set_maximum_download_size", 0, ErrorCode.BG_E_MAX_DOWNLOAD_SIZE_INVALID_VALUE),
         ("set_minimum_retry_delay", -1, ErrorCode.E_INVALIDARG),
         ("set_no_progress_timeout", float("inf"), ErrorCode.E_INVALIDARG),
+        ("set_no_progress_timeout", 2**32, ErrorCode.E_INVALIDARG),
+        ("set_no_progress_timeout", 10**400, ErrorCode.E_INVALIDARG),
+        ("set_minimum_retry_delay", 1e12, ErrorCode.E_INVALIDARG),
         ("set_maximum_download_time", "90", ErrorCode.E_INVALIDARG),
+        ("set_maximum_bandwidth", 10**400, ErrorCode.E_INVALIDARG),
+        ("add_file_set", bits.FileInfo("https://h.test/a", "/tmp/a"), ErrorCode.E_INVALIDARG),
+        ("set_crl_source", 5, ErrorCode.E_INVALIDARG),
     ],
 )
 async def test_a_value_that_cannot_be_meant_is_refused_with_bits_s_code(
@@ -105,6 +111,28 @@ async def test_a_value_that_cannot_be_meant_is_refused_with_bits_s_code(
     with pytest.raises(bits.InvalidArgument) as caught:
         await getattr(job, setter)(value)
     assert caught.value.code == code
+
+
+async def test_what_ends_a_job_or_its_logins_takes_nothing_that_is_merely_like_it(manager: bits.BitsManager) -> None:
+    job = await manager.create_job("refused")
+    with pytest.raises(bits.InvalidArgument, match="partial takes True or False"):
+        await job.complete(partial="no")  # type: ignore[arg-type]
+    assert job.state is bits.JobState.SUSPENDED
+    for target, scheme, code in (
+        ("proxy", AuthScheme.BASIC, ErrorCode.BG_E_INVALID_AUTH_TARGET),
+        (AuthTarget.PROXY, "basic", ErrorCode.BG_E_INVALID_AUTH_SCHEME),
+    ):
+        with pytest.raises(bits.InvalidArgument) as caught:
+            await job.remove_credentials(target, scheme)  # type: ignore[arg-type]
+        assert caught.value.code == code
+
+
+@pytest.mark.parametrize("path", [None, b"/tmp/file", 5])
+async def test_a_destination_that_is_no_path_is_refused(manager: bits.BitsManager, path: Any) -> None:
+    job = await manager.create_job("refused")
+    with pytest.raises(bits.InvalidArgument, match=type(path).__name__):
+        await job.add_file("https://h.test/a", path)
+    assert job.files == ()
 
 
 async def test_stored_credentials_are_the_acting_token_s_own_for_the_proxy(manager: bits.BitsManager) -> None:

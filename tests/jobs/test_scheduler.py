@@ -55,7 +55,20 @@ def test_a_transient_error_is_retried_while_the_no_progress_timeout_allows(stall
     assert not may_retry(NetworkError(transient=False), stalled=stalled, delay=delay, no_progress_timeout=timeout)
 
 
-@pytest.mark.parametrize("wrong", [{"background_jobs": 0}, {"connections_per_host": -1}, {"files_per_job": 1.5}, {"disk_reserve": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"background_jobs": 0},
+        {"background_jobs": None},
+        {"connections_per_host": -1},
+        {"files_per_job": 1.5},
+        {"files_per_job": True},
+        {"disk_reserve": -1},
+        {"job_inactivity_timeout": 0},
+        {"job_inactivity_timeout": 2**32},
+        {"job_inactivity_timeout": "90"},
+    ],
+)
 def test_limits_that_cannot_be_meant_are_refused(wrong):
     with pytest.raises(InvalidArgument):
         Limits(**wrong)

@@ -100,7 +100,7 @@ def test_headers_have_at_most_16384_characters_with_the_nul(form):
     assert caught.value.code == ErrorCode.BG_E_STRING_TOO_LONG
 
 
-@pytest.mark.parametrize("given_", [[("X",)], [("X", 1)], [(b"X", b"1")], [("X", "1", "2")]])
+@pytest.mark.parametrize("given_", [[("X",)], [("X", 1)], [(b"X", b"1")], [("X", "1", "2")], {"XY": "1"}, ["XY"], b"X: 1", 5])
 def test_headers_are_pairs_of_text(given_):
     with pytest.raises(InvalidArgument):
         checked_headers(given_)
