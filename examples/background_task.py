@@ -44,7 +44,7 @@ class Downloads:
     later: set[bits.Job] = field(default_factory=set)
 
     async def start(self, url: str, name: str) -> UUID:
-        # Whoever may ask us chooses neither our servers (they would get our credentials) nor our paths.
+        # Whoever may ask us chooses neither our servers (they would get our credentials) nor our paths. The queue is where no name leads.
         if URL(url).origin() != self.origin:
             raise ValueError(f"only files of {self.origin} are fetched")
         if name.startswith(".") or Path(name).name != name:
@@ -120,7 +120,7 @@ async def get(request: web.Request) -> web.Response:
 def make_app(directory: Path, origin: URL, proxy: bits.ProxySettings, credentials: Sequence[bits.AuthCredentials] = ()) -> web.Application:
     async def queue(app: web.Application) -> AsyncIterator[None]:
         """Opened before the first request, closed after the last one: aiohttp calls this around the application's life."""
-        async with bits.BitsManager(store=directory / "queue.db", auth_rules=RULES) as manager:
+        async with bits.BitsManager(store=directory / ".queue" / "queue.db", auth_rules=RULES) as manager:
             app[DOWNLOADS] = downloads = Downloads(manager, directory, origin, proxy, credentials)
             completing = asyncio.create_task(downloads.complete_transferred())
             yield

@@ -178,6 +178,7 @@ def test_a_web_application_stops_in_mid_transfer_too(service: Service) -> None:
 def test_a_web_application_refuses_what_its_callers_must_not_choose(service: Service) -> None:
     assert service.post(url="http://elsewhere.test/file", name="file")[0] == 400
     assert service.post(url=service.wish["url"], name="../file")[0] == 400
+    assert service.post(url=service.wish["url"], name=".queue/queue.db.key")[0] == 400
     assert service.post(url=service.wish["url"])[0] == 400
     assert service.get("no-id")[0] == 404
     assert service.get("00000000-0000-0000-0000-000000000000")[0] == 404

@@ -14,6 +14,7 @@ from ..transport.proxies import ProxySettings, resolve
 from .arguments import CheckedFile, checked_priority
 from .door import Door, calling
 from .engine import Engine
+from .journal_files import is_beside
 from .model import JobPriority, JobRecord
 from .parties import Parties
 from .roster import Entry
@@ -32,6 +33,7 @@ class Desk:
     door: Door
     parties: Parties
     limits: Limits
+    journal: Path
     require_impersonation: bool = False
 
     def caller(self) -> Token:
@@ -74,6 +76,8 @@ class Desk:
     def check_limits(self, entry: Entry, files: Sequence[CheckedFile]) -> None:
         """Whether the job may have these files too."""
         limits, job = self.limits, entry.job
+        for file in files:
+            self.check_destination(file.path)
         if not job.owner.elevated:
             most = limits.files_per_job
             if most is not None and len(entry.files) + len(files) > most:
@@ -85,6 +89,14 @@ class Desk:
                 raise make_error(code, ErrorContext.GENERAL_QUEUE_MANAGER, f"a file may have {most} ranges", job_id=job.id)
         for file in files:
             self.check_lengths(job, file.url, file.path)
+
+    def check_destination(self, path: Path) -> None:
+        """The journal is an authority, and its directory often the one that a service downloads into under names that others chose: no job
+        replaces a file of the journal of its own manager (T13). By the names alone; a link that leads there is made by whoever may write
+        the journal anyway."""
+        if is_beside(self.journal, path):
+            message = "this name belongs to the journal of jobs"
+            raise InvalidArgument(message, path=path, advice="choose another name, or keep the journal in a directory of its own")
 
     def check_lengths(self, job: JobRecord, url: str, path: Path | None = None) -> None:
         """Whether names are as short as `Limits.name_length` wants them."""

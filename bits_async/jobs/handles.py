@@ -461,7 +461,8 @@ class Job:
         """Add one file; durable when it returns. Of two files with one path both are fetched, and `complete()` keeps the one added later.
 
         Raises:
-            InvalidArgument: not an http(s) URL, user information in it, a relative path or one with a NUL, not a digest.
+            InvalidArgument: not an http(s) URL, user information in it, a relative path, one with a NUL or of the manager's journal, not a
+                digest.
         """
         self._desk.ready()
         (file,) = await self._add([checked_file(FileInfo(url, path, sha256=sha256, sha512=sha512, blake3=blake3))])

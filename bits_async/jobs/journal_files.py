@@ -5,14 +5,20 @@ They are `<store>`, `<store>-wal`, `<store>-shm`, `<store>.lock` and `<store>.ke
 
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 from ..errors import scrub
 from .schema import APPLICATION_ID
 from .secrets import check_private, guard_directory, make_private, os_fault, release_lock, sync_directory, take_lock
+
+_ENDING: Final = re.compile(
+    r"(?:\.damaged-[^/\\]*)?(?:|-wal|-shm|-journal|\.key|\.key\.new|(?:\.[^./\\]+)?\.lock)"
+)  # also of `download(store=)`
 
 
 class JournalFiles:
@@ -116,6 +122,12 @@ class JournalFiles:
         stem = f"{self.path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         names = (self.path.with_name(stem + (f"-{number}" if number else "")) for number in itertools.count())
         return next(name for name in names if not os.path.lexists(name))
+
+
+def is_beside(journal: Path, path: Path) -> bool:
+    """Whether a path names the journal, or a file that is kept beside it: a lock, a key, what was set aside."""
+    own, other = (os.path.normcase(os.path.normpath(each)) for each in (journal, path))
+    return other.startswith(own) and _ENDING.fullmatch(other[len(own) :]) is not None
 
 
 def _link(old: Path, new: Path) -> None:

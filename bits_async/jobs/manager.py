@@ -213,7 +213,7 @@ class BitsManager(AbstractAsyncContextManager["BitsManager"]):
         door = Door(self._store.fingerprint_key, fakes=self._seams is not None, note=self._log_offs.note)
         limits = effective_limits(self._limits, policy)
         self._desk = Desk(  # the first attempts and logon() need it
-            engine, asyncio.get_running_loop(), door, parties, limits, require_impersonation=self._require_impersonation
+            engine, asyncio.get_running_loop(), door, parties, limits, self._store.path, self._require_impersonation
         )
         self._overridden = overrides(policy)
         await engine.start()

@@ -127,6 +127,7 @@ async def carry_out(desk: Desk, order: Order) -> Path:
 async def _prepare(desk: Desk, order: Order) -> Entry:
     """The job of an earlier call for the same owner, path and URL, or a new one; with owner, helper and settings of this call."""
     engine = desk.ready()
+    desk.check_destination(order.file.path)
     desk.door.usable(order.owner)
     if order.client_certificate is not None:
         desk.parties.check_presentable()

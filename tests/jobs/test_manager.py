@@ -1081,3 +1081,24 @@ async def test_what_cannot_be_meant_is_refused_in_words_about_it(network, store,
             await manager.get_job(uuid4())
         with pytest.raises(bits.ImpersonationFailed, match=r"there is none; job .*; call it within `with impersonate"):
             await (await job.token_options()).set_helper_token()
+
+
+@pytest.mark.parametrize("ending", ["", "-wal", "-shm", "-journal", ".lock", ".key", ".key.new", ".damaged-20260101T000000Z.key"])
+async def test_t13_no_job_replaces_a_file_of_the_journal(network, store, ending):
+    """A service that downloads into the journal's directory, under names of its callers' choice, would let them write the journal."""
+    target = store.with_name(store.name + ending)
+    async with bits.BitsManager(store=store) as manager:
+        job = await manager.create_job("forged")
+        for path in (target, store.parent / "below" / ".." / target.name):
+            with pytest.raises(bits.InvalidArgument, match="belongs to the journal"):
+                await job.add_file(URL, path)
+            with pytest.raises(bits.InvalidArgument, match="belongs to the journal"):
+                await manager.download(URL, path)
+    with pytest.raises(bits.InvalidArgument, match="belongs to the journal"):
+        await bits.download(URL, target, store=store)
+
+
+@pytest.mark.parametrize("name", ["queue.db2", "queue.db.zip", "queue.db-2026.csv", "my-queue.db", ".lock"])
+async def test_a_file_may_lie_beside_the_journal_under_a_name_like_its_own(network, store, name):
+    async with bits.BitsManager(store=store) as manager:
+        assert (await manager.download(URL, store.with_name(name))).read_bytes() == BODY
