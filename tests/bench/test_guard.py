@@ -24,7 +24,8 @@ from tests.realms import Hit, Nginx
 PROGRAM = Path(__file__).parent / "programs/counted.py"
 MIB = 1 << 20
 LARGE, SMALL = 32, 20  # MiB of a large file; files of 64 KiB
-FILES = 3 + 3 + SMALL  # of one run
+ROUNDS = 3  # a machine that is busy elsewhere lets a thread or the loop go round once more: what a way costs is the least of them
+FILES = 2 + (1 + 3 + SMALL) * ROUNDS  # of one run
 BASE = "a small file"
 WAYS = {"spliced": ("pub", False), "tls": ("pub", True), "in batches": ("chunked", False)}
 
@@ -40,17 +41,17 @@ def served(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> It
         yield server
 
 
-def order(served: Nginx, directory: Path, **more: Any) -> list[str]:
+def order(served: Nginx, directory: Path, rounds: int = 1, **more: Any) -> list[str]:
     """The command line of one run."""
     (directory / "journal").mkdir(mode=0o700)
-    first, second, third = (
-        (served.url("/pub/small-0", tls=tls), str(directory / f"first-{number}")) for number, tls in enumerate((0, 1, 0))
-    )
-    phases = [["warm up", [first, second]], [BASE, [third]]]
-    for name, (way, tls) in WAYS.items():
-        phases.append([name, [(served.url(f"/{way}/large", tls=tls), str(directory / name))]])
-    small = [(served.url(f"/pub/small-{number}"), str(directory / f"small-{number}")) for number in range(SMALL)]
-    phases.append(["small files", small])
+    phases = [["warm up", [(served.url("/pub/small-0", tls=tls), str(directory / f"first-{tls}")) for tls in (False, True)]]]
+    for turn in map(str, range(rounds)):
+        (directory / turn).mkdir()
+        phases.append([BASE, [(served.url("/pub/small-0"), str(directory / turn / "base"))]])
+        for name, (way, tls) in WAYS.items():
+            phases.append([name, [(served.url(f"/{way}/large", tls=tls), str(directory / turn / name))]])
+        small = [(served.url(f"/pub/small-{number}"), str(directory / turn / f"small-{number}")) for number in range(SMALL)]
+        phases.append(["small files", small])
     wish = {"store": str(directory / "journal/queue.db"), "ca": str(served.ca_file), "phases": phases, **more}
     (directory / "order.json").write_text(json.dumps(wish))
     return [sys.executable, str(PROGRAM), str(directory / "order.json")]
@@ -59,11 +60,14 @@ def order(served: Nginx, directory: Path, **more: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def counted(served: Nginx, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[str, int]]:
     """What each phase cost; "connections": how many there were in all."""
-    command = order(served, tmp_path_factory.mktemp("counted"), trace=True)
+    command = order(served, tmp_path_factory.mktemp("counted"), ROUNDS, trace=True)
     served.log.clear()
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
     assert done.returncode == 0, done.stderr
-    phases = {line.pop("phase"): line for line in map(json.loads, done.stdout.splitlines())}
+    phases: dict[str, dict[str, int]] = {}
+    for line in map(json.loads, done.stdout.splitlines()):
+        least = phases.setdefault(line.pop("phase"), line)
+        least.update({name: min(count, least[name]) for name, count in line.items()})
     hits = served.hits(expect=FILES)
     return {**phases, "connections": {"plain": _ports(hits, served.port), "tls": _ports(hits, served.tls_port)}}
 

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 from tests.windows.diary import Diary, Told
 
-LIMIT: Final = 90.0
+LIMIT: Final = 180.0
 """Seconds for one test with its fixtures. The slowest takes 5 s, and 20 s where seven processes wait for each processor."""
 
 MOST: Final = 2

@@ -25,7 +25,7 @@ from tests.windows.diary import Diary
 STOOD_STILL: Final = 3  # the exit code
 NUDGE: Final = 5.0  # seconds that a loop has to answer
 FRAMES: Final = 12  # of each thread, the innermost: those before them are pytest's
-GO_ON: Final = 1.0  # and that a test has to end then
+GO_ON: Final = 3.0  # and that a test has to end then
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -84,7 +84,9 @@ class Witness:
                 self._stood_still = True
                 told = "\n".join(_where_everybody_is())
                 answers = _nudge_loops()
-                time.sleep(GO_ON)
+                end = time.monotonic() + GO_ON
+                while self._test is test and time.monotonic() < end:
+                    time.sleep(0.05)
                 if self._test is not test:
                     answers += "; and the test went on: a wake-up of the loop had been lost"
                 self._diary.stood_still(test[0], f"{told}\n\n{answers}")
