@@ -7,6 +7,9 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from tests.windows.diary import Diary
 from tests.windows.rounds import Ended, run
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +104,24 @@ def test_a_test_that_stands_still_again_fails_the_run(tmp_path: Path) -> None:
     assert "in wait_for_nobody" in wine.told, "where each task waits"
     assert "1 running event loops, of which 1 do what another thread asks them to do" in wine.told
     assert "went on" not in wine.told
+
+
+@pytest.mark.parametrize(("silent", "code"), [(1, 0), (2, 1)])
+def test_a_process_that_stands_still_before_the_first_test_is_ended_and_started_once_more(tmp_path: Path, silent: int, code: int) -> None:
+    """Played: how long a process may take to begin is more than a test has."""
+    said: list[str] = []
+    starts: list[Path] = []
+
+    def process(diary: Path, leave_out: Path, is_lost: Callable[[], bool]) -> Ended:
+        starts.append(diary)
+        if len(starts) <= silent:
+            return Ended(0, lost=True)
+        Diary(diary).over(0)
+        return Ended(0)
+
+    assert run(process, tmp_path, say=said.append) == code
+    assert len(starts) == 2
+    assert "STOOD STILL: before the first test" in "\n".join(said)
 
 
 def test_a_process_that_goes_away_has_failed_and_its_test_is_not_run_again(tmp_path: Path) -> None:

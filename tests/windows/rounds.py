@@ -5,7 +5,8 @@ wait for it. What becomes of each test:
 
 - It ended, well or badly: that is its outcome, and it is never run again.
 - Its process was ended because it stood still: that is said loudly, with the stacks of all threads and tasks, and it is run again once, in
-  a new process that has all tests which have not ended. If it stands still again, or if more than `MOST` tests do, the run has failed.
+  a new process that has all tests which have not ended. If it stands still again, or if more than `MOST` tests do, the run has failed. A
+  process that stands still before its first test counts as one of them.
 - Its process went away in any other manner: the run has failed.
 """
 
@@ -25,7 +26,8 @@ MOST: Final = 2
 LEEWAY: Final = 30.0
 """Seconds without an event, beyond a test's limit, if not even `witness` could say so; and for a process to go that said it was over."""
 
-START: Final = 300.0  # seconds until the first test begins, all modules collected
+START: Final = 600.0  # seconds until the first test begins, all modules collected: ten on an idle machine
+BEFORE: Final = "before the first test"  # what stands still where no test has begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def run(process: Process, directory: Path, *, limit: float = LIMIT, leeway: floa
         if told.code is not None:
             return _verdict(told.code, how, ended, stood, say)
         ended |= told.ended
-        victim = told.stood_still or told.running
+        victim = told.stood_still or told.running or (BEFORE if how.lost and not diary.size() else None)
         if not _may_go_on(victim, told, how, stood, say):
             say(f"{len(ended)} tests had ended; not all were run.")
             _tell_failures(ended, say)
