@@ -778,7 +778,12 @@ async def test_a_lane_closed_while_its_body_is_read_elsewhere_ends_when_the_read
     lanes: Lanes, party: MakeParty, server_tls: ssl.SSLContext
 ) -> None:
     """Until then nobody else touches its TLS."""
-    origin = scripted(whole(bytes(DETACH_FROM)))
+
+    async def nearly_all(connection: Connection) -> None:
+        await connection.send(whole(bytes(DETACH_FROM))[:-1])  # what has come can be read, though the connection was cut
+        await connection.request()
+
+    origin = scripted(nearly_all)
     origin.tls = server_tls
     async with origin, lanes.get(party(), Asked(f"{origin.base}/file")) as got:
         detached = await got.detach()
