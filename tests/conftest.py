@@ -64,9 +64,11 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("untimed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before somebody asks which markers there are
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "directory_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.privileged)  # Samba's domain controller runs as root only
             item.add_marker(pytest.mark.timeout(240))  # the first of them may have to provision the directory
 
 

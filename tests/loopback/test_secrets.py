@@ -179,7 +179,9 @@ async def test_t14_no_object_that_an_application_holds_shows_a_secret(tmp_path):
         job = await manager.create_job("x", owner=token)
         file = await job.add_file("https://h.test/f?" + QUERY, tmp_path / "f")
         await job.set_credentials(AuthTarget.SERVER, AuthScheme.BASIC, "u", "Password-of-the-job")
-        shown = [repr(o) for o in (token, manager, job, file, job.files, job.proxy_settings, job.progress, await job.token_options())]
+        with bits.impersonate(token):
+            options = await job.token_options()
+        shown = [repr(o) for o in (token, manager, job, file, job.files, job.proxy_settings, job.progress, options)]
         shown += [repr(vars(manager)), repr(list(manager._desk.engine.roster))]
         gc.collect()
         assert_absent(["Password-in-a-token", "Password-of-the-job", QUERY], shown)
