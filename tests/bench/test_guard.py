@@ -24,8 +24,8 @@ from tests.realms import Hit, Nginx
 PROGRAM = Path(__file__).parent / "programs/counted.py"
 MIB = 1 << 20
 LARGE, SMALL = 32, 20  # MiB of a large file; files of 64 KiB
-ROUNDS = 3  # a machine that is busy elsewhere lets a thread or the loop go round once more: what a way costs is the least of them
-FILES = 2 + (1 + 3 + SMALL) * ROUNDS  # of one run
+ROUNDS = 8  # of small files: a busy machine lets the loop go round once more, or a batch be full later; what they cost is the least
+FILES = 2 + 3 + (1 + SMALL) * ROUNDS  # of one run
 BASE = "a small file"
 WAYS = {"spliced": ("pub", False), "tls": ("pub", True), "in batches": ("chunked", False)}
 
@@ -45,11 +45,11 @@ def order(served: Nginx, directory: Path, rounds: int = 1, **more: Any) -> list[
     """The command line of one run."""
     (directory / "journal").mkdir(mode=0o700)
     phases = [["warm up", [(served.url("/pub/small-0", tls=tls), str(directory / f"first-{tls}")) for tls in (False, True)]]]
+    for name, (way, tls) in WAYS.items():
+        phases.append([name, [(served.url(f"/{way}/large", tls=tls), str(directory / name))]])
     for turn in map(str, range(rounds)):
         (directory / turn).mkdir()
         phases.append([BASE, [(served.url("/pub/small-0"), str(directory / turn / "base"))]])
-        for name, (way, tls) in WAYS.items():
-            phases.append([name, [(served.url(f"/{way}/large", tls=tls), str(directory / turn / name))]])
         small = [(served.url(f"/pub/small-{number}"), str(directory / turn / f"small-{number}")) for number in range(SMALL)]
         phases.append(["small files", small])
     wish = {"store": str(directory / "journal/queue.db"), "ca": str(served.ca_file), "phases": phases, **more}
@@ -170,7 +170,7 @@ def test_a_small_file_of_a_job_needs_few_transactions_hops_and_rounds_of_the_loo
 def test_another_small_file_sets_no_timer_and_needs_few_calls_in_the_thread_of_the_loop(counted):
     more = {name: (counted["small files"][name] - counted[BASE][name]) / (SMALL - 1) for name in ("timers", "calls")}
     assert more["timers"] <= 0.3
-    assert more["calls"] <= 515
+    assert more["calls"] <= 530
 
 
 @pytest.mark.traced
