@@ -1185,7 +1185,7 @@ class Job:
         engine = self._desk.ready()
         job = self._entry.job
         if job.state is JobState.SUSPENDED and not job.resumed:
-            raise InvalidState("the job was never resumed", job_id=self.id)
+            raise InvalidState("the job was never resumed", job_id=self.id, advice="resume it first")
 
         def settled() -> bool:
             state = self.state

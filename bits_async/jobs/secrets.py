@@ -421,5 +421,8 @@ else:
             verb = "write" if not status.st_mode & forbidden & ~OTHERS_WRITE else "read or write"
             mode = stat.S_IMODE(status.st_mode)
             take = "chmod go-w" if forbidden == OTHERS_WRITE else "chmod go-rwx"
-            return f"may be used by others (mode {mode:04o}): they may {verb} it", f"run {take} on it, or name another journal"
+            why = f"may be used by others (mode {mode:04o}): they may {verb} it"
+            if status.st_mode & stat.S_ISVTX:  # meant for everybody, as /tmp is: the system needs it as it stands
+                return why, "name a journal in a directory that is this user's alone"
+            return why, f"run {take} on it, or name another journal"
         return None
