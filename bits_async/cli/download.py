@@ -308,8 +308,13 @@ class Order:
         """DEST, which must name a file: no name is taken from the URL, because its server would choose what is overwritten.
 
         Raises:
+            InvalidArgument: it is what other programs call standard output.
             LocalFileError: it can only be a directory. (One that exists is found out by the identity that writes.)
         """
+        if self.dest == "-":
+            raise InvalidArgument(
+                "DEST is a file: what can be continued is not written to standard output", advice="./- is a file of that name"
+            )
         path = Path(os.path.abspath(self.dest))
         if os.path.basename(self.dest) in ("", ".", ".."):
             raise make_error(ErrorCode.ERROR_FILE_EXISTS, ErrorContext.LOCAL_FILE, "the destination is a directory", path=path)

@@ -9,11 +9,12 @@ import signal
 import ssl
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bits_async import BitsError, LocalFileError, download
+from bits_async import BitsError, InvalidArgument, LocalFileError, download
 from bits_async.cli.download import Identity, Order, Stop, _OneLine, told
 from bits_async.cli.progress import Reporter
 from tests.cli.command import Command, held, part_of
@@ -243,6 +244,13 @@ def test_what_can_only_be_a_directory_is_refused_without_looking(dest: str) -> N
     order = Order(url="http://host.test/file", dest=dest, owner=Identity("--"), helper=Identity("--helper-"))
     with pytest.raises(LocalFileError):
         order.destination()
+
+
+def test_standard_output_is_no_destination_and_no_file_of_that_name_is_made() -> None:
+    order = Order(url="http://host.test/file", dest="-", owner=Identity("--"), helper=Identity("--helper-"))
+    with pytest.raises(InvalidArgument, match="standard output"):
+        order.destination()
+    assert replace(order, dest="./-").destination() == Path("-").absolute()
 
 
 async def test_a_missing_directory_is_named_with_the_identity(command: Command, origin: Origin, tmp_path: Path) -> None:
