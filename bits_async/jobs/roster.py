@@ -307,9 +307,10 @@ class Roster:
             self._remnants[entry.job.id] = rest
 
     def changed(self, before: JobRecord | None, after: JobRecord) -> None:
-        """The record of a job has become another. None: there was none."""
+        """The record of a job has become another. None: there was none. Jobs of absent owners change no line: it passes them over."""
         if before is None or _place(before) != _place(after):
-            self._stale.update(job.priority for job in (before, after) if job is not None and job.state is JobState.QUEUED)
+            queued = [job for job in (before, after) if job is not None and job.state is JobState.QUEUED]
+            self._stale.update(job.priority for job in queued if job.owner not in self._absent)
 
     def look_anew(self) -> None:
         """A look at the journal may have broken off."""

@@ -356,6 +356,47 @@ async def test_a_change_of_the_wall_clock_moves_no_retry(network: FakeNetwork, s
         assert held.waiting.until == clock.now() + timedelta(seconds=600)
 
 
+async def test_retries_of_jobs_whose_owner_is_not_here_do_not_look_through_the_line(
+    network: FakeNetwork, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line passes them over: of many, that is a look at each of them."""
+    network.serve(URL, b"", status=503)
+    alice, looks, honest = fake_token("alice"), 0, SqliteStore.in_line
+    async with bits.BitsManager(store=store) as manager:
+        queued = await a_job(manager, tmp_path / "queued", owner=alice)
+        jobs = [await a_job(manager, tmp_path / f"{number}", owner=alice) for number in range(3)]
+        for number, job in enumerate(jobs):
+            await job.set_minimum_retry_delay(60 * (number + 1))
+            await job.resume()
+            await until(lambda job=job: job.state is S.TRANSIENT_ERROR)  # type: ignore[misc]
+        network.pause()
+        await queued.resume()
+        await until(lambda: queued.state is S.CONNECTING)
+
+    async def counted(*args: Any, **named: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return await honest(*args, **named)
+
+    monkeypatch.setattr(SqliteStore, "in_line", counted)
+    async with bits.BitsManager(store=store) as manager:
+        await until(lambda: looks > 0)
+        await let_things_happen()
+        before = looks
+        network.clock.advance(600)
+        with bits.impersonate(fake_token("admin", elevated=True)):
+            handles = [await manager.get_job(job.id) for job in jobs]
+        await until(lambda: all(job.state is S.QUEUED for job in handles))
+        await let_things_happen()
+        assert looks == before
+        network.serve(URL, BODY)
+        network.resume()
+        with bits.impersonate(alice):
+            await manager.get_job(jobs[0].id)
+        for job in handles:
+            await job.wait()
+
+
 async def test_jobs_that_nobody_holds_are_cancelled_when_nobody_touches_them(
     network: FakeNetwork, store: Path, tmp_path: Path, two_ahead: None
 ) -> None:
