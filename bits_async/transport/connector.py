@@ -8,6 +8,7 @@ This is the only module that opens sockets to peers. It knows the route and the 
 """
 
 import asyncio
+import encodings.idna  # noqa: F401 - host names go through it: else it is loaded on the event loop, in the first handshake
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
