@@ -43,6 +43,7 @@ _AUTHORITY: Final = re.compile(r"(\[[^\[\]]*\]|[^:@\[\]]*)(?::([0-9]{0,5}))?")
 _LABEL: Final = re.compile(r"[A-Za-z0-9_-]{1,63}")
 _NUMBER: Final = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 _NOT_ASCII: Final = re.compile(r"[^\x00-\x7f]+")
+_LENGTH: Final = re.compile(r"[0-9]{1,18}")
 _PAGES: Final = ("text/html", "application/xhtml+xml")
 _DEFAULT_PORT: Final = {"http": 80, "https": 443}
 
@@ -198,6 +199,8 @@ def _as_asked(url: str) -> str:
         explicit = ":" in where
         where = f"{parts.host}:{parts.port}" if explicit else parts.host
     path = parts.path or ("/" if parts.query else "")
+    if url.isascii():
+        return f"{parts.scheme}://{where}{path}{parts.query}"
     return f"{parts.scheme}://{where}{_NOT_ASCII.sub(_escape, path)}{_NOT_ASCII.sub(_escape, parts.query)}"
 
 
@@ -650,14 +653,17 @@ def _framing(headers: Headers) -> tuple[int | None, bool]:
         raise _Broken("its length is told twice")
     if codings and codings[0].strip(" \t").lower() != "chunked":
         raise _Broken("its transfer coding is not supported")
-    if lengths and not re.fullmatch(r"[0-9]{1,18}", lengths[0].strip(" \t")):
+    if lengths and not _LENGTH.fullmatch(lengths[0].strip(" \t")):
         raise _Broken("its length is not a number")
     return (int(lengths[0]) if lengths else None), bool(lengths or codings)
 
 
 def _require_identity(headers: Headers) -> None:
     """Encoded bytes are not the file's bytes, and their positions are not the file's positions."""
-    codings = {token.strip().lower() for line in headers.getall("Content-Encoding", []) for token in line.split(",")}
+    lines = headers.getall("Content-Encoding", [])
+    if not lines:
+        return
+    codings = {token.strip().lower() for line in lines for token in line.split(",")}
     if codings - {"", "identity"}:
         raise _Broken("it is encoded though only identity was asked for")
 
@@ -688,9 +694,10 @@ def _once(headers: Headers, name: str) -> str | None:
 
 
 def _only(headers: Headers, name: str) -> str | None:
-    if len(set(headers.getall(name, []))) > 1:
+    values = headers.getall(name, [])
+    if len(values) > 1 and len(set(values)) > 1:
         raise _Broken(f"it has several {name} fields that contradict each other")
-    return headers.get(name)
+    return values[0] if values else None
 
 
 def _error(asked: Asked, answer: Answer, now: float | None) -> BitsError:

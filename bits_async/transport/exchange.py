@@ -13,7 +13,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -70,7 +70,8 @@ class Wire(ResponseHandler):
     @property
     def ready(self) -> bool:
         """It stands, and nothing lies in it that was not asked for."""
-        return self.is_connected() and not self.should_close
+        transport = self.transport
+        return transport is not None and not transport.is_closing() and not self.should_close
 
     async def ask(self, head: bytes) -> Reply:
         """Sends a request without a body (see `request_head`) and waits for the final answer's head.
@@ -116,6 +117,12 @@ class Wire(ResponseHandler):
             return parser is not None and parser.feed_eof() is not None
         except Exception:
             return True  # what is no beginning of a head
+
+    def resume_reading(self, *how: Any, **more: Any) -> None:
+        """aiohttp's stream says so after each piece that was taken from it: of a connection that was not paused it means nothing, and costs
+        as much as the piece."""
+        if self._reading_paused:
+            super().resume_reading(*how, **more)
 
     def feed_data(self, data: "tuple[RawResponseMessage, aiohttp.StreamReader]", size: int = 0) -> None:
         """A head has come, says the parser."""

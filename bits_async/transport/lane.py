@@ -15,8 +15,8 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Final, Protocol
@@ -344,7 +344,8 @@ class LaneBody:
             if self._pace.too_slow:
                 code = ErrorCode.ERROR_WINHTTP_TIMEOUT
                 raise make_error(code, ErrorContext.GENERAL_TRANSPORT, f"the server is too slow: {self._pace.told}")
-            chunk = await self._read()
+            content = self._reply.content
+            chunk = b"" if content.at_eof() and content.exception() is None else await self._read()
             if not chunk:
                 self._lane.check(self.url)  # a connection that we cut may look like one that the server ended
                 self._end()
@@ -460,6 +461,7 @@ class Lane:
         self.connector = LaneConnector(self._route, party.tls.toward(key.origin), proxy)
         self._host = str(key.origin).partition("://")[2]
         """The value of `Host` (RFC 9110, 7.2): the port only where it is not the usual one."""
+        self._usual: tuple[HttpOptions, Sequence[tuple[str, str]]] | None = None
 
     @property
     def timeouts(self) -> Timeouts:
@@ -572,17 +574,11 @@ class Lane:
     async def _send(self, asked: Asked) -> Reply:
         options = self._party.options
         whole, path = request_targets(asked.url)
-        fields = [("Host", self._host), *asked.headers().items(), *options.headers_for(self._route.origin)]
-        given = {name.lower() for name, _ in fields}
-        fields.extend((name, value) for name, value in _AUTOMATIC if name.lower() not in given)
+        fields = [*self._usual_fields(options), *asked.headers().items()]
         for login in self._logins:
             value = await login.header(method=options.method, target=whole if login.seat is Seat.PROXY else path)
             if value is not None:
                 fields.append((login.seat.answer_header, value))
-        if self._route.forwarded:
-            fields.append(("Proxy-Connection", "keep-alive"))
-        if not options.plain:
-            fields.append(("Content-Length", "0"))  # the other methods that are allowed may have a body (RFC 9110, 8.6)
         head = request_head(options.method, whole if self._route.forwarded else path, fields)
         self.check(asked.url)  # while the headers were made, or while the connection was
         with _WireErrors(asked.url, "get an answer"):
@@ -595,6 +591,19 @@ class Lane:
                 raise
             finally:
                 self.watch.end()
+
+    def _usual_fields(self, options: HttpOptions) -> Sequence[tuple[str, str]]:
+        """What each request with these options carries; the last one is kept, as a job has one for all of its files."""
+        if self._usual is None or self._usual[0] is not options:
+            fields = [("Host", self._host), *options.headers_for(self._route.origin)]
+            given = {name.lower() for name, _ in fields}
+            fields.extend((name, value) for name, value in _AUTOMATIC if name.lower() not in given)
+            if self._route.forwarded:
+                fields.append(("Proxy-Connection", "keep-alive"))
+            if not options.plain:
+                fields.append(("Content-Length", "0"))  # the other methods that are allowed may have a body (RFC 9110, 8.6)
+            self._usual = options, tuple(fields)
+        return self._usual[1]
 
     # -- after an answer
 
@@ -703,9 +712,10 @@ class _Host:
     def take(self, key: LaneKey) -> Lane | None:
         """A kept lane of exactly this key; one whose connection still stands, if there is one."""
         fitting = [lane for lane in self.idle if lane.key is key or lane.key == key]
-        lane = next((lane for lane in reversed(fitting) if lane.connected), fitting[-1] if fitting else None)
-        if lane is not None:
-            del self.idle[lane]
+        if not fitting:
+            return None
+        lane = fitting[0] if len(fitting) == 1 else next((lane for lane in reversed(fitting) if lane.connected), fitting[-1])
+        del self.idle[lane]
         return lane
 
     def oldest(self) -> Lane | None:
@@ -714,6 +724,24 @@ class _Host:
         if lane is not None:
             del self.idle[lane]
         return lane
+
+
+class _Request:
+    """What `Lanes.get` gives: a class, because each small file enters one, and two generators cost several times as much."""
+
+    __slots__ = ("_asked", "_begun", "_lanes", "_party")
+
+    def __init__(self, lanes: "Lanes", party: Party, asked: Asked) -> None:
+        self._lanes = lanes
+        self._party = party
+        self._asked = asked
+
+    async def __aenter__(self) -> LaneBody:
+        self._begun = await self._lanes.begin(self._party, self._asked)
+        return self._begun[2]
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lanes.end(*self._begun)
 
 
 class Lanes:
@@ -742,9 +770,12 @@ class Lanes:
 
     # -- for the engine
 
-    @asynccontextmanager
-    async def get(self, party: Party, asked: Asked) -> AsyncIterator[Body]:
+    def get(self, party: Party, asked: Asked) -> AbstractAsyncContextManager[Body]:
         """See `Network.get`. Redirects are followed; the body says where it comes from in the end."""
+        return _Request(self, party, asked)
+
+    async def begin(self, party: Party, asked: Asked) -> "tuple[_Host, Lane, LaneBody]":
+        """The body, and the lane that it comes on, until `end`."""
         url = check_url(asked.url)
         been = {(party.options.method, url)}
         while True:
@@ -752,16 +783,21 @@ class Lanes:
             try:
                 with _Placed(url, party.token.name):
                     body, onward = await self._ask(lane, party, asked.at(url))
-                if body is not None:
-                    try:
-                        yield body
-                    finally:
-                        body.close()
-                    return
-            finally:
+            except BaseException:
                 self._give_back(host, lane)
+                raise
+            if body is not None:
+                return host, lane, body
+            self._give_back(host, lane)
             with _Placed(url, party.token.name):
                 party, url = _follow(party, url, onward, been)
+
+    def end(self, host: "_Host", lane: Lane, body: LaneBody) -> None:
+        """Whoever had the body needs it no more."""
+        try:
+            body.close()
+        finally:
+            self._give_back(host, lane)
 
     async def forget(self, token: Token) -> None:
         """See `Network.forget`. Requests that are being made on such lanes fail as if the connection had been cut."""
