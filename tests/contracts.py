@@ -22,6 +22,7 @@ from bits_async.jobs.model import (
     CostFlags,
     FileCommitted,
     FileRecord,
+    FileWhole,
     GrantRecord,
     GrantRemoved,
     JobPriority,
@@ -202,6 +203,39 @@ class StoreContract:
         named = {"committed": True, "validated": True}
         wanted = (replace(files[0], **named), replace(files[1], **named), replace(files[2], restarts=7, **named), files[3])
         assert look(stored) == look(StoredJob(job, wanted, ()))
+
+    async def test_of_a_file_that_came_whole_what_was_fetched_is_kept_and_nothing_else_changes(self, store: Store, again: Any) -> None:
+        """In whatever transaction it comes, and in whatever order: the last word counts."""
+        job = a_job()
+        files = [a_file(job, index, url=f"http://files.example/{index}?token=t0ken", restarts=index) for index in range(4)]
+        part = PartRecord("/srv/in", ".x.bits-part", 2**64 - 1, 2**64 - 2, 2**63, 7, 1000, "uid:\udcff")
+        fetched = {
+            "validator": Validator('"v1"', "Sun, 01 Mar 2026 00:00:00 GMT", 5, Digests("1" * 64, "2" * 128), "text/plain"),
+            "part": part,
+            "draft": "fedcba9876543210",
+            "slices": (Slice(0, 5, 5, 5),),
+            "boot_id": "boot-1",
+            "transferred": True,
+            "owed": True,
+        }
+        whole = [replace(file, **fetched) for file in files]
+        await store.save(job, *files)
+        await store.save(FileWhole(whole[0]), FileWhole(whole[1]), FileCommitted(job.id, 1))
+        await store.save(replace(files[2], refetches=7), FileWhole(whole[2]), FileWhole(whole[3]), files[3])
+        await store.close()
+        (stored,) = await again()
+        named = replace(whole[1], committed=True, validated=True)
+        wanted = (whole[0], named, replace(whole[2], refetches=7), files[3])
+        assert look(stored) == look(StoredJob(job, wanted, ()))
+
+    async def test_a_file_that_is_not_in_the_journal_does_not_come_whole(self, store: Store, again: Any) -> None:
+        job = a_job()
+        await store.save(job, a_file(job, 0))
+        with pytest.raises(NotFound):
+            await store.save(FileWhole(a_file(job, 0, restarts=1)), FileWhole(a_file(job, 1)))
+        await store.close()
+        (stored,) = await again()
+        assert look(stored) == look(StoredJob(job, (a_file(job, 0),), ()))
 
     async def test_a_file_of_a_job_that_is_gone_gets_no_name(self, store: Store) -> None:
         job = a_job()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from ..errors import ErrorCode, InvalidArgument
+from ..files.names import new_draft
 from ..identity.tokens import HelperTokenFlags
 from ..transport.answers import MAX_URL, check_url
 from ..transport.digests import Digests
@@ -126,9 +127,16 @@ def checked_file(file: FileInfo) -> CheckedFile:
 
 
 def file_record(job_id: UUID, index: int, file: CheckedFile) -> FileRecord:
-    """The file as the journal begins to keep it."""
+    """The file as the journal begins to keep it: with a name for its part file, which the journal then knows before the file is made."""
     return FileRecord(
-        job_id=job_id, index=index, original_url=file.url, url=file.url, path=file.path, digests=file.digests, ranges=file.ranges
+        job_id=job_id,
+        index=index,
+        original_url=file.url,
+        url=file.url,
+        path=file.path,
+        digests=file.digests,
+        ranges=file.ranges,
+        draft=new_draft(),
     )
 
 

@@ -1,6 +1,7 @@
 """How the journal keeps a value in a column, and what a column says. Knows no table."""
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -19,6 +20,7 @@ Values = dict[str, Any]
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND: Final = timedelta(microseconds=1)
 _LARGEST: Final = 2**63 - 1
+_SECRET: Final = re.compile(r"[?#]")  # where what must not be read begins in a URL
 
 
 def row_of(**columns: Any) -> Values:
@@ -91,8 +93,11 @@ def split_url(url: str) -> tuple[str, str]:
 
     Sealed is the query with what follows, or the whole URL where it has user information. `join_url` puts them together.
     """
-    cut = min((at for at in (url.find("?"), url.find("#")) if at >= 0), default=len(url))
+    mark = _SECRET.search(url)
+    cut = mark.start() if mark else len(url)
     base, secret = url[:cut], url[cut:]
+    if "@" not in base:
+        return base, secret
     scheme, slashes, rest = base.partition("://")
     authority, slash, path = rest.partition("/")
     if "@" in authority:

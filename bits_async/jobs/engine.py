@@ -76,6 +76,7 @@ from .model import (
     WaitingReason,
     advance,
     owed_in,
+    shortest_change,
 )
 from .notify import Event, EventStream, FileRestarted, FileTransferred, JobChanged, Progress, Retrying
 from .roster import AHEAD, Entry, Roster
@@ -446,15 +447,16 @@ class Engine:
     async def keep(self, entry: Entry, files: Sequence[FileRecord], then: Callable[[], object]) -> None:
         """Journal files of a running attempt, as `save`. With the last one goes the end of the job, which is told when the attempt is over:
         one transaction, and nobody finds a job in the queue that has nothing to do."""
+        changes = [shortest_change(entry.files[file.index], file) for file in files]
         if entry.ends_with(files):
-            await finish(self._keep_last(entry, files, then))
+            await finish(self._keep_last(entry, changes, then))
         else:
-            await self.save(*files, then=then)
+            await self.save(*changes, then=then)
 
-    async def _keep_last(self, entry: Entry, files: Sequence[FileRecord], then: Callable[[], object]) -> None:
+    async def _keep_last(self, entry: Entry, changes: Sequence[Change], then: Callable[[], object]) -> None:
         async with entry.changing:
             job, fields = entry.job, self._all_done(entry)
-            await self.save(replace(job, **fields), *files, then=then)
+            await self.save(replace(job, **fields), *changes, then=then)
             entry.end = job, fields
 
     async def change(
@@ -722,8 +724,7 @@ class Engine:
 
     async def add(self, job: JobRecord, owner: Token, files: Sequence[FileRecord] = (), grants: Sequence[GrantRecord] = ()) -> Entry:
         """Put a new job into the journal."""
-        files = [part_files.drafted(file) for file in files]
-        entry = Entry(job, files, list(grants), owner=owner)
+        entry = Entry(job, list(files), list(grants), owner=owner)
         await self.save(job, *files, *grants, then=partial(self._enter, entry))
         return entry
 
@@ -735,7 +736,7 @@ class Engine:
 
     async def add_files(self, entry: Entry, files: Sequence[FileRecord]) -> None:
         """Append files in one transaction."""
-        await self.change(entry, files=[part_files.drafted(file) for file in files])
+        await self.change(entry, files=files)
 
     async def rename(self, entry: Entry, urls: Mapping[int, str]) -> None:
         """Other URLs for files, by index; an attempt that uses the old ones ends. What was fetched is kept."""

@@ -9,6 +9,7 @@ import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Self, final
@@ -499,7 +500,29 @@ class FileCommitted:
     index: int
 
 
-Change = JobRecord | FileRecord | FileCommitted | GrantRecord | JobRemoved | GrantRemoved
+@dataclass(frozen=True, slots=True)
+class FileWhole:
+    """A change for the journal: a file of which nothing was there is whole in its part file, and nothing else of it is new.
+
+    Cheaper than the whole `FileRecord`. `file` is the record as it is now.
+    """
+
+    file: FileRecord
+
+
+def shortest_change(before: FileRecord, now: FileRecord) -> FileRecord | FileWhole:
+    """What the journal, which has the file as it was before, is to be told."""
+    came_whole = now.transferred and now.part is not None and before.part is None and not before.slices and len(now.slices) == 1
+    return FileWhole(now) if came_whole and _kept_by_whole(before) == _kept_by_whole(now) else now
+
+
+_kept_by_whole: Final = attrgetter(  # what a `FileWhole` leaves as it is
+    *("job_id", "index", "original_url", "url", "path", "digests", "ranges", "wanted", "position"),
+    *("restarts", "refetches", "wrong_digest", "committed"),
+)
+
+
+Change = JobRecord | FileRecord | FileWhole | FileCommitted | GrantRecord | JobRemoved | GrantRemoved
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,11 @@ threads of the token that made it. What becomes of the job and of its records is
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ..errors import BitsError, LocalFileError
 from ..files.batches import FinishedPart, commit_parts
 from ..files.leftovers import committed_length, discard_draft, discard_part
-from ..files.names import new_draft
 from ..files.part import PartFile
 from ..files.records import PartRecord
 from ..identity.threads import TokenExecutor, TokenExecutors
@@ -19,11 +17,6 @@ from .model import FileRecord
 from .roster import Entry
 
 log = logging.getLogger("bits_async.jobs")
-
-
-def drafted(file: FileRecord) -> FileRecord:
-    """With a name for its part file, which the journal then knows before the file is made."""
-    return file if file.draft else replace(file, draft=new_draft())
 
 
 async def commit_some(executors: TokenExecutors, entry: Entry, files: Sequence[FileRecord]) -> int:

@@ -41,6 +41,7 @@ from .model import (
     CostFlags,
     FileCommitted,
     FileRecord,
+    FileWhole,
     GrantRecord,
     GrantRemoved,
     JobPriority,
@@ -100,6 +101,7 @@ class Batch:
     jobs: dict[UUID, JobRecord] = field(default_factory=dict)
     files: dict[tuple[UUID, int], FileRecord] = field(default_factory=dict)
     slices: dict[tuple[UUID, int], list[Values]] = field(default_factory=dict)  # of the files, as they were at the call
+    whole: dict[tuple[UUID, int], FileRecord] = field(default_factory=dict)  # after the files
     committed: dict[tuple[UUID, int], None] = field(default_factory=dict)  # after the files
     grants: dict[tuple[UUID, AuthTarget, AuthScheme], GrantRecord | None] = field(default_factory=dict)  # None: removed
 
@@ -110,7 +112,11 @@ class Batch:
             case FileRecord():
                 self.files[change.job_id, change.index] = change
                 self.slices[change.job_id, change.index] = _slice_rows(change)
+                self.whole.pop((change.job_id, change.index), None)
                 self.committed.pop((change.job_id, change.index), None)
+            case FileWhole():
+                self.whole[change.file.job_id, change.file.index] = change.file
+                self.slices[change.file.job_id, change.file.index] = _slice_rows(change.file)
             case FileCommitted():
                 self.committed[change.job_id, change.index] = None
             case GrantRecord():
@@ -124,11 +130,12 @@ class Batch:
         self.removed[job_id] = None
         self.jobs.pop(job_id, None)
         self.files = {key: value for key, value in self.files.items() if key[0] != job_id}
+        self.whole = {key: value for key, value in self.whole.items() if key[0] != job_id}
         self.committed = {key: None for key in self.committed if key[0] != job_id}
         self.grants = {key: value for key, value in self.grants.items() if key[0] != job_id}
 
     def job_ids(self) -> list[UUID]:
-        mentioned = (*self.jobs, *(key[0] for key in (*self.files, *self.committed)), *(key[0] for key in self.grants))
+        mentioned = (*self.jobs, *(key[0] for key in (*self.files, *self.whole, *self.committed)), *(key[0] for key in self.grants))
         return list(dict.fromkeys(mentioned))
 
     def owners(self, before: Mapping[UUID, str]) -> dict[UUID, str]:
@@ -143,6 +150,7 @@ class _Rows:
     files: list[Values]
     ranges: list[Values]
     slices: list[Values]
+    whole: list[Values]
     committed: list[Values]
     grants: list[Values]
     grants_removed: list[Values]
@@ -157,14 +165,15 @@ class Writer:
 
     def rows(self, batch: Batch, owners: Mapping[UUID, str]) -> _Rows:
         for job_id in batch.job_ids():
-            needing = (*batch.files, *batch.committed, *(k for k, v in batch.grants.items() if v))
+            needing = (*batch.files, *batch.whole, *batch.committed, *(k for k, v in batch.grants.items() if v))
             if job_id not in owners and any(key[0] == job_id for key in needing):
                 raise NotFound(job_id=job_id)
         return _Rows(
             [_job_row(job) | self._headers_of(job) for job in batch.jobs.values()],
             [self._file_row(file, owners[file.job_id]) for file in batch.files.values()],
             [row for file in batch.files.values() for row in _range_rows(file)],
-            [row for each in batch.files for row in batch.slices[each]],
+            [row for each in batch.files | batch.whole for row in batch.slices[each]],
+            [_whole_row(file) for file in batch.whole.values()],
             [row_of(job_id=job_id, file_index=index) for job_id, index in batch.committed],
             [self._grant_row(grant, owners[grant.job_id]) for grant in batch.grants.values() if grant],
             [self._grant_removed(*key) for key, grant in batch.grants.items() if grant is None],
@@ -173,8 +182,6 @@ class Writer:
     def moved_files(self, rows: Iterable[Row], old: str, new: str) -> list[Values]:
         return [
             {
-                "job_id": row["job_id"],
-                "file_index": row["file_index"],
                 **{
                     f"{column}_secret": self._moved(
                         row[f"{column}_secret"],
@@ -183,6 +190,8 @@ class Writer:
                     )
                     for column in ("original_url", "url")
                 },
+                "job_id": row["job_id"],
+                "file_index": row["file_index"],
             }
             for row in rows
         ]
@@ -193,7 +202,7 @@ class Writer:
             which = AuthTarget(row["target"]), AuthScheme(row["scheme"])
             before, after = (_password_place(UUID(row["job_id"]), owner, *which) for owner in (old, new))
             key = {name: row[name] for name in ("job_id", "target", "scheme")}
-            moved.append({**key, "password_secret": self._moved(row["password_secret"], before, after)})
+            moved.append({"password_secret": self._moved(row["password_secret"], before, after), **key})
         return moved
 
     def _moved(self, sealed: bytes | None, before: Place, after: Place) -> bytes | None:
@@ -208,7 +217,6 @@ class Writer:
         return {"custom_headers_secret": self._box.seal(headers_text(headers), _headers_place(job)) if headers else None}
 
     def _file_row(self, file: FileRecord, owner: str) -> Values:
-        validator, part = file.validator, file.part
         original_url, original_url_secret = self._url(file, owner, "original_url", file.original_url)
         url, url_secret = self._url(file, owner, "url", file.url)
         return row_of(
@@ -222,32 +230,13 @@ class Writer:
             sha256=file.digests.sha256,
             sha512=file.digests.sha512,
             blake3=file.digests.blake3,
-            pinned=validator is not None,
-            etag=validator and validator.etag,
-            last_modified=validator and validator.last_modified,
-            size=validator and validator.size,
-            served_sha256=validator and validator.digests.sha256,
-            served_sha512=validator and validator.digests.sha512,
-            media_type=validator and validator.media_type,
-            part_directory=part and part.directory,
-            part_name=part and part.name,
-            part_dir_device=part and str(part.dir_device),
-            part_dir_inode=part and str(part.dir_inode),
-            part_device=part and str(part.device),
-            part_inode=part and str(part.inode),
-            part_uid=part and part.uid,
-            part_maker=part and part.maker,
-            part_draft=file.draft,
-            boot_id=file.boot_id,
             restarts=file.restarts,
             refetches=file.refetches,
             wrong_digest=file.wrong_digest,
-            transferred=file.transferred,
             committed=file.committed,
-            validated=file.validated,
             wanted=json.dumps([[each.initial_offset, each.length] for each in file.wanted]) if file.wanted else "[]",
             position=file.position,
-            owed=file.owed,
+            **_fetched(file),
         )
 
     def _url(self, file: FileRecord, owner: str, column: str, url: str) -> tuple[str, bytes | None]:
@@ -342,6 +331,37 @@ def _job_row(job: JobRecord) -> Values:
 _ERROR_FIELDS: Final = tuple(BitsError().fields())
 
 
+def _fetched(file: FileRecord) -> Values:
+    """The columns that tell what was fetched, and where it is."""
+    validator, part = file.validator, file.part
+    return {
+        "pinned": validator is not None,
+        "etag": validator and validator.etag,
+        "last_modified": validator and validator.last_modified,
+        "size": validator and validator.size,
+        "served_sha256": validator and validator.digests.sha256,
+        "served_sha512": validator and validator.digests.sha512,
+        "media_type": validator and validator.media_type,
+        "part_directory": part and part.directory,
+        "part_name": part and part.name,
+        "part_dir_device": part and str(part.dir_device),
+        "part_dir_inode": part and str(part.dir_inode),
+        "part_device": part and str(part.device),
+        "part_inode": part and str(part.inode),
+        "part_uid": part and part.uid,
+        "part_maker": part and part.maker,
+        "part_draft": file.draft,
+        "boot_id": file.boot_id,
+        "transferred": file.transferred,
+        "validated": file.validated,
+        "owed": file.owed,
+    }
+
+
+def _whole_row(file: FileRecord) -> Values:
+    return row_of(**_fetched(file), job_id=file.job_id, file_index=file.index)
+
+
 def _range_rows(file: FileRecord) -> list[Values]:
     return [
         row_of(job_id=file.job_id, file_index=file.index, range_index=number, start=each.initial_offset, length=each.length)
@@ -352,14 +372,7 @@ def _range_rows(file: FileRecord) -> list[Values]:
 def _slice_rows(file: FileRecord) -> list[Values]:
     job = column_value(file.job_id)
     return [
-        {
-            "job_id": job,
-            "file_index": file.index,
-            "slice_index": number,
-            "start": column_value(piece.start),
-            "stop": column_value(piece.end),
-            "durable": column_value(piece.durable),
-        }
+        row_of(job_id=job, file_index=file.index, slice_index=number, start=piece.start, stop=piece.end, durable=piece.durable)
         for number, piece in enumerate(file.slices)
     ]
 

@@ -52,19 +52,32 @@ def owners(db: sqlite3.Connection, job_ids: Sequence[UUID]) -> dict[UUID, str]:
 
 
 def put(db: sqlite3.Connection, table: str, rows: Sequence[Values], *, key: Sequence[str]) -> None:
+    """New rows, or other values for those that are there. All with the same columns in the same order."""
     if rows:
-        each(db, _upsert(table, tuple(rows[0]), tuple(key)), rows)
+        _many(db, _upsert(table, tuple(rows[0]), tuple(key)), rows)
 
 
-def update(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
-    changes, which = ", ".join(f"{c} = :{c}" for c in columns), " AND ".join(f"{c} = :{c}" for c in key)
+def change(db: sqlite3.Connection, table: str, rows: Sequence[Values], *, key: Sequence[str]) -> bool:
+    """Other values for some columns of rows that are there; the key's columns come last. Whether all of them are."""
+    return not rows or _many(db, update(table, tuple(rows[0])[: -len(key)], tuple(key)), rows) == len(rows)
+
+
+def _many(db: sqlite3.Connection, sql: str, rows: Sequence[Values]) -> int:
+    """By position: SQLite looks for each name in all of the statement's."""
+    return db.executemany(sql, [tuple(row.values()) for row in rows]).rowcount
+
+
+@cache
+def update(table: str, columns: tuple[str, ...], key: tuple[str, ...]) -> str:
+    """Its values: those of the columns, then those of the key."""
+    changes, which = ", ".join(f"{c} = ?" for c in columns), " AND ".join(f"{c} = ?" for c in key)
     return f"UPDATE {table} SET {changes} WHERE {which}"  # noqa: S608 - our own names
 
 
 @cache
 def _upsert(table: str, columns: tuple[str, ...], key: tuple[str, ...]) -> str:
     """A row is changed in place: it keeps its number, and what refers to it."""
-    names, values = ", ".join(columns), ", ".join(f":{c}" for c in columns)
+    names, values = ", ".join(columns), ", ".join("?" * len(columns))
     changes = ", ".join(f"{c} = excluded.{c}" for c in columns if c not in key)
     return (
         f"INSERT INTO {table} ({names}) VALUES ({values}) "  # noqa: S608 - our own names

@@ -42,7 +42,7 @@ from uuid import UUID, uuid4
 import aiosqlite
 
 from ..clock import finish
-from ..errors import BitsError, ErrorCode, InvalidState, StoreError, scrub
+from ..errors import BitsError, ErrorCode, InvalidState, NotFound, StoreError, scrub
 from . import statements
 from .columns import EPOCH, MICROSECOND, Row, Values, column_value, maybe_time, owner_text, row_of, text_out
 from .journal_files import JournalFiles
@@ -647,6 +647,8 @@ class SqliteStore:
         statements.put(db, "files", rows.files, key=("job_id", "file_index"))
         statements.put(db, "ranges", rows.ranges, key=("job_id", "file_index", "range_index"))  # a file keeps its ranges
         statements.each(db, "DELETE FROM slices WHERE job_id = :job_id AND file_index = :file_index", rows.files)
+        if not statements.change(db, "files", rows.whole, key=("job_id", "file_index")):
+            raise NotFound(job_id=next(iter(batch.whole))[0])
         statements.put(db, "slices", rows.slices, key=("job_id", "file_index", "slice_index"))
         statements.each(db, statements.COMMITTED, rows.committed)
         statements.each(db, "DELETE FROM grants WHERE job_id = :job_id AND target = :target AND scheme = :scheme", rows.grants_removed)
@@ -657,16 +659,8 @@ class SqliteStore:
         which = {"job_id": str(job_id)}
         files = db.execute("SELECT * FROM files WHERE job_id = :job_id", which).fetchall()
         grants = db.execute("SELECT * FROM grants WHERE job_id = :job_id", which).fetchall()
-        statements.each(
-            db,
-            statements.update("files", ("original_url_secret", "url_secret"), ("job_id", "file_index")),
-            writer.moved_files(files, old, new),
-        )
-        statements.each(
-            db,
-            statements.update("grants", ("password_secret",), ("job_id", "target", "scheme")),
-            writer.moved_grants(grants, old, new),
-        )
+        statements.change(db, "files", writer.moved_files(files, old, new), key=("job_id", "file_index"))
+        statements.change(db, "grants", writer.moved_grants(grants, old, new), key=("job_id", "target", "scheme"))
 
     # -- means
 

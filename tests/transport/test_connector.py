@@ -129,7 +129,8 @@ async def test_the_undocumented_names_of_aiohttp_are_as_we_know_them() -> None:
     assert callable(handler.resume_reading)
     assert list(inspect.signature(ResponseHandler.data_received).parameters) == ["self", "data"]
     assert list(inspect.signature(ResponseHandler.feed_data).parameters) == ["self", "data", "size"]
-    overridden = {"data_received", "feed_data"}
+    assert handler._reading_paused is False
+    overridden = {"data_received", "feed_data", "resume_reading"}
     mine = {name for name in vars(Wire) if not name.startswith("__")} - overridden | {"_answer", "_head_size"}
     assert not mine & {name for kind in ResponseHandler.__mro__ for name in vars(kind)}
     assert not mine & set(vars(handler))
