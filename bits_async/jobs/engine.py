@@ -115,7 +115,7 @@ class _Report:
     async def keep(self, *files: FileRecord) -> None:
         told = NotifyFlags.FILE_TRANSFERRED in self._entry.job.notify_flags
         come = [file.transferred and not self._entry.files[file.index].transferred for file in files]
-        files = tuple(replace(file, owed=told) if new and file.owed != told else file for file, new in zip(files, come, strict=True))
+        files = tuple(file.evolve(owed=told) if new and file.owed != told else file for file, new in zip(files, come, strict=True))
         await self._engine.keep(self._entry, files, then=partial(self._kept, files))
 
     def _kept(self, files: Sequence[FileRecord]) -> None:
@@ -500,7 +500,7 @@ class Engine:
         for file in files:
             entry.put(file)
         for index in committed:
-            entry.put(replace(entry.files[index], committed=True, validated=True))
+            entry.put(entry.files[index].evolve(committed=True, validated=True))
         if entry.bucket is not None:
             if "maximum_bandwidth" in fields:
                 entry.bucket.set_rate(entry.job.maximum_bandwidth)

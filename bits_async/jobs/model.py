@@ -7,12 +7,12 @@ diagram is drawn from the table by `mermaid()`.
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Self, final
+from typing import TYPE_CHECKING, Any, Final, Self, final
 from uuid import UUID
 
 from ..auth.policy import AuthScheme, AuthTarget, Grant, Origin
@@ -451,6 +451,15 @@ class FileRecord:
         """Bytes of the local file, None while unknown."""
         return local_size(self.ranges, self.validator.size if self.validator else None)
 
+    def evolve(self, **changes: Any) -> "FileRecord":
+        """As `dataclasses.replace`, at half the cost: each of many small files is changed twice."""
+        changed = object.__new__(FileRecord)
+        for put, value in zip(_PUT, _VALUES(self), strict=True):
+            put(changed, value)
+        for name, value in changes.items():
+            object.__setattr__(changed, name, value)
+        return changed
+
     @property
     def outstanding(self) -> bool:
         """On demand: something that was asked for is not there yet, or all of the file is and nobody has said so."""
@@ -458,6 +467,11 @@ class FileRecord:
             return False
         size = self.validator.size if self.validator else None
         return missing(self.wanted, self.slices, size) is not None or (size is not None and complete(filled(self.slices), size))
+
+
+_NAMES: Final = tuple(each.name for each in fields(FileRecord))
+_VALUES: Final = attrgetter(*_NAMES)
+_PUT: Final = tuple(getattr(FileRecord, name).__set__ for name in _NAMES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

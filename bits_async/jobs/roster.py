@@ -47,8 +47,8 @@ class _Tally:
 
     def count(self, file: FileRecord, sign: int) -> None:
         """It is one of the files (1), or is no more (-1)."""
-        if file.size is not None:
-            self.size += sign * file.size
+        if (size := file.size) is not None:
+            self.size += sign * size
             self.sized += sign
         self.transferred += sign * file.transferred
 

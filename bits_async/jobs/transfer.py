@@ -201,7 +201,11 @@ async def _next(chunks: AsyncIterator[bytes], patience: float | None) -> bytes |
 
 def _batch(levels: Sequence[Bucket]) -> int:
     """Bytes to write at once: what is paid for afterwards is read in small bites."""
-    return min([WRITE_BATCH, *(level.chunk for level in levels if level.rate is not None)])
+    most = WRITE_BATCH
+    for level in levels:
+        if level.rate is not None:
+            most = min(most, level.chunk)
+    return most
 
 
 def _behind(detached: Detached, moved: int) -> Detached:
@@ -272,9 +276,14 @@ class _Shelf:
         self._ended = True
         self._changed.set()
 
+    @property
+    def crowded(self) -> bool:
+        """Two batches are there."""
+        return len(self.files) >= 2 * SHELF_FILES or self._bytes >= 2 * SHELF_BYTES
+
     async def room(self) -> None:
         """Wait until less than two batches are there."""
-        await self._until(lambda: len(self.files) < 2 * SHELF_FILES and self._bytes < 2 * SHELF_BYTES)
+        await self._until(lambda: not self.crowded)
 
     async def empty(self) -> None:
         """Wait until all are put away, which is done at once."""
@@ -385,7 +394,7 @@ class Attempt:
     async def _next_file(self) -> FileRecord | None:
         """The next that nobody is at; None: all are transferred. Those on the shelf may come back from there."""
         shelf = self._shelf
-        if shelf is not None:
+        if shelf is not None and shelf.crowded:
             await shelf.room()
         if (record := self._first_to_do()) is None and shelf is not None:
             await shelf.empty()
@@ -395,8 +404,11 @@ class Attempt:
     def _first_to_do(self) -> FileRecord | None:
         files = self._recorder.files
         begin = 0 if self._recorder.job.on_demand_mode else self._passed
-        self._passed = next((index for index in range(begin, len(files)) if self._to_do(files[index])), len(files))
-        return files[self._passed] if self._passed < len(files) else None
+        for self._passed in range(begin, len(files)):
+            if self._to_do(files[self._passed]):
+                return files[self._passed]
+        self._passed = len(files)
+        return None
 
     def _to_do(self, file: FileRecord) -> bool:
         outstanding = file.outstanding if self._recorder.job.on_demand_mode else not file.transferred
@@ -478,8 +490,7 @@ class Attempt:
 
     def _kept_whole(self, download: _Download, part: PartRecord) -> FileRecord:
         known, size = download.validator or Validator(None, None, None), download.count
-        return replace(
-            download.record,
+        return download.record.evolve(
             validator=known if known.size is not None else replace(known, size=size),
             part=part,
             draft="",  # its name is used up, and nobody needs another unless the file is lost
@@ -711,7 +722,7 @@ class Attempt:
         asked = self._asked(download)
         seam = piece.written - asked.start if download.condition is Condition.NONE and not asked.part else 0
         async with self._shop.network.get(party, asked) as body:
-            if SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_REPORT in party.options.flags:
+            if body.url != download.record.url and SecurityFlags.HTTP_REDIRECT_POLICY_ALLOW_REPORT in party.options.flags:
                 await self._rename(download, body.url)
             await self._pin(download, asked, body)
             self._refuse_part(download, asked, body)
@@ -724,9 +735,9 @@ class Attempt:
                 await self._pump(download, piece, body, first)
             else:
                 await self._receive(download, piece, body, detached, party.timeouts)
-            if download.opened is None and (download.whole is None or body.content.one()):
+            if download.opened is None and (download.whole is None or body.content):
                 await self._unpack(download)
-            if not seam:
+            if not seam and body.content:
                 await self._compare_content(download, body, start, piece.written)
         if body.length is None:
             download.complete = True  # only the end of the body says where the file ends

@@ -635,12 +635,19 @@ def validator_of(headers: Headers, size: int | None) -> Validator:
     return found
 
 
+_DIGESTS: Final = (  # those behind the first only of the whole file: its content is the representation then
+    ("Repr-Digest", parse_digests),
+    ("Content-Digest", parse_digests),
+    ("Digest", parse_legacy_digests),
+)
+
+
 def _described(headers: Headers, size: int | None, *, whole: bool) -> Validator:
     """What an answer that brings bytes of the file says of it: its validator, and what no other answer tells of the file."""
-    digests = parse_digests(headers.getall("Repr-Digest", []))
-    if whole:  # the content is the representation then
-        digests = digests.joined(parse_digests(headers.getall("Content-Digest", [])))
-        digests = digests.joined(parse_legacy_digests(headers.getall("Digest", [])))
+    digests = NO_DIGESTS
+    for name, parse in _DIGESTS if whole else _DIGESTS[:1]:
+        if lines := headers.getall(name, []):
+            digests = digests.joined(parse(lines))
     media_type = (_once(headers, "Content-Type") or "").partition(";")[0].strip().lower()
     found = validator_of(headers, size)
     return Validator(found.etag, found.last_modified, size, digests, media_type[:MAX_MEDIA_TYPE] or None)

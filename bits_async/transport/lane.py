@@ -203,7 +203,7 @@ _OF_THE_WIRE: Final = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessi
 class _WireErrors:
     """aiohttp's errors inside become ours; what it says of headers and URLs stays behind (T14).
 
-    A class, as `_Placed` is, because both are entered for each piece of a body: a generator costs several times as much.
+    A class, because it is entered for each piece of a body that is waited for: a generator costs several times as much.
     """
 
     __slots__ = ("_doing", "_url")
@@ -241,22 +241,11 @@ def _bad_redirect(url: str, why: str) -> BitsError:
     return make_error(ErrorCode.ERROR_WINHTTP_REDIRECT_FAILED, ErrorContext.REMOTE_FILE, f"the redirect is not followed: {why}", url=url)
 
 
-class _Placed:
-    """Errors of ours that pass say where and as whom."""
-
-    __slots__ = ("_identity", "_url")
-
-    def __init__(self, url: str, identity: str) -> None:
-        self._url = url
-        self._identity = identity
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, BitsError):
-            error.url = error.url or show_url(self._url)
-            error.identity = error.identity or self._identity
+def _place(error: BaseException, url: str, identity: str) -> None:
+    """An error of ours that passes says where and as whom."""
+    if isinstance(error, BitsError):
+        error.url = error.url or show_url(url)
+        error.identity = error.identity or identity
 
 
 # -- silence ------------------------------------------------------------------------------------------------------------------
@@ -327,6 +316,7 @@ class LaneBody:
         self._lane = lane
         self._reply = reply
         self._left = verdict.length
+        self._seen = 0  # bytes that were taken from the stream
         self._unframed = verdict.length is None and "Transfer-Encoding" not in reply.headers
         self._idle = lane.timeouts.idle
         self._pace = Pace(lane.timeouts)
@@ -339,26 +329,31 @@ class LaneBody:
         """The next bytes, as they came: a copy or a cut would cost more than it brings."""
         if self._ended:
             raise StopAsyncIteration
-        with _Placed(self.url, self._lane.identity):
+        try:
             self._lane.check(self.url)
             if self._pace.too_slow:
                 code = ErrorCode.ERROR_WINHTTP_TIMEOUT
                 raise make_error(code, ErrorContext.GENERAL_TRANSPORT, f"the server is too slow: {self._pace.told}")
-            content = self._reply.content
-            chunk = b"" if content.at_eof() and content.exception() is None else await self._read()
+            chunk = await self._read()
             if not chunk:
                 self._lane.check(self.url)  # a connection that we cut may look like one that the server ended
                 self._end()
                 raise StopAsyncIteration
+            self._seen += len(chunk)
             self._pace.came(len(chunk))
             if self._left is not None:
                 self._left -= len(chunk)
                 if self._left < 0:
                     raise _bad_answer(self.url, "it is longer than it said")
             return chunk
+        except BitsError as error:
+            _place(error, self.url, self._lane.identity)
+            raise
 
     async def _read(self) -> bytes:
         content, watch = self._reply.content, self._lane.watch
+        if content.exception() is None and (content.total_bytes > self._seen or content.is_eof()):
+            return content.read_nowait()  # nobody has to be waited for
         with _WireErrors(self.url, "receive the file"):
             watch.begin(self._idle, self._give_up)
             try:
@@ -781,16 +776,19 @@ class Lanes:
         while True:
             host, lane = await self._take(party, url)
             try:
-                with _Placed(url, party.token.name):
-                    body, onward = await self._ask(lane, party, asked.at(url))
-            except BaseException:
+                body, onward = await self._ask(lane, party, asked.at(url))
+            except BaseException as error:
                 self._give_back(host, lane)
+                _place(error, url, party.token.name)
                 raise
             if body is not None:
                 return host, lane, body
             self._give_back(host, lane)
-            with _Placed(url, party.token.name):
+            try:
                 party, url = _follow(party, url, onward, been)
+            except BitsError as error:
+                _place(error, url, party.token.name)
+                raise
 
     def end(self, host: "_Host", lane: Lane, body: LaneBody) -> None:
         """Whoever had the body needs it no more."""
@@ -855,8 +853,11 @@ class Lanes:
 
     async def _take(self, party: Party, url: str) -> tuple[_Host, Lane]:
         """A lane that may be used for this party and URL, until `_give_back`; waits for its turn at the host."""
-        with _Placed(url, party.token.name):
+        try:
             key, offers = self._key(party, url)
+        except BitsError as error:
+            _place(error, url, party.token.name)
+            raise
         name = key.origin.host
         host = self._hosts.get(name) or self._hosts.setdefault(name, _Host(self._limit))
         host.users += 1
