@@ -172,7 +172,7 @@ class Chain:
     """
 
     def __init__(self, *levels: Bucket) -> None:
-        self._levels = tuple((bucket, _Account()) for bucket in levels)
+        self._levels = [(bucket, _Account()) for bucket in levels]
 
     def __repr__(self) -> str:
         return f"<Chain of {', '.join(repr(bucket) for bucket, _ in self._levels)}>"
@@ -180,7 +180,10 @@ class Chain:
     @property
     def limited(self) -> bool:
         """Some level has a limit now."""
-        return any(bucket.rate is not None for bucket, _ in self._levels)
+        for bucket, _ in self._levels:  # noqa: SIM110 - asked for each small file, where a generator costs as much as all else here
+            if bucket.rate is not None:
+                return True
+        return False
 
     @property
     def chunk(self) -> int:

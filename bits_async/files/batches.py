@@ -40,7 +40,7 @@ class _Places:
 
     def __init__(self, guard: int | None, walker: int | None) -> None:
         self._guard = guard, walker
-        self._places: dict[Path, _Place] = {}
+        self._places: dict[str, _Place] = {}  # by path: of text the hash is known
 
     def __enter__(self) -> "_Places":
         return self
@@ -51,10 +51,10 @@ class _Places:
                 os.close(each.directory)
 
     def of(self, destination: Path) -> _Place:
-        parent = destination.parent
+        parent = os.path.dirname(destination)
         place = self._places.get(parent)
         if place is None:
-            directory = open_guarded(parent, *self._guard)
+            directory = open_guarded(Path(parent), *self._guard)
             place = self._places[parent] = _Place(directory, os.stat(directory), native.max_name(directory))
         return place
 
@@ -65,7 +65,7 @@ class _Places:
     def stand(self) -> bool:
         """Whether the way that was asked for still leads to each of them: what was put into one that was moved away is not where it was
         asked for (T15)."""
-        return all(leads_to(path, each.found) for path, each in self._places.items())
+        return all(leads_to(Path(path), each.found) for path, each in self._places.items())
 
 
 def _store_all(handles: Handles, wholes: "Sequence[WholeFile]", guard: int | None, walker: int | None, token: "Token") -> list[PartRecord]:

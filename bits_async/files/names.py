@@ -39,7 +39,7 @@ def part_name(name: str, job_id: UUID, draft: str, longest: int) -> str:
 
 def record_of(destination: Path, name: str, where: os.stat_result, made: os.stat_result, token: "Token") -> PartRecord:
     uid = None if sys.platform == "win32" else made.st_uid
-    return PartRecord(str(destination.parent), name, where.st_dev, where.st_ino, made.st_dev, made.st_ino, uid, token.local.key)
+    return PartRecord(os.path.dirname(destination), name, where.st_dev, where.st_ino, made.st_dev, made.st_ino, uid, token.local.key)
 
 
 def remove_stray(directory: Directory, name: str, uid: int | None) -> bool:

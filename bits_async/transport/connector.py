@@ -11,7 +11,7 @@ import asyncio
 import encodings.idna  # noqa: F401 - host names go through it: else it is loaded on the event loop, in the first handshake
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -398,11 +398,11 @@ class LaneConnector:
         """The connection stands, and nothing lies in it that we did not ask for."""
         return self._current is not None and self._current.ready
 
-    async def ask(self, head: bytes) -> Reply:
+    def ask(self, head: bytes) -> Coroutine[Any, Any, Reply]:
         """See `Wire.ask`."""
         if self._current is None:
             raise ConnectionResetError("no connection")
-        return await self._current.ask(head)
+        return self._current.ask(head)
 
     async def open(self, url: str, timeouts: Timeouts) -> None:
         """Opens the connection for the next request, through the proxy's login where there is one.

@@ -18,7 +18,7 @@ import binascii
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Self, cast
+from typing import Final, cast
 
 from http_sf import parse
 
@@ -75,7 +75,7 @@ class Digests:
         return [name for name in self.names if other.of(name) is not None]
 
     @classmethod
-    def checked(cls, **given: str | None) -> Self:
+    def checked(cls, **given: str | None) -> "Digests":
         """From what a caller wrote, in either case.
 
         Raises:
@@ -86,7 +86,7 @@ class Digests:
             digits = 2 * _SIZES[name]
             if value is not None and not (isinstance(value, str) and len(value) == digits and _HEX.fullmatch(value)):
                 raise InvalidArgument(f"{name}= takes {digits} hexadecimal digits")
-        return cls(**found)
+        return cls(**found) if any(found.values()) else NO_DIGESTS
 
 
 NO_DIGESTS: Final = Digests()

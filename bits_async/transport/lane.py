@@ -352,8 +352,11 @@ class LaneBody:
 
     async def _read(self) -> bytes:
         content, watch = self._reply.content, self._lane.watch
-        if content.exception() is None and (content.total_bytes > self._seen or content.is_eof()):
-            return content.read_nowait()  # nobody has to be waited for
+        if content.exception() is None:  # else, and where nothing lies there yet, somebody has to be waited for
+            if content.total_bytes > self._seen:
+                return content.read_nowait()
+            if content.is_eof():
+                return b""
         with _WireErrors(self.url, "receive the file"):
             watch.begin(self._idle, self._give_up)
             try:
@@ -887,7 +890,8 @@ class Lanes:
         if party.grants:
             return self._new_key(party, Origin.of(url), route(party.proxy, url))
         server = url.split("/", 3)[:3]  # scheme and authority: origin and proxy are those of the server, whatever it is asked for
-        asking = (party.token, party.rules, party.tls, party.tls.key, party.judge and party.judge.key, party.redirected, party.proxy)
+        tls = None if server[0] == "http:" and not party.proxy.proxy_list else party.tls.key  # the defaults may have changed since
+        asking = (party.token, party.rules, party.tls, tls, party.judge and party.judge.key, party.redirected, party.proxy)
         made_of = (*asking, *server)
         if self._last_key is None or self._last_key[0] != made_of:
             self._last_key = made_of, self._new_key(party, Origin.of(url), route(party.proxy, url))
