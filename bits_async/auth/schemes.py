@@ -98,6 +98,9 @@ class _Exchange(Protocol):
     async def conclude(self, challenges: Sequence[Challenge], info: Mapping[str, str]) -> bool:
         """The peer let us pass: check its proof (raises _Refused). False: the handshake was not at its end."""
 
+    def is_judged(self, challenges: Sequence[Challenge]) -> bool:
+        """Whether a challenge to our last header says what the peer thinks of it, rather than going on with the handshake."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Peer:
@@ -130,6 +133,9 @@ class _Basic:
         return self._header
 
     async def conclude(self, challenges: Sequence[Challenge], info: Mapping[str, str]) -> bool:
+        return True
+
+    def is_judged(self, challenges: Sequence[Challenge]) -> bool:
         return True
 
 
@@ -214,6 +220,9 @@ class _Digest:
         if (following := info.get("nextnonce")) and self._nonce and _echoes(following):
             self._nonce = _replaced(self._nonce, following)
             self._cnonce, self._count = new_cnonce(), 0
+        return True
+
+    def is_judged(self, challenges: Sequence[Challenge]) -> bool:
         return True
 
     @staticmethod
@@ -317,6 +326,9 @@ class _Ntlm:
         self._context = None
         return self._complete
 
+    def is_judged(self, challenges: Sequence[Challenge]) -> bool:
+        return self._complete
+
 
 def _begin_ntlm(offer: Offer, host: str, binding: bytes | None) -> tuple[Any, bytes]:
     """In a thread of the token. Never by way of GSSAPI, whose NTLM module is the machine's and knows no identity of ours.
@@ -414,6 +426,9 @@ class _Kerberos:
             host = self._peer.origin.host
             raise _Refused(f"it could not prove that it is HTTP/{host} ({failed.message})", blame=False) from None
         return True
+
+    def is_judged(self, challenges: Sequence[Challenge]) -> bool:
+        return not any(challenge.token68 for challenge in challenges)
 
     async def _fresh(self) -> str:
         peer = self._peer
@@ -621,6 +636,8 @@ class AuthFlow:
         self._current: _Current | None = None
         self._answered = False  # the header under way answers a challenge of this request
         self._shown = False  # a header of ours is under way at all
+        self._told: tuple[str, ...] = ()  # the challenge to it
+        self._again = False  # it was lost with its connection: the next one answers the same challenge
         self._legs = 0
         self._restarts = 0
 
@@ -644,6 +661,7 @@ class AuthFlow:
             TokenRequired: the identity's tickets have expired, and nothing else is permitted.
         """
         challenges = parse_challenges(lines)
+        self._told, self._again = (), False
         self._legs += 1
         if self._legs > MAX_LEGS:
             raise self._failure(challenges, f"it asked for more than {MAX_LEGS} answers")
@@ -660,7 +678,8 @@ class AuthFlow:
 
     async def unasked(self, *, method: str, target: str) -> str | None:
         """The header to send without being asked, after a login on this origin; None: send nothing and wait for the challenge."""
-        self._answered = self._shown = False
+        again, self._again = self._again, False
+        self._answered, self._shown, self._told = False, False, ()
         if self._current is None:
             return None
         try:
@@ -669,6 +688,7 @@ class AuthFlow:
             self._current = None  # the challenge will come, and its answer says what is wrong or finds another way
             return None
         self._shown = header is not None
+        self._answered = self._shown and again
         return header
 
     async def conclude(self, status: int, challenge_lines: Sequence[str], info_lines: Sequence[str]) -> None:
@@ -682,7 +702,7 @@ class AuthFlow:
             return  # still asking; or the proxy stopped the request on its way
         current, shown = self._current, self._shown
         self._legs = self._restarts = 0
-        self._answered = self._shown = False
+        self._answered, self._shown, self._told = False, False, ()
         if current is None or not shown:
             return
         challenges = [challenge for challenge in parse_challenges(challenge_lines) if challenge.scheme == current.offer.scheme.word]
@@ -702,17 +722,33 @@ class AuthFlow:
             advice="somebody on the way may pose as this host; check the address, and TLS, before trying again",
         )
 
+    def challenged(self, lines: Sequence[str]) -> None:
+        """The answer to the request that left last is a challenge of this seat; `answer` may come over another connection."""
+        self._told = tuple(lines)
+
+    @property
+    def judged(self) -> bool:
+        """The peer has said what it thinks of what it was shown. To close the connection then unsays nothing: else a peer that closes it
+        after each answer would get a refused password again and again, until the account is locked (T26)."""
+        current = self._current
+        if current is None or not self._shown or not self._told:
+            return False
+        return current.exchange.is_judged([each for each in parse_challenges(self._told) if each.scheme == current.offer.scheme.word])
+
     def new_connection(self) -> None:
         """The connection was lost or closed: contexts that belong to it begin anew, a bounded number of times in one request.
 
         Raises:
             AuthFailed: it keeps being closed in the middle of the login.
         """
+        if self.judged:
+            return
         if self.connection_bound:
             if not self.authenticated:
                 self._restarts += 1
             self._current = None
             self.authenticated = False
+        self._again = self._answered and not self._told
         self._answered = self._shown = False
         if self._restarts > MAX_RESTARTS:
             raise self._failure((), "it keeps closing the connection in the middle of the login")

@@ -127,6 +127,7 @@ class Login:
         self.seat = seat
         self._make = make_flow
         self._flow: AuthFlow | None = None
+        self._former: AuthFlow | None = None  # what it was shown was judged, and has yet to be understood
         self._certificate: bytes | None = None
         self._near: str | None = None
         self._challenge: tuple[str, ...] = ()
@@ -141,15 +142,17 @@ class Login:
             AuthFailed: connections keep being closed in the middle of this login.
         """
         if certificate != self._certificate or near != self._near:
-            self._flow = None  # what it holds was bound to another certificate, or meant for another machine
+            self._begin_anew()  # what it holds was bound to another certificate, or meant for another machine
         elif self._flow is not None:
             self._flow.new_connection()
         self._certificate, self._near = certificate, near
 
     def challenged(self, lines: Sequence[str], *, per_request: bool = False) -> None:
         """The answer was a challenge of this seat. `per_request`: nothing may be shown that counts for the connection."""
+        if self._flow is not None:
+            self._flow.challenged(lines)
         if per_request != self._per_request:
-            self._flow = None
+            self._begin_anew()
         self._per_request = per_request
         self._challenge = tuple(lines)
         self._asked = True
@@ -163,11 +166,19 @@ class Login:
         """
         if not self._asked:
             return None if self._flow is None else await self._flow.unasked(method=method, target=target)
+        former, self._former = self._former, None
+        if former is not None:
+            await former.answer(self._challenge, method=method, target=target)  # raises if that was a no (T26); for nobody otherwise
         if self._flow is None:
             self._flow = self._make(self.seat, self._certificate, self._near, self._per_request)
         value = await self._flow.answer(self._challenge, method=method, target=target)
         self._asked = False
         return value
+
+    def _begin_anew(self) -> None:
+        if self._flow is not None and self._flow.judged:
+            self._former = self._flow
+        self._flow = None
 
     async def passed(self, status: int, headers: Headers) -> None:
         """The answer was not a challenge of this seat: what it was shown was taken, and the peer may prove itself in turn.

@@ -370,6 +370,18 @@ async def test_the_server_proves_that_it_knows_the_password(make_flow: MakeFlow)
     assert digest_server(following, "GET", SECRET)
 
 
+async def test_t26_a_digest_that_was_lost_with_its_connection_and_is_refused_on_the_next_is_not_made_again(
+    make_flow: MakeFlow, refusals: Refusals
+) -> None:
+    """A peer that says nothing of hanging up, and always does."""
+    flow = make_flow(offer(DIGEST))
+    await answer(flow, 'Digest realm="x", nonce="n1", qop="auth"')
+    flow.new_connection()
+    assert await flow.unasked(method="GET", target="/f")
+    await refused(flow, 'Digest realm="x", nonce="n2", qop="auth"')
+    assert refusals.refused("f", f"{FILES} x", Seat.ORIGIN)
+
+
 @pytest.mark.parametrize("info", ['rspauth="00"', 'rspauth="{}", cnonce="another"', 'rspauth="\udcff"'])
 async def test_t26_a_server_that_proves_nothing_is_left(make_flow: MakeFlow, refusals: Refusals, info: str) -> None:
     flow = make_flow(offer(DIGEST))

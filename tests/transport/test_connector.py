@@ -39,6 +39,10 @@ class Flow:
         self.connection_bound = True
         self.authenticated = False
         self.user = None
+        self.judged = False
+
+    def challenged(self, lines: Sequence[str]) -> None:
+        pass
 
     async def answer(self, lines: Sequence[str], *, method: str, target: str) -> str:
         self.asked.append((tuple(lines), method, target))

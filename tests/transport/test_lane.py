@@ -35,7 +35,7 @@ from bits_async.transport.lane import DETACH_FROM, Lanes, Network, Party
 from bits_async.transport.ranges import Detached, Validator
 from bits_async.transport.timeouts import Timeouts
 from bits_async.transport.tls import TlsSettings
-from tests.rules import PEERS
+from tests.rules import NTLM_OVER_HTTP, PEERS
 from tests.transport.wire import (
     ALICE,
     BOB,
@@ -418,6 +418,53 @@ async def test_t26_a_refused_password_is_not_offered_again_by_any_lane(party: Ma
         again = Lanes(refusals=refusals)
         assert await fetch(again, party(grant(origin, AuthScheme.NTLM, ALICE)), f"{origin.base}/file") == CONTENT
         await again.aclose()
+
+
+class HangingUp(Origin):
+    """Closes the connection with each refusal, and shows another certificate on the next one."""
+
+    ca: trustme.CA | None = None
+
+    async def handle(self, connection: Connection) -> None:
+        while (request := await connection.request()) is not None:
+            self.log.append(request)
+            assert self.gate is not None
+            lines = await self.gate(connection, request, "WWW-Authenticate", "Authorization")
+            if lines is None:
+                await self.serve(connection, request)
+            elif "TlR" in lines[0]:  # the second of NTLM's three messages
+                await connection.answer(401, b"who?", *lines)
+            else:
+                if self.ca is not None and self.tls is not None:
+                    self.ca.issue_cert("localhost").configure_cert(self.tls)
+                await connection.answer(401, b"who?", *lines, "Connection: close")
+                connection.writer.close()
+                return
+
+
+@pytest.mark.parametrize("certificates", [False, True], ids=["http", "changing certificates"])
+@pytest.mark.parametrize(
+    ("scheme", "gate", "legs"),
+    [(AuthScheme.BASIC, basic(*ALICE), 1), (AuthScheme.DIGEST, digest(*ALICE), 1), (AuthScheme.NTLM, ntlm(), 2)],
+    ids=["BASIC", "DIGEST", "NTLM"],
+)
+async def test_t26_a_peer_that_hangs_up_after_each_refusal_gets_a_password_once(
+    party: MakeParty, ca: trustme.CA, scheme: AuthScheme, gate: Any, legs: int, certificates: bool
+) -> None:
+    """So do servers without keep-alive and old proxies: six tries of each job lock many an account."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert("localhost").configure_cert(context)
+    refusals = Refusals()
+    async with HangingUp(gate, tls=context if certificates else None) as origin:
+        origin.ca = ca
+        rules = replace(NTLM_OVER_HTTP, basic_over_http=frozenset(AuthTarget))
+        wrong = party(grant(origin, scheme, (ALICE[0].partition("\\")[2], "old password")), rules=rules)
+        for _ in range(2):
+            lanes = Lanes(refusals=refusals)
+            error = await failure(fetch(lanes, wrong, f"{origin.base}/file"))
+            await lanes.aclose()
+            assert isinstance(error, AuthFailed), error
+        assert len([request for request in origin.log if request.get("Authorization")]) == legs
 
 
 async def test_close_in_the_middle_of_a_handshake_starts_it_again_at_most_twice(lanes: Lanes, party: MakeParty) -> None:
