@@ -6,6 +6,7 @@ elogind cannot be installed beside systemd's libraries: `make test` unpacks its 
 
 import contextlib
 import os
+import socket
 import subprocess
 from collections.abc import Iterable, Mapping
 
@@ -52,7 +53,8 @@ class SystemBus(Server):
         return ["dbus-daemon", f"--config-file={self.directory}/bus.conf", "--nofork", "--nopidfile"]
 
     def _listens(self) -> bool:
-        return self.socket.exists()
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(str(self.socket)) == 0
 
 
 class Logind(Server):

@@ -37,6 +37,7 @@ from tests.peers import (
     header_bomb,
     redirect,
 )
+from tests.waiting import until
 
 BODY = bytes(range(256)) * 2000
 ALICE, HELPER = USERS
@@ -53,7 +54,7 @@ class Client:
         kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if trust is not None:
             kind = lambda *args, **kwargs: http.client.HTTPSConnection(*args, context=trust, **kwargs)  # noqa: E731
-        self.connection = kind("localhost", where.port, timeout=10)
+        self.connection = kind("localhost", where.port, timeout=60)
         self.user: str | None = None
         self.password = ""
         self.protocol = "ntlm"
@@ -201,8 +202,7 @@ async def test_a_held_body_waits_for_the_test(client: Callable[..., Client]) -> 
         hold = Hold(after=3000)
         origin.fault("/f", Fault(hold=hold))
         running = asyncio.create_task(client(url).get())
-        async with asyncio.timeout(5):
-            await hold.reached.wait()
+        await until(hold.reached.is_set)
         assert origin.requests[0].sent == 3000
         assert not running.done()
         hold.release()
@@ -216,7 +216,7 @@ async def test_a_slow_body_keeps_its_rate(client: Callable[..., Client]) -> None
         loop = asyncio.get_running_loop()
         started = loop.time()
         await client(url).get()
-        assert 0.15 < loop.time() - started < 3
+        assert loop.time() - started > 0.15
 
 
 async def test_connections_can_be_dropped_and_refused(client: Callable[..., Client]) -> None:
@@ -335,7 +335,7 @@ async def test_a_tunnel_carries_tls_and_can_be_cut(client: Callable[..., Client]
         url = origin.serve("/f", BODY)
         for cut in (None, 200_000):
             proxy.forward_cut = cut
-            tunnel = http.client.HTTPSConnection("localhost", proxy.port, timeout=10, context=authority.client())
+            tunnel = http.client.HTTPSConnection("localhost", proxy.port, timeout=60, context=authority.client())
             tunnel.set_tunnel("localhost", origin.port)
             one = client(url)
             one.connection = tunnel
@@ -349,7 +349,7 @@ async def test_a_tunnel_carries_tls_and_can_be_cut(client: Callable[..., Client]
 
 
 def raw(port: int, text: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), 5) as opened:
+    with socket.create_connection(("127.0.0.1", port), 60) as opened:
         opened.sendall(text)
         return opened.recv(65536)
 
@@ -391,7 +391,7 @@ async def test_a_kerberos_door_with_a_binding_refuses_a_token_without_one(
 
 
 def test_the_silent_kdc_takes_a_connection_and_says_nothing(silent_kdc: SilentKdc) -> None:
-    with socket.create_connection(("127.0.0.1", silent_kdc.port), 1) as opened:
+    with socket.create_connection(("127.0.0.1", silent_kdc.port), 60) as opened:
         opened.sendall(b"\0\0\0\1?")
         opened.settimeout(0.1)
         with pytest.raises(TimeoutError):
@@ -408,7 +408,7 @@ def test_the_embedded_servers_authenticate_cut_once_and_remember_who_came() -> N
         parts = []
         for wanted in ("bytes=0-", "bytes=300000-"):
             with contextlib.closing(Client(servers.origin_url)) as one:
-                one.connection, one.through = http.client.HTTPConnection("localhost", port, timeout=10), True
+                one.connection, one.through = http.client.HTTPConnection("localhost", port, timeout=60), True
                 assert one.login(HELPER, USERS[HELPER])._get({})[0] == 401
                 status, body, _ = one.login(ALICE, USERS[ALICE])._get({"Range": wanted})
             assert status == 206
@@ -420,7 +420,7 @@ def test_the_embedded_servers_authenticate_cut_once_and_remember_who_came() -> N
         assert {line["user"] for line in log if line["server"] == "proxy"} == {None, HELPER}
         assert "NTLM_USER_FILE" not in os.environ
     with pytest.raises(OSError, match="refused"):
-        socket.create_connection(("localhost", port or 0), 1)
+        socket.create_connection(("localhost", port or 0), 60)
 
 
 # -- what conftest promises

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.realm
 def connection(url: str, authority: Authority | None = None) -> Iterator[http.client.HTTPConnection]:
     port = urlsplit(url).port
     if authority is None:
-        opened = http.client.HTTPConnection("localhost", port, timeout=10)
+        opened = http.client.HTTPConnection("localhost", port, timeout=60)
     else:
-        opened = http.client.HTTPSConnection("localhost", port, timeout=10, context=authority.client())
+        opened = http.client.HTTPSConnection("localhost", port, timeout=60, context=authority.client())
     yield opened
     opened.close()
 
@@ -82,7 +82,7 @@ def test_apache_answers_ranges_in_the_clear_and_over_tls(apache: Apache, authori
 
 
 def test_apache_s_certificate_is_trusted_by_its_authority_alone(apache: Apache) -> None:
-    opened = http.client.HTTPSConnection("localhost", apache.tls_port, timeout=10, context=ssl.create_default_context())
+    opened = http.client.HTTPSConnection("localhost", apache.tls_port, timeout=60, context=ssl.create_default_context())
     with pytest.raises(ssl.SSLCertVerificationError):
         opened.connect()
     opened.close()
@@ -140,7 +140,7 @@ def test_squid_logs_the_kerberos_principal_for_requests_and_tunnels(
     assert squid_negotiate.hits(expect=1, user="helper@BITS.TEST", method="GET", status=206)
     assert apache.hits(expect=1, user="alice@BITS.TEST")
 
-    tunnel = http.client.HTTPSConnection("localhost", squid_negotiate.port, timeout=10, context=authority.client())
+    tunnel = http.client.HTTPSConnection("localhost", squid_negotiate.port, timeout=60, context=authority.client())
     tunnel.set_tunnel("localhost", apache.tls_port, {"Proxy-Authorization": negotiate(kdc, "helper")})
     assert get(tunnel, "/pub/big")[0] == 206
     tunnel.close()

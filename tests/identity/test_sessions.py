@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.logind import Logind, Session, SystemBus
 
 needs_logind = pytest.mark.logind
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 @pytest.fixture

@@ -46,7 +46,8 @@ async def test_apache_is_asked_by_every_scheme_and_the_connection_is_used_again(
     )
     for _ in range(3):
         assert await fetch(lanes, who, url) == apache.data
-    hits = apache.hits(expect=4, target=f"/{location}/big")
+    apache.hits(expect=3, target=f"/{location}/big", status=200)
+    hits = apache.hits(target=f"/{location}/big")
     user = {"neg": "alice@BITS.TEST", "ntlm": f"{NTLM_DOMAIN}\\alice"}.get(location, "alice")
     assert [hit.user for hit in hits if hit.status == 200] == [user] * 3
     assert len([hit for hit in hits if hit.status == 401]) == (2 if location == "ntlm" else 1)
@@ -93,5 +94,6 @@ async def test_ntlm_at_apache_through_squid_with_kerberos_at_squid(
     )
     for _ in range(2):
         assert await fetch(lanes, who, url) == apache.data
-    hits = apache.hits(expect=4, target="/ntlm/big")
+    apache.hits(expect=2, target="/ntlm/big", status=200)
+    hits = apache.hits(target="/ntlm/big")
     assert [hit.user for hit in hits if hit.status == 200] == [f"{NTLM_DOMAIN}\\alice"] * 2
