@@ -25,9 +25,9 @@ BUS_CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus
 </busconfig>
 """
 
-# elogind keeps its state below /run/systemd and its sessions in a hierarchy of control groups, both of this namespace alone.
+# elogind keeps its state below /run, /run/elogind.pid too, by which a second one ends, and its sessions in a hierarchy of control groups.
 NAMESPACE = """
-mkdir -p /run/systemd && mount -t tmpfs tmpfs /run/systemd
+mount -t tmpfs tmpfs /run && mkdir /run/systemd
 mkdir -p /sys/fs/cgroup/elogind && mount -t cgroup -o none,name=elogind cgroup /sys/fs/cgroup/elogind
 exec "$0"
 """
