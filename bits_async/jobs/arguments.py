@@ -5,6 +5,7 @@ Nothing here looks at the disk or at a job.
 
 import importlib.util
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 StrPath = str | os.PathLike[str]
 
 SIDE_BY_SIDE: Final = 64  # more than any server that is not asked first will bear
+_NOT_IN_NAMES: Final = re.compile(r'[\x00-\x1f<>:"|?*]')
+_DEVICE: Final = re.compile(r"(?:CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(?:COM|LPT)[0-9\xb9\xb2\xb3]) *(?:\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def checked_destination(path: StrPath) -> str:
     """A path that can be a file's. What ends with a slash is meant to be a directory, even if there is none yet.
 
     Raises:
-        InvalidArgument: it can only be a directory's, is not text, or has a NUL in it.
+        InvalidArgument: it can only be a directory's, is not text, has a NUL in it, or on Windows is no name that a file may have.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str):
@@ -103,7 +106,15 @@ def checked_destination(path: StrPath) -> str:
         raise InvalidArgument("a path has no NUL character in it", path=text.replace("\0", "?"))
     if os.path.basename(text) in ("", ".", ".."):
         raise InvalidArgument("a destination names a file, not a directory", path=text)
+    if sys.platform == "win32" and is_reserved_on_windows(os.path.basename(text)):
+        raise InvalidArgument("on Windows this name means something other than a file that is called so", path=text)
     return text
+
+
+def is_reserved_on_windows(name: str) -> bool:
+    """Whether a file cannot be called so there: a device, a stream of another file, or dots and spaces that Windows drops, so that it is
+    the name of another file (Microsoft Learn, "Naming Files, Paths, and Namespaces")."""
+    return name != name.rstrip(". ") or _NOT_IN_NAMES.search(name) is not None or _DEVICE.fullmatch(name) is not None
 
 
 def checked_file(file: FileInfo) -> CheckedFile:

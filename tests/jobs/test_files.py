@@ -13,6 +13,7 @@ import pytest
 import bits_async as bits
 from bits_async import ErrorCode, FileRange, JobState
 from bits_async.jobs import transfer
+from bits_async.jobs.arguments import is_reserved_on_windows
 from bits_async.jobs.model import FileRecord
 from bits_async.testing import FakeNetwork, fake_token
 from bits_async.transport.ranges import Slice
@@ -990,3 +991,16 @@ async def test_a_lost_connection_while_on_demand_is_retried_later(network, job, 
     await supplied(job)
     assert demanded.filled_file_ranges == (FileRange(5, 5),)
     assert job.error_count == 1
+
+
+# -- names of files on Windows
+
+
+@pytest.mark.parametrize("name", ["file.", "file ", "file:stream", "a<b", "a|b", "what?", "*", "nul", "Con.txt", "com1", "LPT9 .x", "COM²"])
+def test_a_name_that_means_something_else_on_windows_is_known(name: str) -> None:
+    assert is_reserved_on_windows(name)
+
+
+@pytest.mark.parametrize("name", ["file.iso", ".file", "a b", "console", "com10", "nul1", "auxiliary.txt", "größe", "con-1"])
+def test_a_name_that_a_file_may_have_on_windows_is_known(name: str) -> None:
+    assert not is_reserved_on_windows(name)

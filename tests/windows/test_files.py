@@ -108,3 +108,12 @@ async def test_passwords_are_sealed_in_the_journal(tmp_path: Path) -> None:
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir() if path.is_file())
     assert b"sealed-password" not in written
     assert "sealed-password".encode("utf-16-le") not in written
+
+
+@pytest.mark.parametrize("name", ["queue.db.", "file.iso:stream", "nul", "file.iso "])
+async def test_t13_a_destination_that_is_another_files_name_or_a_device_is_refused(tmp_path: Path, name: str) -> None:
+    async with bits.BitsManager(store=tmp_path / "queue.db") as manager:
+        job = await manager.create_job("a job")
+        with pytest.raises(bits.InvalidArgument, match="on Windows"):
+            await job.add_file("https://files.example.test/file", tmp_path / name)
+        assert job.files == ()
