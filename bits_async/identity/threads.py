@@ -596,9 +596,10 @@ class TokenExecutor:
         try:
             async with asyncio.timeout(deadline):
                 await _end_of(source)
-        except (TimeoutError, asyncio.CancelledError):
-            self.retired += self._crew.give_up(source)
-            raise
+        except (TimeoutError, asyncio.CancelledError) as exc:
+            if not (isinstance(exc, TimeoutError) and source.done()):  # else it was the loop that was late: the machine slept, say
+                self.retired += self._crew.give_up(source)
+                raise
         return source.result()
 
     def spawn(self, func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "asyncio.Future[T]":

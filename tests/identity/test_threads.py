@@ -1,6 +1,7 @@
 """Threads born in a token: what they promise to whoever waits, cancels, or closes. Run as whoever runs the tests."""
 
 import asyncio
+import concurrent.futures
 import contextvars
 import gc
 import os
@@ -403,6 +404,22 @@ async def test_a_security_call_that_had_no_thread_in_time_is_never_made(token: T
     assert await executor.run(lambda: called) == []
     assert executor.retired == 0
     await executor.aclose()
+
+
+async def test_a_security_call_that_was_over_counts_however_late_the_loop_hears_of_it(
+    executor: TokenExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that slept past the deadline has lost nothing."""
+    sources: list[concurrent.futures.Future[Any]] = []
+    end_of = threads._end_of
+    monkeypatch.setattr(threads, "_end_of", lambda source: [sources.append(source), end_of(source)][1])
+    monkeypatch.setattr(asyncio, "timeout", (deadlines := Deadlines(0.25)).timeout)
+    call = asyncio.create_task(executor.run_security(os.getpid, deadline=0.25))
+    await asyncio.sleep(0)
+    concurrent.futures.wait(sources)  # the loop stands still
+    deadlines.pass_now()
+    assert await call == os.getpid()
+    assert executor.retired == 0
 
 
 async def test_a_call_that_raises_timeouterror_itself_keeps_its_thread(executor: TokenExecutor) -> None:
