@@ -425,7 +425,11 @@ class Attempt:
                 while download.whole is None and not await self._finished(download):
                     await self._fetch(download, party)
         finally:
-            await self._close(download)
+            if download.opened is not None:
+                # whole, also where the attempt is told to stop while it fails: of a part file that is in no record nobody would know
+                await finish(self._close(download, download.opened))
+            elif download.whole is not None and self._shelf is not None:
+                self._shelf.put(download)
         return download
 
     # -- files that come whole ----------------------------------------------------------------------------------------------------------
@@ -1136,13 +1140,9 @@ class Attempt:
         except BitsError:
             await self._keep(download)
 
-    async def _close(self, download: _Download) -> None:
+    async def _close(self, download: _Download, part: PartFile) -> None:
         """The last checkpoint of a stopped download; an attempt that wrote nothing leaves no part file."""
-        part, record = download.opened, download.record
-        if part is None:
-            if download.whole is not None and self._shelf is not None:
-                self._shelf.put(download)
-            return
+        record = download.record
         try:
             if record.part is None and not download.count:
                 await self._unmake(download)

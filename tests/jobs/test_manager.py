@@ -12,9 +12,10 @@ import pytest
 import spnego
 
 import bits_async as bits
+from bits_async.files import part as part_file
 from bits_async.jobs.engine import Engine
 from bits_async.testing import FakeNetwork, fake_token
-from tests.waiting import until
+from tests.waiting import let_things_happen, until
 
 URL = "https://files.example.test/a.bin"
 BODY = bytes(range(256)) * 1024
@@ -226,6 +227,38 @@ async def test_cancel_leaves_nothing_behind(network, store, out):
         assert list(out.iterdir()) == []
         with pytest.raises(bits.JobCancelled):
             await job.wait()
+
+
+@pytest.mark.parametrize("command", ["cancel", "complete"])
+async def test_an_attempt_that_is_told_to_stop_while_it_fails_leaves_no_part_file_that_nobody_knows_of(
+    network, store, out, command, monkeypatch
+):
+    """The first checkpoint, which brings the part file into the journal, is made when nothing more comes."""
+    begun, go_on = threading.Event(), threading.Event()
+    sync = part_file._sync
+
+    def late_sync(handles):
+        begun.set()
+        go_on.wait(30)
+        return sync(handles)
+
+    monkeypatch.setattr(part_file, "_sync", late_sync)
+    network.serve(URL, BODY, cut_after=100)
+    async with bits.BitsManager(store=store) as manager:
+        job = await make_job(manager, out, priority=bits.JobPriority.FOREGROUND)
+        network.clock.freeze()
+        network.pause(after=50)
+        await job.resume()
+        await until(lambda: job.progress.bytes_transferred == 50)
+        network.fail(URL)  # the connection breaks, and there is no other
+        network.resume()
+        network.clock.thaw()
+        await until(begun.is_set)
+        stopping = asyncio.create_task(job.cancel() if command == "cancel" else job.complete(partial=True))
+        await let_things_happen()
+        go_on.set()
+        await stopping
+        assert list(out.iterdir()) == []
 
 
 async def test_suspend_stops_and_resume_goes_on_from_there(network, store, out):
